@@ -1,0 +1,234 @@
+"Maps and curves: naive twins, curves known by construction, the public logs"
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+import numpy as np
+import pandas as pd
+import pytest
+from fusion_notebooks import fusion
+from fusion_notebooks.fusion import fusion_layers, review_layer
+
+REFERENCE = Path(__file__).parent.parent/'data/reference'
+PAPER = {2, 4, 8, 11, 12, 13}
+
+def table(*accuracy, **more): return pd.DataFrame(dict(layer=range(len(accuracy)), accuracy=accuracy, **more))
+def jaccard(a, b): return len(set(a) & set(b))/len(set(a) | set(b))
+
+@pytest.fixture(scope='module')
+def logs():
+    rows, bases = (pd.read_csv(REFERENCE/f'{f}.csv') for f in ('layer_masking', 'unmasked'))
+    def read(model):
+        mine = rows[rows.model == model]
+        return mine, bases[bases.model == model].set_index('dataset').accuracy.to_dict(), dict(n=1000, n_layers=int(mine.n_layers.iloc[0]))
+    return read
+
+def samples(p, base=.9, n=200, seed=0, questions=1):
+    "Sample rows of accuracy p[i] per layer, and their unmasked rows"
+    rng = np.random.default_rng(seed)
+    luck = np.repeat(rng.random((n//questions, 1)), questions, 0)                # questions on one image succeed and fail together
+    curve = pd.concat([pd.DataFrame(dict(layer=i, sample=range(n), image=np.arange(n)//questions, accuracy=(luck[:, 0] < q).astype(float))) for i, q in enumerate(p)])
+    return curve, pd.DataFrame(dict(sample=range(n), accuracy=(luck[:, 0] < base).astype(float)))
+
+def test_no_torch():
+    code = 'import sys, fusion_notebooks.fusion, fusion_notebooks.metrics, fusion_notebooks.plots; assert "torch" not in sys.modules'
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+# maps
+
+def test_hellinger_and_profile_equal_the_formula():
+    maps = np.random.default_rng(0).random((3, 5, 7))
+    for sample, row in zip(maps, fusion.profile(maps)):
+        for layer, value in zip(sample, row):
+            p, q = layer/layer.sum(), sample[-1]/sample[-1].sum()
+            assert value == pytest.approx(sum((a**.5 - b**.5)**2 for a, b in zip(p, q))**.5/2**.5)
+    assert (fusion.profile(maps)[:, -1] == 0).all() and np.allclose(fusion.profile(maps[0]), fusion.profile(maps)[0])
+    assert np.allclose(fusion.hellinger(maps, 17*maps), 0) and np.allclose(fusion.hellinger(maps[0], maps[1]), fusion.hellinger(maps[1], maps[0]))
+
+def test_empty_map_is_nan_and_negative_map_an_error():
+    assert np.isnan(fusion.profile([[0, 0], [1, 1]])[0]) and np.isnan(fusion.evidence_mass([[0, 0]], [1, 0]))[0]
+    with pytest.raises(ValueError, match='negative'): fusion.normalise([1, -1])
+
+def test_bfloat16_tensors_are_read():
+    torch = pytest.importorskip('torch')
+    assert fusion.normalise(torch.tensor([1., 3.], dtype=torch.bfloat16, requires_grad=True)).tolist() == [.25, .75]
+
+def test_evidence_share_counts_pixels():
+    rng = np.random.default_rng(0)
+    boxes = np.array([(10*x, 8*y, 10*x + 10, 8*y + 8) for y in range(4) for x in range(5)])
+    for _ in range(20):
+        left, right = np.sort(rng.integers(0, 51, 2)); top, bottom = np.sort(rng.integers(0, 33, 2))
+        pixels = np.zeros((32, 50)); pixels[top:bottom, left:right] = 1
+        naive = [pixels[b[1]:b[3], b[0]:b[2]].mean() for b in boxes]
+        assert np.allclose(fusion.evidence_share(boxes, (left, top, right, bottom)), naive)
+    assert fusion.evidence_share([[5, 5, 5, 9]], (0, 0, 9, 9)).tolist() == [0]     # a token of no area
+
+def test_evidence_mass_of_uniform_attention_is_chance():
+    share = np.random.default_rng(0).random(12)
+    assert np.allclose(fusion.evidence_mass(np.ones((4, 3, 12)), share), share.mean())
+
+def test_noise_share_naive():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        maps, share = rng.random((12, 30)) + 2*(rng.random(30) < .15), (rng.random(30) < .2).astype(float)
+        deep = [i for i in range(12) if i > .16*12]
+        count = sum(share[t] == 0 and sum(t in sorted(range(30), key=lambda j: -maps[i, j])[:3] for i in deep) >= .8*len(deep) for t in range(30))
+        assert fusion.noise_share(maps, share) == pytest.approx(count/30)
+
+# curves known by construction
+
+@pytest.mark.parametrize('how', ['zero', 'mean', 'swap'])
+def test_state_edits_show_as_a_rise_to_the_next_layer(how):
+    found = fusion_layers(table(.1, .1, .1, .5, .5, .5, .9, .9), .9, how=how, n=500)
+    assert found.layers == (2, 5) and list(found.table.columns[:4]) == ['layer', 'drop', 'low', 'high']
+    assert found.table['drop'][2] == pytest.approx(.4) and min(found.confidence[i] for i in found.layers) > .99
+
+@pytest.mark.parametrize('how', ['knockout', 'soft'])
+def test_knockout_shows_as_a_dip_at_the_layer(how):
+    found = fusion_layers(table(.9, .9, .3, .9, .9, .6, .9), .9, how=how, n=500)
+    assert found.layers == (2, 5)
+    assert fusion_layers(table(.1, .1, .5, .5, .9), .9, how='knockout', scope='from', n=500).layers == (1, 3)
+
+def test_coming_back_from_a_dip_is_no_information():
+    assert fusion_layers(table(.1, .1, .9, .9, .2, .9), .9, how='zero', n=1000).layers == (1,)
+
+def test_percent_and_shares_agree():
+    share, percent = (fusion_layers(table(.1, .1, .5, .9, .9).assign(accuracy=lambda t: s*t.accuracy), .9*s, how='swap', n=300) for s in (1, 100))
+    assert share.layers == percent.layers == (1, 2) and np.allclose(100*share.table.low, percent.table.low)
+
+def test_last_layer_counts_against_the_base():
+    assert fusion_layers(table(.2, .2, .2), .8, how='swap', n=500).layers == (2,)
+    assert fusion_layers(table(.2, .2, .2), .8, how='swap', n=500, n_layers=12).layers == ()   # layers 3 to 11 were not measured
+
+@pytest.mark.parametrize('rule', ['information', 'paper'])
+@pytest.mark.parametrize('how', ['swap', 'knockout'])
+def test_nothing_is_an_answer(rule, how):
+    for curve, base in ((table(*[.8]*8), .8), (table(*[0.]*8), 0.), (table(.8), .8)):
+        for n in (500, None):
+            assert fusion_layers(curve, base, how=how, rule=rule, n=n).layers == ()
+            assert review_layer(curve, base, n=n).layers == ()
+
+def test_single_layer():
+    assert fusion_layers(table(.1), .9, how='knockout', n=500).layers == (0,)
+    assert review_layer(pd.DataFrame(dict(layer=[5], accuracy=[.1])), .9, n=500).dip == ()
+
+def test_repeats_are_averaged_and_nan_left_out():
+    curve = pd.concat([table(.1, .1, .9, .9, run=0), table(.3, .1, np.nan, .9, run=1)])
+    found = fusion_layers(curve, .9, how='swap', n=500)
+    assert found.layers == (1,) and found.table['drop'][1] == pytest.approx(.9 - .2)
+
+def test_missing_layer_is_bridged_and_a_hole_is_not():
+    full = table(.1, .1, .1, .1, .9, .9, .9, .9, .9, .9)
+    assert fusion_layers(full.drop(4), .9, how='swap', n=500).layers == (3,)
+    assert fusion_layers(full[full.layer % 2 == 0], .9, how='swap', n=500, n_layers=10).layers == (2,)   # step 2 covers layers 2 and 3
+    assert fusion_layers(full.drop([3, 4, 5]), .9, how='swap', n=500).layers == ()
+
+def test_datasets_weigh_the_same_and_missing_cells_compare_nothing():
+    easy, hard = table(.5, .5, .9, .9, dataset='easy'), table(.1, .1, .3, .3, dataset='hard')
+    found = fusion_layers(pd.concat([easy, hard]), dict(easy=.9, hard=.3), how='swap', n=500)
+    assert found.layers == (1,) and found.table['drop'][1] == pytest.approx(.3)
+    flat = pd.concat([table(*[.9]*4, dataset='easy'), table(*[.3]*4, dataset='hard').iloc[:3]])            # the mean rises at 3, no dataset does
+    assert fusion_layers(flat, dict(easy=.9, hard=.3), how='swap', n=5000).layers == ()
+    with pytest.warns(UserWarning, match="'hard' left out"):
+        fusion_layers(pd.concat([table(*[.9]*8, dataset='easy'), table(.1, .1, dataset='hard')]), dict(easy=.9, hard=.3), how='swap', n=500)
+
+def test_without_n_there_is_no_interval():
+    found = fusion_layers(table(.1, .1, .9), .9, how='swap')
+    assert found.layers == (1,) and found.table.low.isna().all() and np.isnan(found.confidence[1])
+    assert fusion_layers(table(.1, .1, .9, n=100), .9, how='swap').table.low.notna().all()                # a column n will do
+
+@pytest.mark.parametrize('change, sentence', [
+    (dict(layer=[0, 1, 28]), 'layer 28 does not exist in a model of 28'), (dict(layer=[-1, 0, 1]), 'layer -1 does not exist'), (dict(layer=[0, 1, 1.5]), 'layer 1.5'),
+    (dict(accuracy=[.1, .2, 120.]), 'outside 0 to 100'), (dict(accuracy=[np.nan]*3), 'no row'), (dict(accuracy=[10., 20., 30.]), 'one unit'), (dict(how=['zero', 'zero', 'swap']), "'how' holds")])
+def test_errors_are_one_sentence(change, sentence):
+    for read in (fusion_layers, review_layer):
+        with pytest.raises(ValueError, match=sentence) as error: read(table(.1, .2, .3).assign(**change), .9, n_layers=28)
+        assert '\n' not in str(error.value)
+
+def test_other_errors():
+    with pytest.raises(ValueError, match="'layer' is missing"): fusion_layers(pd.DataFrame(dict(accuracy=[1.])), .9)
+    with pytest.raises(ValueError, match="'b' has no unmasked"): fusion_layers(table(.1, .2, dataset='b'), dict(a=.5))
+    with pytest.raises(ValueError, match='rule'): fusion_layers(table(.1), .5, rule='magic')
+    with pytest.raises(ValueError, match='semantic'): fusion_layers(table(.1), .5, how='ablate')
+    with pytest.raises(ValueError, match='same sample ids'): fusion_layers(samples([.5])[0], pd.DataFrame(dict(sample=['x'], accuracy=[1.])))
+    with pytest.raises(ValueError, match="how='soft'"): fusion.masked(pd.DataFrame(dict(how=['none'], score=[1.])), 'soft')
+
+# sample rows
+
+def test_pairing_narrows_and_clusters_widen():
+    width = lambda curve, base: float((lambda t: t.high - t.low)(fusion_layers(curve, base, how='knockout').table).mean())
+    curve, base = samples([.85, .5, .85, .85])
+    assert width(curve, base) < .8*width(curve.drop(columns=['sample', 'image']).groupby('layer', as_index=False).mean().assign(n=200), .9)
+    clustered, base = samples([.85, .5, .85, .85], questions=4)
+    assert width(clustered, base) > 1.5*width(clustered.drop(columns='image'), base)
+
+def test_one_image_proves_nothing():
+    curve, base = samples([.95, .1, .95], n=12, questions=12)
+    curve['accuracy'], base['accuracy'] = (curve.layer != 1).astype(float), 1.
+    assert fusion_layers(curve, base, how='knockout').layers == () and fusion_layers(curve.drop(columns='image'), base, how='knockout').layers == (1,)
+
+def test_incomplete_sweep():
+    curve, base = samples([.9, .3, .9, .9])
+    assert fusion_layers(curve[(curve.layer != 1) | (curve['sample'] < 120)], base, how='knockout').layers == (1,)
+
+def test_false_positives_and_coverage():
+    p, wrong, inside = [.2, .2, .6, .6, .8, .8, .8, .8], 0, 0
+    drops = np.diff([*p, .8])                                               # the truth that `drop` estimates where the curve rises
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        curve = pd.concat([pd.DataFrame(dict(layer=i, sample=range(150), accuracy=(rng.random(150) < q).astype(float))) for i, q in enumerate(p)])
+        base = pd.DataFrame(dict(sample=range(150), accuracy=(rng.random(150) < .8).astype(float)))
+        found = fusion_layers(curve, base, how='swap', seed=seed)
+        wrong += not set(found.layers) <= {1, 3}
+        inside += all(found.table.low[i] <= drops[i] <= found.table.high[i] for i in (1, 3))
+    assert wrong <= 4 and inside >= 36                                      # 5 % is the target for each
+
+def test_store_table_splits_into_curve_and_base():
+    curve, base = samples([.9, .3, .9])
+    stored = pd.concat([curve.assign(how='knockout', scope='single'), curve.assign(how='knockout', scope='from'), base.assign(how='none', scope='', layer=-1)]).rename(columns=dict(accuracy='score'))
+    assert fusion_layers(*fusion.masked(stored, 'knockout', 'single')).layers == (1,)
+    with pytest.raises(ValueError, match="'scope' holds"): fusion_layers(*fusion.masked(stored, 'knockout'))
+
+def test_the_same_seed_gives_the_same_statement():
+    curve, base = samples([.9, .3, .85, .9])
+    a, b, c = (fusion_layers(curve, base, seed=s).table for s in (0, 0, 1))
+    assert a.equals(b) and not a.equals(c)
+
+# review
+
+def test_review_layer_by_construction():
+    late = (.1, .1, .1, .1, .5, .5, .9, .9, .3, .9)
+    found = review_layer(table(*late), .9, n=500)
+    assert found.layers == (8,) and found.dip[0] == pytest.approx(2/3) and found.dip[1] < 2/3 < found.dip[2] and found.confidence[8] > .99
+    assert review_layer(table(*late[:-1]), .9, n=500).layers == (8,)                    # the base stands behind the last layer
+    assert review_layer(table(.9, .9, .2, .9, .9, .9, .9, .9), .9, n=500).layers == ()   # a dip, but early
+    assert review_layer(table(.1, .1, .1, .1, .1, .2, .1, .2), .9, n=500).layers == ()   # late, but nothing had recovered
+    assert review_layer(table(*[.9]*7, .2, .2, .9), .9, n=500).layers == ()              # not isolated
+
+def test_noise_is_no_review_layer():
+    assert sum(bool(review_layer(*samples([.9]*20, n=60, seed=s)).layers) for s in range(20)) == 0
+
+# the public logs
+
+@pytest.mark.parametrize('model, review', [('LLaVA-1.5-7B', (29,)), ('LLaVA-1.6-vicuna-7B', (29,)), ('Qwen2-VL-7B', ()), ('Qwen2.5-VL-7B', ())])
+def test_review_layer_of_real_models(logs, model, review):
+    curve, base, kw = logs(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert review_layer(curve, base, rule='paper', **kw).layers == review
+
+@pytest.mark.parametrize('model', ['LLaVA-1.5-7B', 'LLaVA-1.6-vicuna-7B'])
+@pytest.mark.parametrize('n', [1000, None])
+def test_fusion_layers_of_real_models(logs, model, n):
+    curve, base, kw = logs(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        found = fusion_layers(curve, base, how='zero', rule='paper', **kw | dict(n=n))
+    relative = (curve.accuracy/curve.dataset.map(base)).groupby(curve.layer).mean()
+    assert 0 < len(found.layers) <= 10 and max(found.layers) <= .6*32
+    assert jaccard(found.layers, PAPER) > max(jaccard(range(18), PAPER), jaccard(relative.nsmallest(8).index, PAPER))
+
+def test_rows_of_layers_that_do_not_exist(logs):
+    curve, base, kw = logs('Qwen2-VL-7B')
+    with pytest.raises(ValueError, match='layer 31 does not exist in a model of 28 decoder layers'):
+        review_layer(pd.concat([curve, curve.tail(1).assign(layer=31)]), base, **kw)

@@ -1,0 +1,86 @@
+"The house: one truth in settings.ini and pyproject.toml, exact versions, notebooks that papermill and nbdev can both work with"
+import configparser, json, re, shutil, subprocess, tomllib
+from pathlib import Path
+import pytest
+import fusion_notebooks
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
+pyproject = lambda folder=ROOT: tomllib.loads((folder/'pyproject.toml').read_text())
+
+@pytest.fixture
+def migrated(tmp_path):
+    "pyproject.toml as nbdev makes it of settings.ini, on a copy"
+    from nbdev.migrate import nbdev_migrate_config
+    shutil.copy(ROOT/'settings.ini', tmp_path)
+    (tmp_path/'fusion_notebooks').mkdir()
+    nbdev_migrate_config(str(tmp_path))
+    return pyproject(tmp_path), (tmp_path/'fusion_notebooks/__init__.py').read_text()
+
+def test_pyproject_says_what_settings_say(migrated):
+    want, init = migrated
+    got = pyproject()
+    tags = got['tool']['nbdev'].pop('allowed_cell_metadata_keys')
+    assert tags == ['tags'] and got['tool']['nbdev'] == want['tool']['nbdev']
+    want, got = want['project'], got['project']
+    assert got.pop('version') == fusion_notebooks.__version__ and f'"{fusion_notebooks.__version__}"' in init
+    assert want.pop('dynamic') == ['version']
+    want['authors'] = [{k: v for k, v in a.items() if v} for a in want['authors']]
+    want['urls'] = {k: v for k, v in want['urls'].items() if v}
+    for p in (want, got): p['classifiers'] = sorted(p['classifiers'])
+    assert {k: v for k, v in want.items() if v} == got
+
+def test_constraints_are_exact_and_cover_the_requirements():
+    lines = [l for l in (ROOT/'constraints.txt').read_text().splitlines() if not l.startswith('#')]
+    assert all(re.fullmatch(r'[A-Za-z0-9._-]+==[A-Za-z0-9.]+', l) for l in lines)
+    names = {re.split('==', l)[0].lower().replace('_', '-') for l in lines}
+    project = pyproject()['project']
+    asked = {re.split('[<>=]', r)[0].lower().replace('_', '-') for r in project['dependencies'] + project['optional-dependencies']['dev']}
+    assert asked <= names and 'fusion-notebooks' not in names
+
+def test_citation_and_licence():
+    text = (ROOT/'CITATION.cff').read_text()
+    assert f'version: {fusion_notebooks.__version__}' in text and '2601.08151' in text
+    assert 'Apache License' in (ROOT/'LICENSE').read_text() and 'END OF TERMS AND CONDITIONS' in (ROOT/'LICENSE').read_text()
+
+def test_no_module_imports_a_higher_number():
+    numbers = {p.stem[3:]: int(p.stem[:2]) for p in NOTEBOOKS if p.stem[:2].isdigit()}
+    for name, number in numbers.items():
+        code = (ROOT/f'fusion_notebooks/{name}.py').read_text()
+        used = set(re.findall(r'^\s*from fusion_notebooks\.(\w+) import', code, re.M))
+        for names in re.findall(r'^\s*from fusion_notebooks import (.+)$', code, re.M): used |= set(re.findall(r'\w+', names))
+        assert all(numbers[u] < number for u in used if u in numbers), f'{name} imports {used}'
+
+@pytest.mark.parametrize('name', ['fusion', 'metrics', 'results', 'plots'])
+def test_rooms_without_torch(name):
+    import sys
+    code = f'import sys, fusion_notebooks.{name}; sys.exit("torch" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+def test_command_line_answers_without_torch():
+    import sys
+    code = 'import sys\nfrom fusion_notebooks.cli import main\ntry: main(["--help"])\nexcept SystemExit: sys.exit("torch" in sys.modules or "pandas" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code], stdout=subprocess.DEVNULL).returncode == 0
+
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.parent.name == 'analyses'], ids=lambda p: p.stem)
+def test_parameters_tag_survives_cleaning(path, tmp_path, monkeypatch):
+    import papermill as pm
+    from nbdev.clean import nbdev_clean
+    shutil.copy(ROOT/'pyproject.toml', tmp_path); shutil.copy(path, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert {'model', 'settings', 'quick'} <= set(pm.inspect_notebook(path.name))
+        nbdev_clean(path.name)
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_imports_stand_alone(path):
+    "The documentation executes mixed cells, so an import shares its cell with nothing else"
+    for cell in json.loads(path.read_text())['cells']:
+        lines = [l for l in ''.join(cell['source']).splitlines() if l.strip() and not l.startswith(('#', '%'))] if cell['cell_type'] == 'code' else []
+        imports = [l for l in lines if re.match(r'(import|from \S+ import) ', l)]
+        assert not imports or len(imports) == len(lines), f'{path.name}: {lines[:3]}'
+
+def test_settings_hold_the_study():
+    ini = configparser.ConfigParser(default_section='', interpolation=None)
+    ini.read(ROOT/'settings.ini')
+    assert set(ini.sections()) == {'DEFAULT', 'study', 'limits', 'quick'}

@@ -1,0 +1,108 @@
+"Figures: what they say (titles, n, intervals, geometry), and files that only change when the picture does"
+import json
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+import matplotlib.pyplot as plt
+from PIL import Image
+from fusion_notebooks import plots
+from fusion_notebooks.fusion import Layers
+
+rng = np.random.default_rng(0)
+
+def masked(hows=('zero', 'swap', 'knockout'), layers=6, n=20):
+    rows = [dict(model='m', sample=s, layer=i, how=h, scope='single', score=float(rng.random() < .5), logp=-rng.random()) for h in hows for i in range(layers) for s in range(n)]
+    return pd.DataFrame(rows + [dict(model='m', sample=s, layer=-1, how='none', scope='', score=1., logp=-.01) for s in range(n)])
+
+def texts(fig): return ' '.join(t.get_text() for t in fig.findobj(plt.Text))
+
+def inside(fig):
+    "No text reaches over the figure's edge"
+    (canvas := FigureCanvasAgg(fig)).draw()
+    box, (w, h) = fig.get_tightbbox(canvas.get_renderer()), fig.get_size_inches()
+    return box.x0 > -.02 and box.y0 > -.02 and box.x1 < w + .02 and box.y1 < h + .02
+
+@pytest.fixture
+def picture(): return Image.fromarray(rng.integers(0, 255, (60, 100, 3), dtype='uint8'))
+
+def test_masking_says_what_it_shows():
+    table = masked()
+    fig = plots.masking(table, Layers((1, 3), {}, None), 5)
+    left, right = fig.axes
+    assert 'n = 20 questions' in texts(fig) and 'fusion layers 1, 3' in texts(fig) and 'review layer 5' in texts(fig) and 'nats' in right.get_ylabel() and '%' in left.get_ylabel()
+    line = next(l for l in left.lines if l.get_label().startswith('zero'))
+    assert np.allclose(line.get_ydata(), 100*table[table.how == 'zero'].groupby('layer').score.mean())
+    assert len(left.collections) == 3 and inside(fig)                                          # one band per semantic
+    both = pd.concat([table, table[table.how == 'knockout'].assign(scope='from')])
+    assert {'knockout (at the layer)', 'knockout (from the layer on)', 'swap (from the layer on)'} <= {l.get_label() for l in plots.masking(both).axes[0].lines}
+    assert isinstance(plots.masking(table[table.layer <= 0]), Figure)                               # one layer only
+    assert 'fusion layers' not in texts(plots.masking(table, Layers((), {}, None), ()))
+    curve = pd.DataFrame(dict(layer=range(4), how='zero', accuracy=[1., 2, 3, 40.]))                # a curve without n, base and interval
+    assert 'n not stated' in texts(plots.masking(curve)) and len(plots.masking(curve).axes) == 1
+
+def test_profiles():
+    table = pd.DataFrame([dict(model='m', sample=s, layer=i, evidence=rng.random(), chance=.25, hellinger=rng.random(), noise=s/64) for s in range(9) for i in range(4)])
+    evidence, hellinger, noise = plots.evidence(table), plots.hellinger(table), plots.noise(table)
+    assert evidence.axes[0].lines[1].get_ydata()[0] == .25 and 'chance' in texts(evidence)
+    assert all('n = 9 questions' in texts(f) and inside(f) for f in (evidence, hellinger, noise))
+    assert f'mean {100*4/64:.2f} %' in texts(noise) and isinstance(plots.noise(table.assign(noise=0.)), Figure)
+
+def test_early_exit_takes_the_last_layer_as_base():
+    table = pd.DataFrame([dict(sample=s, layer=i, score=float(i > 2 and s > 1), first_score=float(i > 1)) for s in range(8) for i in range(5)])
+    fig = plots.early_exit(table)
+    assert next(l for l in fig.axes[0].lines if l.get_label() == 'whole model').get_ydata()[0] == 75 and inside(fig)
+
+def test_refine_is_paired():
+    score = rng.random(100) < .6
+    table = pd.concat([pd.DataFrame(dict(sample=range(100), kind=np.repeat(['a', 'b'], 50), method=m, score=s.astype(float))) for m, s in (('crop', score | (np.arange(100) < 10)), ('base', score), ('mask', score))])
+    fig = plots.refine(table)
+    assert [a.get_title() for a in fig.axes] == ['all (n = 100)', 'a (n = 50)', 'b (n = 50)'] and inside(fig)
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ['base', 'mask', 'crop']
+    bar = [l.get_xdata() for l in fig.axes[0].lines if len(l.get_xdata()) == 2 and l.get_linestyle() == '-']
+    assert bar[1][0] > 100*score.mean()                                             # unpaired, ± 10 points would not tell
+    assert len(plots.refine(table, kinds=()).axes) == 1
+    with pytest.raises(ValueError, match="no rows of method 'base'"): plots.refine(table[table.method != 'base'])
+
+def test_maps_lie_over_the_union_of_their_tokens(picture):
+    boxes = [(20 + 15*x, 15*y, 35 + 15*x, 15 + 15*y) for y in range(4) for x in range(4)]
+    fig = plots.attention_maps(picture, rng.random((3, 16)), (4, 4), boxes=boxes, box=(30, 10, 50, 40))
+    image, overlay = fig.axes[0].images
+    assert overlay.get_extent() == [20, 80, 60, 0] and image.get_extent() == [0, 100, 60, 0]
+    assert [r.get_bbox().bounds for r in fig.axes[0].findobj(Rectangle) if r is not fig.axes[0].patch][-1] == (30, 10, 20, 30)
+    assert np.mean(overlay.get_array()) == pytest.approx(1)                             # multiples of uniform
+    assert [a.get_title() for a in plots.attention_maps(picture, np.ones((30, 16)), (4, 4)).axes[:8]][-1] == 'layer 29'
+    for wrong in (dict(grid_shape=(3, 4)), dict(grid_shape=(4, 4), layers=[3])):
+        with pytest.raises(ValueError): plots.attention_maps(picture, rng.random((3, 16)), **wrong)
+
+def test_ask_and_examples_leave_text_alone(picture):
+    early, late = rng.random((2, 4, 4))
+    fig = plots.ask(picture, early, late, late - early, (10, 10, 40, 30), question='$5 or $6_x$?', before='a^b', after='$', layers=(2, 5))
+    assert len(fig.axes) == 5 and r'\$5 or \$6_x\$?' in texts(fig) and 'layer 2 (pre-fusion)' in texts(fig) and inside(fig)
+    assert len(plots.ask(picture, early, late, late - early).axes) == 4
+    rows = pd.DataFrame([dict(image=picture, question='q', base='$1', refined='2', box=[1, 2, 30, 40]), dict(image=picture, question='q', base='1', refined='2', box=None)])
+    fig = plots.refine_examples(rows)
+    assert len(fig.axes) == 4 and inside(fig)
+    with pytest.raises(ValueError, match='no row'): plots.refine_examples([])
+
+def test_save_leaves_equal_pixels_alone(tmp_path):
+    table, stamp = masked(), dict(seed=0, commit='a')
+    draw = lambda t=table: plots.masking(t)
+    state = lambda: {f.name: f.read_bytes() for f in sorted(tmp_path.iterdir())}
+    plots.save(draw(), tmp_path, 'masking', stamp, table)
+    first = state()
+    assert sorted(first) == ['masking.csv', 'masking.json', 'masking.pdf', 'masking.png']
+    with Image.open(tmp_path/'masking.png') as png: assert json.loads(first['masking.json']) == stamp == json.loads(png.info['Description'])
+    assert b'CreationDate' not in first['masking.pdf'] and b'"commit": "a"' in first['masking.pdf']
+    plots.save(draw(), tmp_path, 'masking', stamp | dict(commit='b'), table)
+    assert state() == first
+    for f in tmp_path.iterdir(): f.unlink()
+    plots.save(draw(), tmp_path, 'masking', stamp, table)
+    assert state() == first                                                          # the same bytes from nothing
+    (tmp_path/'masking.png').write_bytes(first['masking.png'][:500])
+    plots.save(draw(), tmp_path, 'masking', stamp, table)
+    assert state() == first                                                          # half a file is written again
+    plots.save(draw(masked(hows=('zero',))), tmp_path, 'masking', stamp | dict(commit='c'), table)
+    assert all(state()[f'masking.{e}'] != first[f'masking.{e}'] for e in ('png', 'pdf', 'json'))

@@ -1,0 +1,181 @@
+"The study on a tiny untrained model: what is there is never computed again, what breaks is said and stops nothing else"
+import json, shutil
+from pathlib import Path
+import numpy as np, pandas as pd, pytest
+from fusion_notebooks import study
+from fusion_notebooks.results import Store
+
+ROOT = Path(__file__).parents[1]
+INI = '''[study]
+models = {model}
+analyses = masking attention early_exit refine
+results = results
+runs = runs
+figures = figures
+[limits]
+calibration = 2
+evaluation = 2
+[quick]
+evaluation = 1
+results = runs/quick/results
+runs = runs/quick
+figures = runs/quick/figures
+'''
+
+@pytest.fixture(scope='session')
+def model_folder(tmp_path_factory):
+    "A saved model of four layers in which every token ends the answer"
+    from fusion_notebooks import demo
+    model, processor = demo.make_model(layers=4)
+    model.generation_config.eos_token_id = list(range(model.config.text_config.vocab_size))
+    folder = tmp_path_factory.mktemp('models')/'tiny'
+    model.save_pretrained(folder); processor.save_pretrained(folder)
+    return folder
+
+@pytest.fixture
+def ini(tmp_path, model_folder):
+    (tmp_path/'settings.ini').write_text(INI.format(model=model_folder))
+    return tmp_path/'settings.ini'
+
+@pytest.fixture(scope='session')
+def shared(tmp_path_factory, model_folder):
+    "Settings whose rows are computed once for all tests that only read"
+    folder = tmp_path_factory.mktemp('study')
+    (folder/'settings.ini').write_text(INI.format(model=model_folder))
+    return study.read_settings(folder/'settings.ini')
+
+# settings
+
+def test_settings_of_the_repository():
+    s, q = study.read_settings(ROOT/'settings.ini'), study.read_settings(ROOT/'settings.ini', quick=True)
+    assert s.models == ('glyph-llava',) and s.results == ROOT/'data/results' and set(s.analyses) <= set(study.notebooks(s)) and set(s.analyses) <= set(study.ANALYSES)
+    assert q.evaluation < s.evaluation and all(ROOT/'data/runs/quick' in (p/'x').parents for p in (q.results, q.runs, q.figures))
+
+@pytest.mark.parametrize('old, new, said', [
+    ('[limits]', 'modles = x\n[limits]', "unknown key 'modles' in [study]; known: models, benchmarks, analyses"),
+    ('evaluation = 2', 'evaluations = 2', "unknown key 'evaluations' in [limits]; known: calibration, evaluation"),
+    ('evaluation = 1', 'evaluations = 1', "unknown key 'evaluations' in [quick]; known: models"),
+    ('attention ', 'atention ', "unknown analyses 'atention' in [study]; known: attention, early_exit, masking, refine"),
+    ('[limits]', '[limit]', 'unknown section [limit]; known: study, limits, quick'),
+    ('evaluation = 2', 'evaluation = many', 'evaluation = many must be a whole number above 0'),
+    ('[study]', 'models', 'cannot be read'),
+    ('[study]', '[study]\nbenchmarks = gqa', "unknown benchmarks 'gqa' in [study]; known: glyph")])
+def test_what_is_misspelt_is_said(ini, old, new, said):
+    text = ini.read_text()
+    assert old in text
+    ini.write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError) as e: study.read_settings(ini)
+    assert said in str(e.value) and '\n' not in str(e.value)
+
+def test_settings_are_found_from_below(ini, monkeypatch):
+    (ini.parent/'a/b').mkdir(parents=True)
+    monkeypatch.chdir(ini.parent/'a/b')
+    assert study.find_settings() == ini
+    with pytest.raises(FileNotFoundError, match='No settings at elsewhere.ini'): study.find_settings('elsewhere.ini')
+
+# require
+
+def test_only_missing_rows_are_computed(shared, model_folder, monkeypatch):
+    got = study.require('attention', str(model_folder), settings=shared)
+    assert len(got) == 8*4 and got['sample'].nunique() == 8 and set(got.split) == {'evaluation'} and set(got.kind) == {'fine', 'colour', 'shape', 'relation'}
+    monkeypatch.setattr(study, 'load', lambda where: pytest.fail('a model was loaded though every row was there'))
+    again = study.require('attention', str(model_folder), settings=shared)
+    pd.testing.assert_frame_equal(got, again)
+
+def test_interrupted_work_is_kept(ini, model_folder, monkeypatch):
+    s, real, seen = study.read_settings(ini), study.ANALYSES['attention'], []
+    monkeypatch.setattr(study, 'CHUNK', 2)
+    def dies(mllm, samples, **kw):
+        if len(seen) == 2: raise KeyboardInterrupt
+        seen.append(len(samples))
+        return real[0](mllm, samples, **kw)
+    monkeypatch.setitem(study.ANALYSES, 'attention', (dies, *real[1:]))
+    with pytest.raises(KeyboardInterrupt): study.require('attention', str(model_folder), settings=s)
+    assert Store(s.results).read()['sample'].nunique() == 4
+    done = {f.name: f.stat().st_mtime_ns for f in s.results.iterdir()}
+    monkeypatch.setitem(study.ANALYSES, 'attention', real)
+    assert study.require('attention', str(model_folder), settings=s)['sample'].nunique() == 8
+    assert done.items() <= {f.name: f.stat().st_mtime_ns for f in s.results.iterdir()}.items()
+
+def test_other_weights_are_other_rows(ini, model_folder, tmp_path):
+    other = tmp_path/'models/tiny'
+    shutil.copytree(model_folder, other)
+    assert study.revision(other) == study.revision(model_folder)
+    weights = other/'model.safetensors'
+    data = bytearray(weights.read_bytes()); data[-1] ^= 1; weights.write_bytes(data)
+    assert study.revision(other) != study.revision(model_folder)
+
+def test_the_key_holds_what_is_asked(shared, model_folder):
+    a, b = (study.draw('glyph', split, 1) for split in ('calibration', 'evaluation'))
+    assert not {x.id for x in a} & {x.id for x in b} and study._content(a) != study._content(b)
+    keys, _ = study._units('masking', str(model_folder), 'glyph', 'evaluation', None, shared, True)
+    assert {'revision', 'samples', 'content', 'code', 'package', 'transformers', 'torch', 'hows', 'strength', 'seed'} <= set(keys[0])
+
+def test_unknown_names(shared, model_folder):
+    for kw, said in ((dict(analysis='x'), 'No analysis'), (dict(analysis='masking', split='test'), 'No split'), (dict(analysis='masking', benchmark='gqa'), 'No benchmark')):
+        with pytest.raises(ValueError, match=said): study.require(**dict(model=str(model_folder), settings=shared) | kw)
+    with pytest.raises(ValueError, match="No model 'nosuch'"): study.require('masking', 'nosuch', settings=shared)
+
+# rows
+
+def test_every_semantic_at_every_layer(shared, model_folder):
+    rows = study.require('masking', str(model_folder), settings=shared)
+    assert len(rows) == 8*(1 + 5*4) and not rows.duplicated(['sample', 'layer', 'how', 'scope']).any()
+    assert (rows[rows.how == 'none'].layer == -1).all() and set(rows.how) == {'none', *study.HOWS}
+
+def test_base_is_the_same_in_every_analysis(shared, model_folder):
+    masking, refine, early = (study.require(a, str(model_folder), settings=shared) for a in ('masking', 'refine', 'early_exit'))
+    base = masking[masking.how == 'none'].set_index('sample')
+    plain, last = refine[refine.method == 'base'].set_index('sample'), early[early.layer == 3].set_index('sample')
+    assert (base.prediction == plain.prediction.reindex(base.index)).all() and (base.prediction == last.prediction.reindex(base.index)).all()
+    np.testing.assert_allclose(base.logp, plain.logp.reindex(base.index), atol=1e-4)
+
+def test_refine_uses_what_calibration_found(shared, model_folder):
+    c = study.calibrate(str(model_folder), settings=shared)
+    assert c.n == 8 and c.n_layers == 4
+    c.fusion['knockout'].layers = (0, 1, 2, 3)
+    assert c.candidates == [0, 1] and c.review is None            # the mask reads at layer 2 and acts on layer 3
+    c.reviews['zero'].layers = (2,)
+    assert c.review == 2 and c.candidates == [0]
+    rows = study.require('refine', str(model_folder), settings=shared)
+    assert set(rows.method) == set(study.METHODS) and (rows[rows.method == 'crop-oracle'].hit == 1).all()
+
+def test_findings_come_with_interval_and_n(shared, model_folder):
+    found = study.findings(str(model_folder), settings=shared, compute=True)
+    numbers = found[found.value.notna() & found.finding.ne('chance')]
+    assert set(found.analysis) == set(study.FINDINGS) and numbers[['low', 'high', 'n']].notna().all(axis=None)
+    assert ((numbers.low <= numbers.value) & (numbers.value <= numbers.high)).all()
+    assert found.finding.eq('crop − crop-late').any() and len(study.say(found).splitlines()) < 40
+
+# run
+
+def test_run_goes_on_after_failures_and_reports_them(ini, model_folder, monkeypatch, capsys):
+    folder = ini.parent/'nbs/analyses'
+    shutil.copytree(ROOT/'nbs/analyses', folder, ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
+    untagged = json.loads((folder/'masking.ipynb').read_text())
+    for c in untagged['cells']: c['metadata'].pop('tags', None)
+    (folder/'masking.ipynb').write_text(json.dumps(untagged))
+    broken = json.loads((folder/'early_exit.ipynb').read_text())
+    broken['cells'][-1]['source'] = 'raise RuntimeError("a cell broke\\nbadly")'
+    (folder/'early_exit.ipynb').write_text(json.dumps(broken))
+
+    report = study.run(ini, quick=True, models=[str(model_folder), 'nosuch'], analyses=['masking', 'early_exit', 'attention'])
+    said = capsys.readouterr()
+    assert report.code == 1 and report.done == [('tiny', 'attention')]
+    assert report.failed['tiny', 'masking'].startswith("masking.ipynb has no cell tagged 'parameters'")
+    assert report.failed['tiny', 'early_exit'] == 'RuntimeError: a cell broke badly' and "No model 'nosuch'" in report.failed['nosuch', 'nosuch']
+    assert 'Traceback' not in said.err and said.err.count('FAILED') == 3 and 'figures and summary.csv' in said.out
+    quick = ini.parent/'runs/quick'
+    assert (quick/'figures/tiny/attention-evidence.png').exists() and (quick/'figures/tiny/attention-evidence.pdf').exists() and (quick/'tiny/attention.ipynb').exists()
+    assert {p.name for p in ini.parent.iterdir()} == {'settings.ini', 'nbs', 'runs'}
+
+    import papermill                                              # again: nothing is run that stands; rows or figures that are gone bring it back
+    ran, real = [], papermill.execute_notebook
+    monkeypatch.setattr(papermill, 'execute_notebook', lambda nb, *a, **kw: (ran.append(Path(nb).stem), real(nb, *a, **kw)))
+    assert study.run(ini, quick=True, analyses=['attention']).code == 0 and ran == []
+    (quick/'figures/tiny/attention-evidence.png').unlink()
+    assert study.run(ini, quick=True, analyses=['attention']).code == 0 and ran == ['attention']
+    assert (quick/'figures/tiny/attention-evidence.png').exists()
+
+def test_nothing_but_bad_input_is_exit_code_two(ini):
+    assert study.run(ini, models=['nosuch']).code == 2
