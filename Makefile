@@ -3,6 +3,8 @@
 .PHONY: demo test study lab readme
 .DELETE_ON_ERROR:
 
+SHELL := bash
+.SHELLFLAGS := -eo pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -13,15 +15,18 @@ study: .venv/installed
 	$(BIN)/fusion study
 
 test: .venv/installed
-	$(BIN)/nbdev-test --n-workers 2
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lab: .venv/installed
 	$(BIN)/jupyter lab nbs
 
-# README.md is nbs/index.ipynb as Markdown; its pictures are named as seen from the notebook, one folder further down
+# README.md is nbs/index.ipynb as Markdown, with the outputs saved in it (nbdev-test --save nbs/index.ipynb renews them);
+# links start from the notebook's folder there and from the root here, and code cells are marked as Python
 readme: .venv/installed
-	$(BIN)/jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb --stdout | sed 's|\.\./||g' > README.md.tmp
+	$(BIN)/nbdev-clean --fname nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb --stdout \
+	    | awk '/^```/ {if (!open && $$0 == "```") $$0 = "```python"; open = !open} {gsub(/\.\.\//, ""); print}' > README.md.tmp
 	mv README.md.tmp README.md
 
 .venv/installed: pyproject.toml constraints.txt

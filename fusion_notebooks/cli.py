@@ -28,7 +28,7 @@ def ask(a)->int:
     l, right, b, t = grid.extent
     fig = plots.ask(image, *(m.reshape(grid.h, grid.w) for m in (c.early, c.late, c.map)), box=r.box, crop=r.crop, extent=(l, t, right, b),
                     question=a.question, before=r.base.text, after=r.answer.text, layers=(c.pre, c.post))
-    out = Path(a.out or f'{Path(a.image).stem}-{a.refine}.png')
+    out = Path(a.out or f'data/runs/ask/{Path(a.image).stem}-{a.refine}.png')
     print('figure ', plots.save(fig, out.parent, out.stem, mllm.stamp() | dict(question=a.question)))
     return 0
 
@@ -46,7 +46,7 @@ def calibrated(
 def demo_train(a)->int:
     "Train a demo model"
     from fusion_notebooks import demo
-    demo.train(a.name, **{k: v for k, v in dict(device=a.device, folder=a.folder).items() if v})
+    demo.train(a.name, **{k: v for k, v in dict(device=a.device, folder=a.folder, out=a.out).items() if v})
     return 0
 
 def demo_eval(a)->int:
@@ -78,11 +78,12 @@ def parser()->argparse.ArgumentParser:
     c.add_argument('image', metavar='IMAGE')
     c.add_argument('question', metavar='QUESTION')
     c.add_argument('--refine', choices=('crop', 'mask'), default='crop', help='how to refine the answer (default: crop)')
-    c.add_argument('--out', metavar='FIG', help='where the figure goes (default: IMAGE-crop.png here)')
+    c.add_argument('--out', metavar='FIG', help='where the figure goes (default: data/runs/ask/IMAGE-crop.png)')
     demo = sub.add_parser('demo', help='Train or evaluate the demo models').add_subparsers(required=True, metavar='COMMAND')
     c = command(demo, 'train', demo_train)
     c.add_argument('name', metavar='NAME', nargs='?', default='glyph-llava')
-    c.add_argument('--folder', metavar='F', help='where it goes (default: data/models/NAME)')
+    c.add_argument('--out', metavar='F', help='where the model goes (default: data/models/NAME)')
+    c.add_argument('--folder', metavar='F', help='checkpoints and log; an interrupted training goes on from there (default: data/runs/train/NAME)')
     c.add_argument('--device', metavar='D', help='cpu, cuda, …')
     c = command(demo, 'eval', demo_eval)
     c.add_argument('name', metavar='NAME', nargs='?', default='glyph-llava')

@@ -79,7 +79,7 @@ def box_around(
     left, top = (round(min(max(c - side/2, 0), n - side)) for c, n in zip(centre, size))
     return left, top, left + side, top + side
 
-# %% ../nbs/04_contrast.ipynb #c012
+# %% ../nbs/04_contrast.ipynb #c013
 @dataclass
 class Refined:
     "An answer before and after"

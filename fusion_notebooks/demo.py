@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'DIGITS', 'LETTERS', 'PLACES', 'DIRECTIONS', 'PICTURE', 'VIEW', 'PATCH', 'FIRST_SEED',
            'TEMPLATES', 'KINDS', 'CHAT', 'SUFFIX', 'STAGES', 'MODELS', 'Thing', 'layout', 'picture', 'Question', 'ask',
-           'describe', 'square', 'make_tokenizer', 'make_model', 'pack', 'packed_loss', 'random_crop', 'make_pool',
-           'fit', 'Recipe', 'Trainer', 'stream', 'samples', 'best_blind', 'evaluate', 'reading_depth', 'save_model',
-           'write_card', 'train']
+           'square', 'make_tokenizer', 'make_model', 'pack', 'packed_loss', 'random_crop', 'make_pool', 'fit', 'Recipe',
+           'Trainer', 'stream', 'samples', 'best_blind', 'evaluate', 'reading_depth', 'save_model', 'write_card',
+           'train']
 
 # %% ../nbs/09_demo.ipynb #c003
 import json, math, os, time
@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .mllm import Sample
 from .hooks import capture, edit
 from .fusion import evidence_mass, evidence_share
@@ -68,7 +68,7 @@ def layout(
         slack = (PICTURE/3 - size)/2
         centre = tuple(float(round((k + .5)*PICTURE/3 + rng.uniform(-slack, slack))) for k in (cell % 3, cell // 3))
         char = rng.choice(list(DIGITS if rng.random() < .6 else LETTERS))
-        things.append(Thing(list(COLOURS)[pair // 6], SHAPES[pair % 6], str(char), int(cell), centre, size, int(rng.integers(15, 46))))
+        things.append(Thing(list(COLOURS)[pair // 6], SHAPES[pair % 6], str(char), int(cell), centre, size, int(rng.integers(22, 53))))
     return things, cells[n:n + rng.integers(1, 4)].tolist()
 
 # %% ../nbs/09_demo.ipynb #c007
@@ -176,20 +176,7 @@ def ask(
     sort = thing.sort if attribute == 'char' else attribute
     return Question(kind, f'{sort}-{k}', text, getattr(thing, attribute), thing.box)
 
-# %% ../nbs/09_demo.ipynb #c010
-def describe(
-    things:list, # the scene's things
-    rng:np.random.Generator, # order and wording
-)->str: # one clause per thing
-    "The scene in words: what the language model reads before it ever sees a picture"
-    parts = []
-    for i in rng.permutation(len(things)):
-        t = things[i]
-        forms = (f'{t.colour} {t.shape} {t.char} {PLACES[t.cell]}', f'{PLACES[t.cell]} {t.colour} {t.shape} {t.char}', f'{t.char} on {t.colour} {t.shape} at the {PLACES[t.cell]}')
-        parts.append(forms[rng.integers(3)])
-    return ', '.join(parts)
-
-# %% ../nbs/09_demo.ipynb #c012
+# %% ../nbs/09_demo.ipynb #c011
 def square(
     box:tuple, # (left, top, right, bottom), pixels
     margin:float=.25, # added on each side, as a share of the longer side
@@ -201,7 +188,7 @@ def square(
     left, top = (round(min(max(v, 0), b - side)) for v, b in zip((left, top), bounds))
     return (left, top, left + round(side), top + round(side))
 
-# %% ../nbs/09_demo.ipynb #c014
+# %% ../nbs/09_demo.ipynb #c013
 CHAT = ("{% for m in messages %}{% if m['role'] == 'user' %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% endif %}{% endfor %}"
         "{% for c in m['content'] %}{% if c['type'] == 'text' %}\n{{ c['text'] }}{% endif %}{% endfor %}\n"
         "{% else %}ASSISTANT: {{ m['content'][0]['text'] }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
@@ -213,7 +200,7 @@ def make_tokenizer():
     rng, texts = np.random.default_rng(0), []
     for seed in range(2000):
         things, _ = layout(seed)
-        texts += [f'USER: {describe(things, rng)}'] + [f'{q.text}\nASSISTANT: {q.answer}' for k in KINDS if (q := ask(things, k, rng))]
+        texts += [f'USER: {q.text}\nASSISTANT: {q.answer}' for k in KINDS if (q := ask(things, k, rng))]
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
@@ -232,22 +219,25 @@ def make_model(
     tok = make_tokenizer()
     vision = CLIPVisionConfig(hidden_size=192, intermediate_size=576, num_hidden_layers=5, num_attention_heads=6, image_size=VIEW, patch_size=PATCH, projection_dim=192)
     text = LlamaConfig(vocab_size=len(tok), hidden_size=192, intermediate_size=512, num_hidden_layers=layers, num_attention_heads=6, num_key_value_heads=6,
-                       max_position_embeddings=1024, bos_token_id=0, eos_token_id=1, pad_token_id=2, tie_word_embeddings=False)
+                       max_position_embeddings=1024, bos_token_id=0, eos_token_id=1, pad_token_id=2, tie_word_embeddings=True)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=tok.image_token_id, vision_feature_layer=-1, vision_feature_select_strategy='default',
-                         image_seq_length=(VIEW//PATCH)**2, tie_word_embeddings=False)
+                         image_seq_length=(VIEW//PATCH)**2, tie_word_embeddings=True)
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():                                              # the default 0.02 is meant for widths of thousands
+        for name, p in model.get_decoder().named_parameters():
+            if p.ndim == 2: p.normal_(0, .1 if 'embed' in name else .05)
     model.generation_config.update(bos_token_id=0, eos_token_id=1, pad_token_id=2)
     images = CLIPImageProcessor(size=dict(shortest_edge=VIEW), crop_size=dict(height=VIEW, width=VIEW))
     return model, LlavaProcessor(images, tok, patch_size=PATCH, vision_feature_select_strategy='default', image_token='<image>', num_additional_image_tokens=1, chat_template=CHAT)
 
-# %% ../nbs/09_demo.ipynb #c016
+# %% ../nbs/09_demo.ipynb #c015
 SUFFIX = '\nASSISTANT:'
 
-def _draw_questions(things, rng, n):
+def _draw_questions(things, rng, n, shares=(.3, .15, .15, .4)):
     got = []
     while len(got) < n:
-        q = ask(things, KINDS[rng.choice(4, p=(.3, .15, .15, .4))], rng)
+        q = ask(things, KINDS[rng.choice(4, p=shares)], rng)
         if q is None: q = ask(things, 'fine', rng)
         got.append(q)
     return got
@@ -258,8 +248,9 @@ def pack(
     questions:list, # of lists of `Question`, one list per scene
     rng:np.random.Generator|None=None, # draws where looking is dropped; None drops nothing
     layers:int=8, # decoder layers
-    drop:tuple=(.5, .6, .04), # chance that: only suffix rows may look; looking starts at layer 1-3; nothing is seen
-)->dict: # ids, positions (B, N) · mask (B, 1, N, N) · blind (B, N), first layer at which a row may look · targets (B, N), -100 where not scored
+    drop:tuple=(.3, .03), # chance that only the suffix rows may look, and that nothing is seen at all
+    late:tuple=(.1, .1, .4, .4), # chance that looking starts at layer 0, 1, 2, 3
+)->dict: # ids, positions (B, N) · mask (B, 1, N, N) · blind (B, N), first layer at which a row may look · targets (B, N) answers
     "Put the questions of each scene behind its prefix so that none can read another"
     rows = []
     suffix = tok(SUFFIX, add_special_tokens=False).input_ids
@@ -269,13 +260,13 @@ def pack(
         for j, (q, a) in enumerate(zip(texts[:len(qs)], texts[len(qs):]), 1):
             a = a + [tok.eos_token_id]
             piece = q + suffix + a[:-1]
-            late = only_suffix = 0
+            start = only_suffix = 0
             if rng is not None:
-                only_suffix, early, none = rng.random(3) < drop
-                late = layers if none else rng.integers(1, 4) if early else 0
-                only_suffix = layers if only_suffix else late
+                only_suffix, none = rng.random(2) < drop
+                start = layers if none else int(rng.choice(len(late), p=late))
+                only_suffix = layers if only_suffix else start
             ids += piece; block += [j]*len(piece); pos += range(len(prefix), len(prefix) + len(piece))
-            blind += [max(only_suffix, late)]*len(q) + [late]*(len(piece) - len(q))
+            blind += [max(only_suffix, start)]*len(q) + [start]*(len(piece) - len(q))
             target += [-100]*(len(piece) - len(a)) + a
         rows.append((ids, pos, block, blind, target))
     N = max(len(r[0]) for r in rows)
@@ -309,9 +300,10 @@ def packed_loss(
     at = batch['targets'] != -100
     logits, gold = model.get_output_embeddings()(h[at]).float(), batch['targets'][at]
     first = gold != model.config.text_config.eos_token_id
-    return nn.functional.cross_entropy(logits, gold), (logits.argmax(-1) == gold)[first]
+    loss = nn.functional.cross_entropy(logits, gold)
+    return loss, (logits.argmax(-1) == gold)[first]
 
-# %% ../nbs/09_demo.ipynb #c018
+# %% ../nbs/09_demo.ipynb #c017
 def random_crop(things, rng):
     "A random square: most often near some thing, sometimes anywhere"
     side = int(rng.uniform(90, 230))
@@ -320,15 +312,16 @@ def random_crop(things, rng):
     return square((x - side/2, y - side/2, x + side/2, y + side/2), 0)
 
 def _patch_labels(things, box):
-    "(64, 3) colour and shape of the thing under each patch centre and the character that lies on the patch, 0 where there is none"
+    "(64, 4) colour, shape and character of the thing under each patch centre, and the character that lies on the patch itself; 0 where there is none"
     k, half = (np.arange(VIEW//PATCH) + .5)*PATCH/VIEW, PATCH/VIEW/2*(box[2] - box[0])
     x, y = np.meshgrid(box[0] + k*(box[2] - box[0]), box[1] + k*(box[3] - box[1]))
-    out = np.zeros((x.size, 3), 'uint8')
+    out = np.zeros((x.size, 4), 'uint8')
     for t in things:
         inside = ((t.box[0] < x) & (x < t.box[2]) & (t.box[1] < y) & (y < t.box[3])).ravel()
-        out[inside, :2] = 1 + list(COLOURS).index(t.colour), 1 + SHAPES.index(t.shape)
+        char = 1 + (DIGITS + LETTERS).index(t.char)
+        out[inside, :3] = 1 + list(COLOURS).index(t.colour), 1 + SHAPES.index(t.shape), char
         reach = .3*t.font + half                                             # half a glyph and half a patch
-        out[((abs(x - t.glyph[0]) < reach) & (abs(y - t.glyph[1]) < reach)).ravel(), 2] = 1 + (DIGITS + LETTERS).index(t.char)
+        out[((abs(x - t.glyph[0]) < reach) & (abs(y - t.glyph[1]) < reach)).ravel(), 3] = char
     return out
 
 def _train_layout(seed): return layout(seed, least=1 + 2*(seed % 2), most=6 - 3*(seed % 4 == 0))
@@ -345,20 +338,20 @@ def make_pool(
     folder:Path, # where `views.npy` and `labels.npy` are kept
     n:int, # scenes
     workers:int=2, # processes
-)->tuple: # views (n, 3, 96, 96, 3) uint8 and labels (n, 3, 64, 3) uint8, memory-mapped
+)->tuple: # views (n, 3, 96, 96, 3) uint8 and labels (n, 3, 64, 4) uint8, memory-mapped
     "Draw the training pictures, once"
     from concurrent.futures import ProcessPoolExecutor
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     done, k = folder/'done.json', (VIEW//PATCH)**2
     if not (done.exists() and json.loads(done.read_text()) == n):
         views = np.lib.format.open_memmap(folder/'views.npy', 'w+', 'uint8', (n, 3, VIEW, VIEW, 3))
-        labels = np.lib.format.open_memmap(folder/'labels.npy', 'w+', 'uint8', (n, 3, k, 3))
+        labels = np.lib.format.open_memmap(folder/'labels.npy', 'w+', 'uint8', (n, 3, k, 4))
         with ProcessPoolExecutor(workers) as ex:
             for i, (v, l) in enumerate(tqdm(ex.map(_pool_item, range(n), chunksize=64), total=n, desc='draw', mininterval=5)): views[i], labels[i] = v, l
         views.flush(); labels.flush(); done.write_text(json.dumps(n))
     return np.load(folder/'views.npy', mmap_mode='r'), np.load(folder/'labels.npy', mmap_mode='r')
 
-# %% ../nbs/09_demo.ipynb #c019
+# %% ../nbs/09_demo.ipynb #c018
 def _pixels(views, processor, device):
     "(B, 96, 96, 3) uint8 → (B, 3, 96, 96), normalised as the processor does"
     p = processor.image_processor
@@ -378,7 +371,8 @@ def fit(
 )->None:
     "Train with AdamW, warm-up and cosine decay; after an interruption it goes on from the last checkpoint"
     from safetensors.torch import load_file, save_file
-    folder = Path(folder); path = folder/f'{stage}.safetensors'
+    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    path = folder/f'{stage}.safetensors'
     groups = [dict(params=[p for p in m.parameters() if p.requires_grad], lr=r, peak=r) for m, r in zip(modules, lr)]
     opt = torch.optim.AdamW([g for g in groups if g['params']], weight_decay=.01, betas=(.9, .98))
     flat = [p for g in opt.param_groups for p in g['params']]
@@ -407,27 +401,27 @@ def fit(
             bar.set_postfix({k: v for k, v in row.items() if k not in ('stage', 'step', 'seconds')}, refresh=False)
         if (step + 1) % every == 0 or step + 1 == steps: save(step + 1)
 
-# %% ../nbs/09_demo.ipynb #c020
+# %% ../nbs/09_demo.ipynb #c019
 @dataclass
 class Recipe:
     "How a demo model is trained; the defaults are what `data/models/glyph-llava` was trained with"
     seed:int=0 # of weights and of all draws
     scenes:int=20_000 # pictures in the training pool
-    batch:int=32 # pictures per step of `see`
-    scenes_asked:int=16 # scenes per step of the other stages
-    asked:int=8 # questions per scene and step
-    coarse:int=700 # steps of `see` on colour, shape and place only
-    see:int=5000 # steps of the tower, `coarse` included
-    read:int=3000 # steps of the language model on scenes in words
-    curriculum:tuple=(100, 700, 1100, 1300, 1500) # steps at which scenes in words get one thing more
-    free:int=1000 # steps of `read` before looking is dropped
-    align:int=500 # steps of the projector alone
-    join:int=2000 # steps of everything
+    batch:int=32 # pictures per step of the tower
+    scenes_asked:int=16 # scenes per step of the language model
+    asked:int=8 # questions per scene
+    coarse:int=700 # steps of `see` before characters count
+    see:int=5000 # steps of the tower on pictures and crops alike
+    sharpen:int=4000 # further steps, mostly on whole pictures
+    align:int=600 # steps of the projector alone
+    look:int=3000 # steps of the language model under a frozen tower
+    join:int=1000 # steps of everything
+    ready:float=.85 # share of right answers at which `look` adds one more thing to its scenes
 
-STAGES = ("see", "read", "align", "join")
+STAGES = ('see', 'sharpen', 'align', 'look', 'join')
 
 class Trainer:
-    "The four stages of a demo model, in a folder of their own"
+    "The stages of a demo model, in a folder of their own"
     def __init__(self,
         folder:Path, # working folder: pool, checkpoints, log
         recipe:Recipe=None, # how to train
@@ -440,85 +434,96 @@ class Trainer:
         self.model.set_attn_implementation('eager')                    # on CPU its backward takes half the time of SDPA's at these sizes
         self.tok, self.core = self.processor.tokenizer, self.model.model
         torch.manual_seed(self.recipe.seed)
-        self.head = nn.Linear(192, 7 + 7 + 20 + 9).to(device)
+        self.head = nn.Linear(192, 7 + 7 + 20 + 9).to(device)          # colour, shape (0 is neither), character, place
         self.lm = nn.ModuleList([self.core.language_model, self.model.lm_head])
+        self.lesson = nn.Module()                                      # how many things a scene may have, and how well it goes
+        self.lesson.register_buffer('most', torch.tensor(1)); self.lesson.register_buffer('mean', torch.tensor(0.))
+        self.pool, self.patches = None, (VIEW//PATCH)**2
 
-    @property
-    def pool(self):
-        if not hasattr(self, '_pool'): self._pool = make_pool(self.folder/'pool', self.recipe.scenes)
-        return self._pool
+    def run(self):
+        "Every stage in turn; those that are done are loaded"
+        self.pool = make_pool(self.folder/'pool', self.recipe.scenes)
+        self.counts = np.array([len(_train_layout(i)[0]) for i in range(self.recipe.scenes)])
+        for stage in STAGES: getattr(self, stage)()
+
     def rng(self, stage, step): return np.random.default_rng([self.recipe.seed, sum(map(ord, stage)), step])
     def cast(self): return torch.autocast(self.device, torch.bfloat16)
+    def places(self): k = VIEW//PATCH; return torch.tensor([3*(i//k*3//k) + i % k*3//k for i in range(k*k)], device=self.device)
+    def features(self, views): return self.core.vision_tower(_pixels(views, self.processor, self.device), output_hidden_states=True).hidden_states[-1][:, 1:]
+    def draw(self, rng, shares):
+        "A batch of views (pictures and crops in given shares) and what lies on their patches"
+        (views, labels), n = self.pool, self.recipe.batch
+        i, v = np.sort(rng.choice(len(views), n, replace=False)), rng.choice(3, n, p=shares)
+        return views[i, v], torch.from_numpy(labels[i, v].astype('int64')).to(self.device)
 
-    def see(self):
-        "The tower names what lies under each patch: first colour, shape and place, then characters too"
-        r, tower = self.recipe, self.core.vision_tower
-        k = VIEW//PATCH
-        place = torch.tensor([3*(i//k*3//k) + i % k*3//k for i in range(k*k)], device=self.device)
-        views, labels = self.pool
+    def name_patches(self, stage, steps, lr, shares, coarse=0):
+        "The tower names what lies under each patch"
+        ce, place = nn.functional.cross_entropy, self.places().repeat(self.recipe.batch)
         def loss(step):
-            rng = self.rng('see', step)
-            i, v = np.sort(rng.choice(len(views), r.batch, replace=False)), rng.integers(0, 3, r.batch)
-            gold = torch.from_numpy(labels[i, v].astype('int64')).to(self.device)
-            with self.cast(): out = self.head(tower(_pixels(views[i, v], self.processor, self.device), output_hidden_states=True).hidden_states[-1][:, 1:])
-            colour, shape, char, where = out.float().split([7, 7, 20, 9], -1)
-            ce, thing = nn.functional.cross_entropy, gold[..., 2] > 0
-            a = ce(colour.flatten(0, 1), gold[..., 0].flatten()) + ce(shape.flatten(0, 1), gold[..., 1].flatten()) + .2*ce(where.flatten(0, 1), place.repeat(r.batch))
-            c = ce(char[thing], gold[..., 2][thing] - 1)
+            views, gold = self.draw(self.rng(stage, step), shares)
+            with self.cast(): out = self.head(self.features(views))
+            colour, shape, char, where = (x.flatten(0, 1) for x in out.float().split([7, 7, 20, 9], -1))
+            gold = gold.flatten(0, 1)
+            on = gold[:, 3] > 0
+            value = ce(colour, gold[:, 0]) + ce(shape, gold[:, 1]) + .2*ce(where, place) + ce(char[on], gold[on, 3] - 1)*(step >= coarse)
             right = lambda x, y: (x.argmax(-1) == y).float().mean()
-            log = dict(colour=right(colour[thing], gold[..., 0][thing]), shape=right(shape[thing], gold[..., 1][thing]), char=right(char[thing], gold[..., 2][thing] - 1))
-            return a + c*(step >= r.coarse), log
-        fit('see', [tower, self.head], loss, r.see, [2e-3, 2e-3], self.folder)
+            return value, dict(colour=right(colour[on], gold[on, 0]), shape=right(shape[on], gold[on, 1]), char=right(char[on], gold[on, 3] - 1))
+        fit(stage, [self.core.vision_tower, self.head], loss, steps, [lr, lr], self.folder)
 
-    def read(self):
-        "The language model answers questions about scenes described in words"
-        r = self.recipe
-        def loss(step):
-            rng = self.rng('read', step)
-            many = 1 + sum(step >= k for k in r.curriculum)
-            scenes = [layout(int(s), min(3, many), many)[0] for s in rng.integers(0, FIRST_SEED['calibration'], r.scenes_asked)]
-            prefix = self.tok([f'USER: {describe(s, rng)}' for s in scenes]).input_ids
-            qs = [_draw_questions(s, rng, r.asked) for s in scenes]
-            batch = self.to(pack(self.tok, prefix, qs, rng if step >= r.free else None, len(self.lm[0].layers)))
-            seen = torch.zeros_like(batch['ids'], dtype=torch.bool)
-            for b, p in enumerate(prefix): seen[b, 3:len(p)] = True
-            with self.cast(): l, right = packed_loss(self.model, batch, seen)
-            return l, self.by_kind(right, qs)
-        fit('read', [self.lm], loss, r.read, [1e-3], self.folder)
-
-    def to(self, batch): return {k: v.to(self.device) for k, v in batch.items()}
-    def by_kind(self, right, qs):
-        kinds = np.array([q.kind for s in qs for q in s])
-        return dict(right=right.float().mean()) | {k: right.cpu().numpy()[kinds == k].mean() for k in KINDS if (kinds == k).any()}
-
-    def looked(self, stage, step, drop):
-        r, rng = self.recipe, self.rng(stage, step)
-        views, _ = self.pool
-        i, two = np.sort(rng.choice(len(views), r.scenes_asked, replace=False)), rng.random() < .4
-        scenes = [_train_layout(int(s))[0] for s in i]
-        qs = [_draw_questions(s, rng, r.asked) for s in scenes]
-        shown = np.stack([views[i, 0], views[i, rng.integers(1, 3, r.scenes_asked)]], 1) if two else views[i, :1]
-        image = self.tok.convert_tokens_to_ids('<image>')
-        prefix = self.tok('USER: ').input_ids + [image]*(shown.shape[1]*(VIEW//PATCH)**2)
-        batch = self.to(pack(self.tok, [prefix]*r.scenes_asked, qs, rng if drop else None, len(self.lm[0].layers)))
-        with self.cast():
-            f = torch.stack(list(self.core.get_image_features(_pixels(shown.reshape(-1, *shown.shape[2:]), self.processor, self.device), return_dict=True).pooler_output))
-            l, right = packed_loss(self.model, batch, batch['ids'] == image, f)
-        return l, self.by_kind(right, qs)
+    def see(self): self.name_patches('see', self.recipe.see, 2e-3, (1/3, 1/3, 1/3), self.recipe.coarse)
+    def sharpen(self): self.name_patches('sharpen', self.recipe.sharpen, 1.2e-3, (.6, .2, .2))
 
     def align(self):
-        "Only the projector learns: pictures must look to the frozen language model like the words it knows"
-        core = self.core
-        for m in (core.vision_tower, self.lm): m.requires_grad_(False)
-        fit('align', [core.multi_modal_projector], lambda s: self.looked('align', s, True), self.recipe.align, [2e-3], self.folder)
-        for m in (core.vision_tower, self.lm): m.requires_grad_(True)
+        "The projector says what lies under each patch in the language model's own word embeddings"
+        E = self.model.get_input_embeddings().weight.detach()
+        word = lambda w: E[self.tok(' ' + w, add_special_tokens=False).input_ids].sum(0)
+        colour, shape, char = (torch.stack([torch.zeros_like(E[0]), *map(word, ws)]) for ws in (COLOURS, SHAPES, DIGITS + LETTERS))
+        place = torch.stack([word(p) for p in PLACES])[self.places()]
+        def loss(step):
+            views, gold = self.draw(self.rng('align', step), (1/3, 1/3, 1/3))
+            want = colour[gold[..., 0]] + shape[gold[..., 1]] + char[gold[..., 2]] + place
+            with torch.no_grad(), self.cast(): f = self.features(views)
+            miss = ((self.core.multi_modal_projector(f.float()) - want)**2).sum(-1)
+            return miss.mean()/(want**2).sum(-1).mean(), {}
+        fit('align', [self.core.multi_modal_projector], loss, self.recipe.align, [3e-3], self.folder)
+
+    def plan(self, most):
+        "Shares of the kinds of question, how looking is dropped, first layer that may look, share of steps with a second picture"
+        if most < 6: return (.34, .33, .33, 0), (0, 0), (.1, .1, .5, .3), .3*(most > 2)
+        return (.3, .15, .15, .4), (.3, .03), (.1, .1, .4, .4), .35
+
+    def question(self, stage, step, most):
+        "One step on questions about pictures"
+        r, rng, (views, _) = self.recipe, self.rng(stage, step), self.pool
+        kinds, drop, late, second = self.plan(most)
+        i, two = np.sort(rng.choice(np.flatnonzero(self.counts <= most), r.scenes_asked, replace=False)), rng.random() < second
+        qs = [_draw_questions(_train_layout(int(s))[0], rng, r.asked, kinds) for s in i]
+        shown = np.stack([views[i, 0], views[i, rng.integers(1, 3, len(i))]], 1) if two else views[i, :1]
+        prefix = self.tok('USER: ').input_ids + [self.tok.image_token_id]*(shown.shape[1]*self.patches)
+        batch = {k: v.to(self.device) for k, v in pack(self.tok, [prefix]*len(i), qs, rng, len(self.lm[0].layers), drop, late).items()}
+        with self.cast():
+            f = torch.stack(list(self.core.get_image_features(_pixels(shown.reshape(-1, *shown.shape[2:]), self.processor, self.device), return_dict=True).pooler_output))
+            value, right = packed_loss(self.model, batch, batch['ids'] == self.tok.image_token_id, f)
+        kind = np.array([q.kind for s in qs for q in s])
+        return value, dict(right=right.float().mean()) | {k: right.cpu().numpy()[kind == k].mean() for k in KINDS if (kind == k).any()} | dict(most=most)
+
+    def look(self):
+        "The language model learns to read pictures, those with one thing first; tower and word embeddings are frozen"
+        lesson = self.lesson
+        def loss(step):
+            value, log = self.question('look', step, int(lesson.most))
+            lesson.mean.mul_(.95).add_(.05*log['right'].cpu())
+            if lesson.mean > self.recipe.ready and lesson.most < 6: lesson.most += 1; lesson.mean.fill_(.4)
+            return value, log
+        for m in (self.core.vision_tower, self.model.get_input_embeddings()): m.requires_grad_(False)
+        fit('look', [self.core.multi_modal_projector, self.lm, lesson], loss, self.recipe.look, [2e-4, 1e-3, 0], self.folder)
+        for m in (self.core.vision_tower, self.model.get_input_embeddings()): m.requires_grad_(True)
 
     def join(self):
         "Everything learns, the tower slowly"
-        core = self.core
-        fit('join', [core.vision_tower, core.multi_modal_projector, self.lm], lambda s: self.looked('join', s, True), self.recipe.join, [2e-4, 1e-3, 5e-4], self.folder)
+        fit('join', [self.core.vision_tower, self.core.multi_modal_projector, self.lm], lambda s: self.question('join', s, 6), self.recipe.join, [1e-4, 5e-4, 8e-4], self.folder)
 
-# %% ../nbs/09_demo.ipynb #c022
+# %% ../nbs/09_demo.ipynb #c021
 def stream(
     split:str='evaluation', # evaluation, calibration or train
     kinds:tuple=KINDS, # kinds of question, which take turns
@@ -544,7 +549,7 @@ def samples(
     "The first `n` samples of a split"
     return list(islice(stream(split, kinds, seed), n))
 
-# %% ../nbs/09_demo.ipynb #c025
+# %% ../nbs/09_demo.ipynb #c024
 def best_blind(
     kind:str, # of question
     n:int=4000, # training scenes to count answers in
@@ -577,7 +582,7 @@ def evaluate(
         out[kind] = dict(n=n) | dict(zip(('one_pass', 'oracle', 'blind'), (100*right/n).round(2).tolist()))
     return out
 
-# %% ../nbs/09_demo.ipynb #c027
+# %% ../nbs/09_demo.ipynb #c026
 def reading_depth(
     mllm, # `MLLM`
     n:int=200, # samples
@@ -598,7 +603,7 @@ def reading_depth(
     return dict(n=n, base=round(float(acc['none', -1]), 1), evidence_over_chance=np.mean(ratio, 0).round(2).tolist(),
                 **{h: acc[h].round(1).tolist() for h in ('zero', 'knockout')})
 
-# %% ../nbs/09_demo.ipynb #c029
+# %% ../nbs/09_demo.ipynb #c028
 MODELS = {'glyph-llava': Recipe()} # demo models and how they are trained
 
 def save_model(

@@ -131,7 +131,7 @@ def capture(
         handles += [layer.register_forward_hook(lambda l, args, out, i=i: keep(i + 1, out[0] if isinstance(out, tuple) else out)) for i, layer in enumerate(mllm.layers)]
     with _removing(handles), _listening(mllm, tape): yield tape
 
-# %% ../nbs/01_hooks.ipynb #c010
+# %% ../nbs/01_hooks.ipynb #c014
 def lens(
     mllm:MLLM, # the model
     states:torch.Tensor, # (…, width) states that leave a layer, before the final norm
@@ -150,7 +150,7 @@ def early_exit(
     def identity(l, args, kw, out): h = _hidden(args, kw); return (h, *out[1:]) if isinstance(out, tuple) else h
     with _removing([l.register_forward_hook(identity, with_kwargs=True) for l in mllm.layers[layer + 1:]]): yield
 
-# %% ../nbs/01_hooks.ipynb #c012
+# %% ../nbs/01_hooks.ipynb #c018
 STATE_EDITS, ATTENTION_EDITS = ('zero', 'mean', 'swap'), ('knockout', 'soft')
 
 def _write_states(i, visual, value, batch):

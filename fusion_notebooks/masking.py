@@ -9,7 +9,7 @@ __all__ = ['visual_states', 'mean_states', 'scoped', 'sweep']
 from contextlib import ExitStack
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .mllm import MLLM, Prompt
 from .hooks import ATTENTION_EDITS, STATE_EDITS, capture, check_layers, edit
 

@@ -188,7 +188,8 @@ class MLLM:
         device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         dtype = dtype or (torch.bfloat16 if device.type == 'cuda' else torch.float32)
         src, common = str(path or name_or_path), dict(trust_remote_code=trust_remote_code, revision=revision or 'main', local_files_only=path is not None)
-        level = logging.get_verbosity(); logging.set_verbosity_error()
+        level = logging.get_verbosity()
+        logging.set_verbosity_error(); logging.disable_progress_bar()
         try:
             config = AutoConfig.from_pretrained(src, **common)
             if type(config) not in AutoModelForImageTextToText._model_mapping.keys() and not trust_remote_code:
@@ -196,7 +197,7 @@ class MLLM:
             model = AutoModelForImageTextToText.from_pretrained(src, dtype=dtype, use_safetensors=True, **common, **kw)
             processor = AutoProcessor.from_pretrained(src, **common)
         except OSError as e: raise OSError(f'{name_or_path} could not be loaded ({" ".join(str(e).split())[:160]}): give a demo name, a folder or a Hub id that can be reached.') from e
-        finally: logging.set_verbosity(level)
+        finally: logging.set_verbosity(level); logging.enable_progress_bar()
         if 'device_map' not in kw: model = model.to(device)
         mllm = cls(model, processor, Path(src).name if path else str(name_or_path))
         mllm.path, mllm.revision = path, revision
@@ -315,7 +316,7 @@ def answer_logits(self:MLLM,
 
 MLLM.answer_logits = answer_logits
 
-# %% ../nbs/00_mllm.ipynb #c023
+# %% ../nbs/00_mllm.ipynb #c029
 def stamp(self:MLLM)->dict: # of strings and numbers
     "Versions, precision, attention implementation, pixels and device behind a number"
     try: commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from fusion_notebooks.cli import main
-from test_study import ini, model_folder
+from test_study import ini, model_folder, one_thread
 
 @pytest.fixture
 def fails(capsys):

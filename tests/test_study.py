@@ -44,6 +44,15 @@ def shared(tmp_path_factory, model_folder):
     (folder/'settings.ini').write_text(INI.format(model=model_folder))
     return study.read_settings(folder/'settings.ini')
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    "Tiny tensors: a second thread only waits, and waits badly on a busy machine"
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1); monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    yield
+    torch.set_num_threads(before)
+
 # settings
 
 def test_settings_of_the_repository():
@@ -59,6 +68,7 @@ def test_settings_of_the_repository():
     ('[limits]', '[limit]', 'unknown section [limit]; known: study, limits, quick'),
     ('evaluation = 2', 'evaluation = many', 'evaluation = many must be a whole number above 0'),
     ('[study]', 'models', 'cannot be read'),
+    ('analyses = masking attention early_exit refine', 'analyses =', '[study]: analyses is empty'),
     ('[study]', '[study]\nbenchmarks = gqa', "unknown benchmarks 'gqa' in [study]; known: glyph")])
 def test_what_is_misspelt_is_said(ini, old, new, said):
     text = ini.read_text()
@@ -156,7 +166,8 @@ def test_run_goes_on_after_failures_and_reports_them(ini, model_folder, monkeypa
     for c in untagged['cells']: c['metadata'].pop('tags', None)
     (folder/'masking.ipynb').write_text(json.dumps(untagged))
     broken = json.loads((folder/'early_exit.ipynb').read_text())
-    broken['cells'][-1]['source'] = 'raise RuntimeError("a cell broke\\nbadly")'
+    code = [c for c in broken['cells'] if c['cell_type'] == 'code']
+    code[1]['source'] = 'raise RuntimeError("a cell broke\\nbadly")'
     (folder/'early_exit.ipynb').write_text(json.dumps(broken))
 
     report = study.run(ini, quick=True, models=[str(model_folder), 'nosuch'], analyses=['masking', 'early_exit', 'attention'])

@@ -1,0 +1,91 @@
+"Contrast, boxes and refinement against hand-written twins"
+import numpy as np, pytest, torch
+from fusion_notebooks.contrast import CROPS, MASKS, box_around, contrastive_attention, look, lowest, refine, window_box
+from fusion_notebooks.hooks import capture, edit
+from fusion_notebooks.mllm import Grid, token_boxes
+
+rng = np.random.default_rng(0)
+grid = Grid(0, 8, 8, token_boxes(8, 8, (384, 384), (.25, .25), (0, 0), (96, 96)), (384, 384), 1.)
+
+def test_contrast_by_hand():
+    maps = rng.random((6, 64))
+    c = contrastive_attention(maps, (0, 2, 3, 5), 4)                             # 5 is not below post
+    p = maps/maps.sum(1, keepdims=True)
+    h = {i: np.sqrt(((np.sqrt(p[i]) - np.sqrt(p[4]))**2).sum()/2) for i in (0, 2, 3)}
+    assert c.pre == max(h, key=h.get) and np.isclose(c.distance, max(h.values()))
+    assert np.allclose(c.map, p[4] - p[c.pre]) and abs(c.map.sum()) < 1e-12
+    with pytest.raises(ValueError, match='No candidate'): contrastive_attention(maps, (4, 5), 4)
+
+def test_lowest_is_exact_and_stable():
+    v = np.array([0., -1, 0, -3, 0, 2])
+    assert lowest(v, .5).tolist() == [0, 1, 3] and lowest(v, 0).tolist() == [] and len(lowest(-np.abs(v), .2)) == 1
+    many = -rng.random(100)                                                      # all negative: still exactly the share
+    assert len(lowest(many, .2)) == 20 and set(lowest(many, .2)) == set(np.argsort(many)[:20])
+
+def naive_window(m, base, ratios=(1, 1.2, 1.4, 1.6, 1.8, 2)):
+    m = np.maximum(m, 0).reshape(8, 8)
+    best = None
+    for r in ratios:
+        n = int(min(max(base*r//48, 1), 8))
+        sums = {(y, x): m[y:y + n, x:x + n].sum() for y in range(9 - n) for x in range(9 - n)}
+        y, x = max(sums, key=lambda k: (sums[k], -k[0], -k[1]))
+        near = [sums[k] for k in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)) if k in sums]
+        gain = (sums[y, x] - np.mean(near))/n**2 if near else 0
+        if best is None or gain > best[0] + 1e-15: best = gain, (x + n/2)*48, (y + n/2)*48, base*r
+    return box_around(best[1:3], best[3], (384, 384))
+
+def test_window_equals_its_naive_twin():
+    for _ in range(100):
+        m = rng.normal(size=64)
+        assert window_box(m, grid, 96) == naive_window(m, 96)
+
+def test_boxes_stay_inside():
+    for c in ((0, 0), (384, 384), (10, 200)):
+        for side in (1, 96, 1000):
+            l, t, r, b = box_around(c, side, (384, 300))
+            assert 0 <= l < r <= 384 and 0 <= t < b <= 300 and r - l == b - t
+
+@pytest.fixture(scope='module')
+def seen(tiny, samples): return look(tiny, samples[0].image, samples[0].question)
+
+def test_mask_by_hand(tiny, seen):
+    r = refine(tiny, seen, how='mask', review=5, candidates=(1, 2))
+    c = contrastive_attention(seen.maps, (1, 2), 4)
+    assert (r.contrast.pre, r.contrast.post) == (c.pre, 4)
+    worst = np.argsort(c.map, kind='stable')[:13]
+    def zero(layer, args):
+        h = args[0]
+        if h.shape[1] > 1: h = h.clone(); h[:, seen.prompt.visual[np.sort(worst)]] = 0
+        return (h, *args[1:])
+    handle = tiny.layers[5].register_forward_pre_hook(zero)
+    try: want = tiny.answer(seen.prompt)
+    finally: handle.remove()
+    assert r.answer == want != seen.base and (r.tokens == np.sort(worst)).all()
+
+def test_mask_reads_before_it_edits(tiny, seen):
+    "The maps that choose the tokens are the same in the edited pass: one pass would do"
+    r = refine(tiny, seen, how='mask', review=5)
+    with edit(tiny, 5, seen.prompt.visual[r.tokens], 'zero'), capture(tiny) as tape: tiny.answer(seen.prompt)
+    now = tape.attention[0, :, 0].numpy()
+    assert np.abs(now[:5] - seen.maps[:5]).max() < 1e-6 and np.abs(now[5:] - seen.maps[5:]).max() > 1e-5
+
+def test_crop_by_hand(tiny, samples, seen):
+    r = refine(tiny, samples[0].image, samples[0].question, how='crop')
+    crop = samples[0].image.crop(r.box)
+    assert r.answer == tiny.answer([samples[0].image, crop], samples[0].question) and r.base == seen.base
+    assert r.crop.tobytes() == crop.tobytes()
+
+@pytest.mark.parametrize('how,by', [('mask', b) for b in MASKS] + [('crop', b) for b in CROPS])
+def test_every_control_runs(tiny, samples, seen, how, by):
+    r = refine(tiny, seen, how=how, by=by, box=samples[0].box, seed=1)
+    assert r.how == how and (r.tokens is None) == (how == 'crop') and (how == 'mask' or r.crop.size[0] == r.box[2] - r.box[0])
+    assert refine(tiny, seen, how=how, by=by, box=samples[0].box, seed=1).answer == r.answer
+
+def test_soft_mask(tiny, seen):
+    r = refine(tiny, seen, how='mask', soft=True, strength=1.)
+    assert abs(r.answer.logp - seen.base.logp) < 1e-4                             # a factor of 1 changes nothing
+    assert abs(refine(tiny, seen, how='mask', soft=True, strength=.01).answer.logp - seen.base.logp) > 1e-4
+
+def test_refusals(tiny, seen):
+    for kw, word in ((dict(how='blur'), 'how is'), (dict(by='luck'), 'by for crop'), (dict(by='oracle'), 'needs box'), (dict(how='mask', review=3, post=3), 'must lie below'), (dict(post=99), 'no layer'), (dict(candidates=[7], post=3), 'No candidate')):
+        with pytest.raises(ValueError, match=word): refine(tiny, seen, **kw)

@@ -1,0 +1,79 @@
+"Glyph world: questions are answerable, unique and blind to characters; packing equals asking alone; training resumes"
+import re, numpy as np, pytest, torch
+from fusion_notebooks import demo
+from fusion_notebooks.mllm import MLLM
+from conftest import randomise
+
+def scenes(n=150): return [demo.layout(s)[0] for s in range(n)]
+
+def test_every_question_has_one_answer():
+    rng = np.random.default_rng(0)
+    for things in scenes():
+        for kind in demo.KINDS:
+            q = demo.ask(things, kind, rng)
+            if q is None: continue
+            thing = next(t for t in things if t.box == q.box)
+            assert q.answer in (thing.char, thing.colour, thing.shape) and q.kind == kind
+            name = re.search(r'(?:the|at the) ((?:\w+ )*?)(%s)\b' % '|'.join(demo.SHAPES), q.text)
+            if name and kind != 'relation': assert sum(t.shape == name[2] and (not name[1].strip() or t.colour in name[1]) for t in things) == 1
+            if kind in ('colour', 'shape'): assert q.answer not in q.text.split()       # the question does not give it away
+
+def test_characters_never_name_an_object():
+    rng = np.random.default_rng(1)
+    for things in scenes():
+        for kind in demo.KINDS:
+            q = demo.ask(things, kind, rng)
+            if q: assert not set(re.findall(r'\b[0-9A-Z]\b', q.text))
+
+def test_relations_point_to_the_neighbour():
+    rng = np.random.default_rng(2)
+    for things in scenes():
+        q = demo.ask(things, 'relation', rng)
+        if q is None: continue
+        d = next(d for d in demo.DIRECTIONS if f'object {d} the' in q.text)
+        words = re.search(rf'object {d} the (\w+)(?: (\w+))?', q.text)
+        target = next(t for t in things if t.box == q.box)
+        anchors = [t for t in things if t.colour == words[1] and (words[2] in demo.SHAPES and t.shape == words[2] or words[2] not in demo.SHAPES) or t.shape == words[1]]
+        dx, dy = demo.DIRECTIONS[d]
+        assert any(a.cell % 3 + dx == target.cell % 3 and a.cell // 3 + dy == target.cell // 3 for a in anchors)
+
+def test_splits_are_disjoint_and_stable():
+    a, b = demo.samples(8), demo.samples(8)
+    assert [s.id for s in a] == [s.id for s in b] and all(x.image.tobytes() == y.image.tobytes() for x, y in zip(a, b))
+    assert not {s.id for s in a} & {s.id for s in demo.samples(8, seed=1)}
+    for bad in (dict(split='test'), dict(kinds=('taste',))):
+        with pytest.raises(ValueError): demo.samples(2, **bad)
+
+def test_square():
+    assert demo.square((100, 100, 140, 120)) == (90, 80, 150, 140)
+    assert demo.square((0, 0, 100, 100)) == (0, 0, 150, 150)
+
+def test_packed_questions_equal_questions_alone():
+    "Each packed question gets the logits that the shipped processor and a plain forward give it"
+    model, processor = demo.make_model()
+    mllm = MLLM(randomise(model), processor)
+    things, noise = demo.layout(5)
+    image, qs = demo.picture(5, things, noise), demo._draw_questions(things, np.random.default_rng(0), 4)
+    tok = processor.tokenizer
+    prefix = tok('USER: ').input_ids + [tok.image_token_id]*64
+    batch = demo.pack(tok, [prefix], [qs], None)
+    plain = [mllm.prompt(image, q.text) for q in qs]
+    want = torch.cat([mllm.answer_logits(p, tok(f' {q.answer}', add_special_tokens=False).input_ids + [1])[0] for p, q in zip(plain, qs)])
+    gold = batch['targets'][batch['targets'] != -100]
+    f = model.model.get_image_features(plain[0].inputs['pixel_values'], return_dict=True).pooler_output[0][None]
+    with torch.no_grad(): loss, right = demo.packed_loss(model, batch, batch['ids'] == tok.image_token_id, f)
+    assert abs(loss.item() + want.gather(1, gold[:, None]).mean().item()) < 1e-4 and len(right) == len(qs)
+
+def test_training_resumes_where_it_was(tmp_path):
+    def run(folder, stops):
+        torch.manual_seed(0); layer = torch.nn.Linear(3, 1)
+        for stop in stops:
+            def loss(step):
+                if step == stop: raise KeyboardInterrupt
+                x = torch.tensor(np.random.default_rng(step).normal(size=(8, 3)), dtype=torch.float32)
+                return ((layer(x) - x.sum(1, keepdim=True))**2).mean(), {}
+            try: demo.fit('x', [layer], loss, 20, [.1], folder, every=5)
+            except KeyboardInterrupt: torch.manual_seed(1); layer = torch.nn.Linear(3, 1)
+        return layer.weight.detach()
+    a, b = run(tmp_path/'a', [None]), run(tmp_path/'b', [7, 13, None])
+    assert torch.equal(a, b)

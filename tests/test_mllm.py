@@ -1,0 +1,91 @@
+"The handle: geometry, prompts, batches and what is refused"
+import json, numpy as np, pytest, torch
+from PIL import Image
+from fusion_notebooks import demo
+from fusion_notebooks.mllm import MLLM, make_grids, open_image
+from conftest import noise_image
+
+@pytest.mark.parametrize('size', [(384, 384), (200, 100), (101, 317), (96, 96)])
+def test_boxes_are_where_the_pixels_are(tiny, size):
+    "Paint one token's box white: only the patch of that token changes in what the processor makes"
+    grey = Image.new('RGB', size, (90, 90, 90))
+    g = tiny.prompt(grey, 'What?').grids[0]
+    pixels = lambda im: tiny.prompt(im, 'What?').inputs['pixel_values'][0].mean(0)
+    before = pixels(grey)
+    for k in (0, 9, 27, 63):
+        l, t, r, b = g.boxes[k]
+        im = grey.copy(); im.paste((255, 255, 255), tuple(int(round(v)) for v in (l, t, r, b)))
+        change = (pixels(im) - before).abs().reshape(8, 12, 8, 12).mean((1, 3)).flatten()
+        assert change.argmax() == k and change[k] > .8*change.sum() - .2
+
+def test_dropped_pixels_are_reported(tiny):
+    assert tiny.prompt(noise_image(0, (384, 384)), 'What?').grids[0].kept == 1
+    assert abs(tiny.prompt(noise_image(0, (400, 200)), 'What?').grids[0].kept - .5) < .02
+
+def test_two_images(tiny, samples):
+    p = tiny.prompt([samples[0].image, samples[1].image], 'What?')
+    assert len(p.visual) == 128 and [g.start for g in p.grids] == [0, 64] and (p.visual.diff() == 1).all()
+
+def test_unknown_geometry_is_said():
+    with pytest.raises(ValueError, match='No token geometry'): make_grids('nonesuch', None, [], 4)
+
+def test_training_sees_what_the_processor_makes(tiny):
+    "The packed training pictures and the shipped processor agree to the bit"
+    things, noise = demo.layout(3)
+    im = demo.picture(3, things, noise)
+    view = np.asarray(im.resize((demo.VIEW, demo.VIEW), Image.Resampling.BICUBIC))[None]
+    assert (demo._pixels(view, tiny.processor, 'cpu') - tiny.prompt(im, 'What?').inputs['pixel_values']).abs().max() < 1e-5
+
+def test_copies_and_batches_equal_single(tiny, samples):
+    ps = [tiny.prompt(s.image, s.question) for s in samples]*2
+    for a, b in zip(tiny.answers(ps), [tiny.answer(p) for p in ps]): assert a.ids == b.ids and abs(a.logp - b.logp) < 1e-4
+    p = ps[0]
+    with torch.inference_mode():
+        one, many = (tiny.model(**tiny.copies(p, n, [5, 6]), use_cache=False).logits for n in (1, 3))
+    assert (many - one).abs().max() < 1e-4 and one.shape[1] == p.length + 2
+
+def test_greedy_is_greedy(tiny, samples):
+    p = tiny.prompt(samples[0].image, samples[0].question)
+    ids = []
+    for _ in range(4):
+        with torch.inference_mode(): ids.append(int(tiny.model(**tiny.copies(p, 1, ids), use_cache=False).logits[0, -1].argmax()))
+    assert tiny.generate(p, max_new_tokens=4)[0].ids == ids
+
+@pytest.fixture(scope='session')
+def saved(tmp_path_factory, tiny):
+    folder = tmp_path_factory.mktemp('saved')/'model'
+    tiny.model.save_pretrained(folder); tiny.processor.save_pretrained(folder)
+    return folder
+
+def test_load_roundtrip(saved, tiny, samples):
+    m = MLLM.load(str(saved))
+    assert m.answer(samples[0].image, samples[0].question) == tiny.answer(samples[0].image, samples[0].question)
+    assert m.stamp()['attention'] == 'sdpa' and m.name == 'model'
+
+def test_bad_folders(saved, tmp_path):
+    with pytest.raises(ValueError, match='config.json'): MLLM.load(str(tmp_path))
+    (tmp_path/'config.json').write_text((saved/'config.json').read_text())
+    (tmp_path/'pytorch_model.bin').write_bytes(b'not read')
+    with pytest.raises(ValueError, match='safetensors'): MLLM.load(str(tmp_path))
+    with pytest.raises(OSError): MLLM.load('/nowhere/at/all')
+
+def test_text_model_is_refused(tmp_path, saved):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='image tower'): MLLM.load(str(tmp_path))
+
+@pytest.mark.parametrize('mode', ['CMYK', 'P', 'I;16', 'I', 'F', '1'])
+def test_modes_that_would_change_silently(mode):
+    with pytest.raises(ValueError, match=mode): open_image(Image.new(mode, (8, 8)))
+
+def test_transparent_becomes_white(): assert open_image(Image.new('RGBA', (4, 4), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+
+def test_hostile_files(tmp_path):
+    (tmp_path/'a.png').write_text('hello')
+    with pytest.raises(ValueError, match='not a picture'): open_image(tmp_path/'a.png')
+    noise_image(0).save(tmp_path/'b.png'); (tmp_path/'b.png').write_bytes((tmp_path/'b.png').read_bytes()[:2000])
+    with pytest.raises(ValueError, match='damaged or truncated'): open_image(tmp_path/'b.png')
+    with pytest.raises(FileNotFoundError, match='No picture'): open_image(tmp_path/'c.png')
+    with pytest.raises(ValueError, match='folder'): open_image(tmp_path)
+    Image.new('1', (40_000, 30_000)).save(tmp_path/'huge.png')
+    with pytest.raises(ValueError, match='pixels'): open_image(tmp_path/'huge.png')
