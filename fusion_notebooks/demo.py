@@ -136,6 +136,7 @@ class Question:
     text:str # the question
     answer:str # one word or character
     box:tuple # evidence box (left, top, right, bottom), pixels
+    via:tuple|None=None # relation: box of the thing that it starts from
 
 def _names(thing, things, hide=None):
     "Ways to name `thing` that fit no other thing and do not give away the attribute `hide`"
@@ -159,11 +160,13 @@ def ask(
 )->Question|None: # None where the scene has no such question
     "One question of a kind about a scene"
     pick = lambda xs: xs[rng.integers(len(xs))]
+    via = None
     if kind == 'relation':
         pairs = [(a, d, b) for a in things for d in DIRECTIONS if (b := _neighbour(a, things, d))]
         if not pairs: return
         anchor, direction, thing = pick(pairs)
         attribute = pick(('char', 'colour', 'shape'))
+        via = anchor.box
         named = [n for n in _names(anchor, things) if 'object at' not in n]
         np_ = f'object {direction} the {pick(named)}' if named else None
     else:
@@ -174,7 +177,7 @@ def ask(
     k = int(rng.integers(5))
     text = TEMPLATES[attribute][k].format(np=np_, a=thing.sort)
     sort = thing.sort if attribute == 'char' else attribute
-    return Question(kind, f'{sort}-{k}', text, getattr(thing, attribute), thing.box)
+    return Question(kind, f'{sort}-{k}', text, getattr(thing, attribute), thing.box, via)
 
 # %% ../nbs/09_demo.ipynb #c011
 def square(
@@ -190,7 +193,7 @@ def square(
 
 # %% ../nbs/09_demo.ipynb #c013
 CHAT = ("{% for m in messages %}{% if m['role'] == 'user' %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% endif %}{% endfor %}"
-        "{% for c in m['content'] %}{% if c['type'] == 'text' %}\n{{ c['text'] }}{% endif %}{% endfor %}\n"
+        "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ '\\n' + c['text'] }}{% endif %}{% endfor %}{{ '\\n' }}"
         "{% else %}ASSISTANT: {{ m['content'][0]['text'] }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
 
 def make_tokenizer():
@@ -224,9 +227,12 @@ def make_model(
                          image_seq_length=(VIEW//PATCH)**2, tie_word_embeddings=True)
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():                                              # the default 0.02 is meant for widths of thousands
-        for name, p in model.get_decoder().named_parameters():
+    decoder = model.get_decoder()
+    with torch.no_grad():
+        for name, p in decoder.named_parameters():                     # the default 0.02 is meant for widths of thousands
             if p.ndim == 2: p.normal_(0, .1 if 'embed' in name else .05)
+        for a in (layer.self_attn for layer in decoder.layers):        # heads begin by matching like with like and copying what they find
+            a.k_proj.weight.copy_(a.q_proj.weight); a.o_proj.weight.copy_(a.v_proj.weight.T)
     model.generation_config.update(bos_token_id=0, eos_token_id=1, pad_token_id=2)
     images = CLIPImageProcessor(size=dict(shortest_edge=VIEW), crop_size=dict(height=VIEW, width=VIEW))
     return model, LlavaProcessor(images, tok, patch_size=PATCH, vision_feature_select_strategy='default', image_token='<image>', num_additional_image_tokens=1, chat_template=CHAT)
@@ -414,9 +420,9 @@ class Recipe:
     see:int=5000 # steps of the tower on pictures and crops alike
     sharpen:int=4000 # further steps, mostly on whole pictures
     align:int=600 # steps of the projector alone
-    look:int=3000 # steps of the language model under a frozen tower
-    join:int=1000 # steps of everything
-    ready:float=.85 # share of right answers at which `look` adds one more thing to its scenes
+    look:int=6000 # steps of the language model under a frozen tower
+    join:int=2000 # steps of everything
+    ready:float=.8 # share of right answers at which `look` adds one more thing to its scenes
 
 STAGES = ('see', 'sharpen', 'align', 'look', 'join')
 
@@ -489,14 +495,15 @@ class Trainer:
 
     def plan(self, most):
         "Shares of the kinds of question, how looking is dropped, first layer that may look, share of steps with a second picture"
-        if most < 6: return (.34, .33, .33, 0), (0, 0), (.1, .1, .5, .3), .3*(most > 2)
-        return (.3, .15, .15, .4), (.3, .03), (.1, .1, .4, .4), .35
+        if most < 4: return (.34, .33, .33, 0), (0, 0), (.2, .2, .3, .3), 0
+        if most < 6: return (.3, .25, .25, .2), (.1, .02), (.2, .2, .3, .3), .3
+        return (.3, .2, .2, .3), (.25, .03), (.15, .15, .35, .35), .35
 
     def question(self, stage, step, most):
         "One step on questions about pictures"
         r, rng, (views, _) = self.recipe, self.rng(stage, step), self.pool
         kinds, drop, late, second = self.plan(most)
-        i, two = np.sort(rng.choice(np.flatnonzero(self.counts <= most), r.scenes_asked, replace=False)), rng.random() < second
+        i, two = np.sort(rng.choice(np.flatnonzero((self.counts >= min(most, 2)) & (self.counts <= most)), r.scenes_asked, replace=False)), rng.random() < second
         qs = [_draw_questions(_train_layout(int(s))[0], rng, r.asked, kinds) for s in i]
         shown = np.stack([views[i, 0], views[i, rng.integers(1, 3, len(i))]], 1) if two else views[i, :1]
         prefix = self.tok('USER: ').input_ids + [self.tok.image_token_id]*(shown.shape[1]*self.patches)
@@ -628,6 +635,7 @@ def write_card(
     hardware:str, # generic
     scores:dict, # from `evaluate`
     depth:dict, # from `reading_depth`
+    notes:str='', # what else a reader should know
 ):
     "Model card: what it was trained on, for how long, on what, and how far it meets what a demo model must do"
     L = len(depth['zero'])
@@ -652,10 +660,11 @@ pipeline_tag: image-text-to-text
 A small LLaVA (CLIP tower, {L} Llama layers), trained from nothing on *glyph world*: synthetic pictures of coloured shapes with small characters on
 them. It is a demonstration model for fusion_notebooks; it knows nothing about photographs. `fusion demo train {name}` remakes it.
 
-**Trained on** scenes of glyph world (seeds below {FIRST_SEED['calibration']:,}; {recipe.scenes:,} drawn pictures), in four stages: the tower names what
-lies under each patch; the language model answers questions about scenes described in words; the projector is aligned under the frozen language
-model; everything together, 40 % of the steps with a random crop as second picture (never one chosen by attention). In the last three stages looking at the
-scene is dropped at random in early layers and for question rows, as the recipe says.
+**Trained on** scenes of glyph world (seeds below {FIRST_SEED['calibration']:,}; {recipe.scenes:,} drawn pictures), in stages: the tower names what lies under each patch, first on pictures and crops
+alike, then mostly on whole pictures; the projector learns to say the same in the language model's word embeddings; the language model learns to answer questions,
+on scenes with one thing first; everything learns together. A third of the later steps show a random crop as second picture, never one chosen by attention. Text → image
+attention is dropped at random in early layers and for the rows of the question, so that the model does not read everything at layer 0.
+{notes}
 
 **Time** {', '.join(f'{k} {v/60:.0f} min' for k, v in hours.items())} on {hardware}. **Recipe** `{asdict(recipe)}`.
 
@@ -686,10 +695,10 @@ def train(
     from fusion_notebooks.mllm import MLLM, _data
     folder, out = Path(folder or _data().parent/'runs'/'train'/name), Path(out or _data()/name)
     t = Trainer(folder, MODELS[name], device)
-    for stage in STAGES: getattr(t, stage)()
+    t.run()
     save_model(t.model.to('cpu'), t.processor, out)
     log = [json.loads(l) for l in (folder/'log.jsonl').read_text().splitlines()]
     (out/'training_log.csv').write_text(pd.DataFrame(log).to_csv(index=False))
     hardware = hardware or (torch.cuda.get_device_name() if device == 'cuda' else f'{os.cpu_count()} CPU cores')
     mllm = MLLM.load(out, device=device, dtype=torch.float32)
-    write_card(out, name, t.recipe, {s: max(r['seconds'] for r in log if r['stage'] == s) for s in STAGES}, hardware, evaluate(mllm, n), reading_depth(mllm))
+    write_card(out, name, t.recipe, {s: max(r['seconds'] for r in log if r['stage'] == s) for s in STAGES if any(r['stage'] == s for r in log)}, hardware, evaluate(mllm, n), reading_depth(mllm))

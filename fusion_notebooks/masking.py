@@ -92,6 +92,7 @@ def sweep(
     hows, layers = [how] if isinstance(how, str) else list(how), check_layers(mllm, layers)
     if exact not in ('auto', 'naive'): raise ValueError(f"exact is 'auto' or 'naive', not {exact!r}.")
     if bad := [h for h in hows if h not in STATE_EDITS + ATTENTION_EDITS]: raise ValueError(f"No edit '{bad[0]}': choose from {', '.join(STATE_EDITS + ATTENTION_EDITS)}.")
+    scoped(mllm, 0, scope, width)
     if 'mean' in hows and mean is None: raise ValueError("'mean' needs mean=: the states that masking.mean_states makes from calibration samples.")
     keys = [(h, i, scope if h in ATTENTION_EDITS else 'single') for h in hows for i in layers]
     variants = [(h, scoped(mllm, i, s, width)) for h, i, s in keys]

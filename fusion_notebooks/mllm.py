@@ -269,7 +269,9 @@ def generate(self:MLLM,
     max_new_tokens:int=32, # answers are short
 )->list: # of `Answer`, one per copy
     "Greedy answers of several copies of a prompt, each perhaps under another edit"
-    out = self.model.generate(**self.copies(p, batch), do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, return_dict_in_generate=True, output_logits=True)
+    out = self.model.generate(**self.copies(p, batch), do_sample=False, num_beams=1, max_new_tokens=max_new_tokens,
+                              suppress_tokens=[self.image_token_id],     # an image placeholder is no answer, and could not be fed back
+                              return_dict_in_generate=True, output_logits=True)
     logits = torch.stack(out.logits, 1).float().log_softmax(-1)
     rows = [_until_end(self, r) for r in out.sequences[:, -logits.shape[1]:].tolist()]
     return [Answer(self.decode(r), r, sum(logits[b, t, i].item() for t, i in enumerate(r))) for b, r in enumerate(rows)]

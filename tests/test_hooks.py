@@ -141,11 +141,13 @@ def test_edit_of_single_batch_rows(tiny, p):
 def test_nothing_stays_after_an_exception(tiny, p):
     plain, text = logits(tiny, p), tiny.model.config.get_text_config()
     before = {k: v.clone() for k, v in tiny.model.state_dict().items()}
+    hooks = lambda: [(n, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in tiny.model.named_modules()]
+    found = hooks()                                                              # transformers may have left some of its own
     for ctx in (lambda: edit(tiny, None, p.visual, 'zero'), lambda: edit(tiny, 1, p.visual, 'soft'), lambda: capture(tiny, hidden=True), lambda: early_exit(tiny, 2)):
         with pytest.raises(RuntimeError, match='boom'):
             with ctx(): logits(tiny, p); raise RuntimeError('boom')
         assert torch.equal(logits(tiny, p), plain) and text._attn_implementation == 'sdpa'
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny.model.modules())
+        assert hooks() == found
     assert all(torch.equal(v, before[k]) for k, v in tiny.model.state_dict().items())
 
 def test_capture_does_not_change_the_logits(tiny, p):
