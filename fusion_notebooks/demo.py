@@ -422,7 +422,7 @@ class Recipe:
     align:int=600 # steps of the projector alone
     look:int=6000 # steps of the language model under a frozen tower
     join:int=2000 # steps of everything
-    ready:float=.8 # share of right answers at which `look` adds one more thing to its scenes
+    ready:float=.62 # share of right answers at which `look` adds one more thing to its scenes
 
 STAGES = ('see', 'sharpen', 'align', 'look', 'join')
 
@@ -523,7 +523,7 @@ class Trainer:
             if lesson.mean > self.recipe.ready and lesson.most < 6: lesson.most += 1; lesson.mean.fill_(.4)
             return value, log
         for m in (self.core.vision_tower, self.model.get_input_embeddings()): m.requires_grad_(False)
-        fit('look', [self.core.multi_modal_projector, self.lm, lesson], loss, self.recipe.look, [2e-4, 1e-3, 0], self.folder)
+        fit('look', [self.core.multi_modal_projector, self.lm, lesson], loss, self.recipe.look, [3e-4, 1.5e-3, 0], self.folder)
         for m in (self.core.vision_tower, self.model.get_input_embeddings()): m.requires_grad_(True)
 
     def join(self):
@@ -701,4 +701,4 @@ def train(
     (out/'training_log.csv').write_text(pd.DataFrame(log).to_csv(index=False))
     hardware = hardware or (torch.cuda.get_device_name() if device == 'cuda' else f'{os.cpu_count()} CPU cores')
     mllm = MLLM.load(out, device=device, dtype=torch.float32)
-    write_card(out, name, t.recipe, {s: max(r['seconds'] for r in log if r['stage'] == s) for s in STAGES if any(r['stage'] == s for r in log)}, hardware, evaluate(mllm, n), reading_depth(mllm))
+    write_card(out, name, t.recipe, {s: max(r['seconds'] for r in log if r['stage'] == s) for s in STAGES if any(r['stage'] == s for r in log)}, hardware, evaluate(mllm, n), reading_depth(mllm, min(n, 200)))

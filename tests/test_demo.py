@@ -78,3 +78,23 @@ def test_training_resumes_where_it_was(tmp_path):
         return layer.weight.detach()
     a, b = run(tmp_path/'a', [None]), run(tmp_path/'b', [7, 13, None])
     assert torch.equal(a, b)
+
+def test_a_demo_model_is_trained_saved_and_described(tmp_path, monkeypatch, samples):
+    "A few steps of every stage, stopped in the middle; what is saved answers as the trained model does"
+    recipe = demo.Recipe(scenes=48, batch=4, scenes_asked=2, asked=2, coarse=1, see=2, sharpen=2, align=2, look=3, join=2)
+    monkeypatch.setitem(demo.MODELS, 'toy', recipe)
+    join = demo.Trainer.join
+    monkeypatch.setattr(demo.Trainer, 'join', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): demo.train('toy', folder=tmp_path/'work', out=tmp_path/'toy', n=4)
+    done = (tmp_path/'work/log.jsonl').read_text()
+    monkeypatch.setattr(demo.Trainer, 'join', join)
+    demo.train('toy', folder=tmp_path/'work', out=tmp_path/'toy', n=4)
+    assert (tmp_path/'work/log.jsonl').read_text().startswith(done) and '"join"' not in done          # finished stages were not run again
+    mllm = MLLM.load(str(tmp_path/'toy'))
+    assert sum(f.stat().st_size for f in (tmp_path/'toy').iterdir()) < 16e6
+    t = demo.Trainer(tmp_path/'work', recipe); t.run()
+    want, got = t.model.state_dict(), mllm.model.state_dict()
+    assert all((want[k].to(torch.bfloat16).float() == got[k]).all() for k in want)
+    card = (tmp_path/'toy/README.md').read_text()
+    assert '| fine | 4 |' in card and 'must do' in card
+    with pytest.raises(ValueError, match='No demo model'): demo.train('nonesuch')
