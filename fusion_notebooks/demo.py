@@ -361,7 +361,7 @@ def make_pool(
 def _pixels(views, processor, device):
     "(B, 96, 96, 3) uint8 → (B, 3, 96, 96), normalised as the processor does"
     p = processor.image_processor
-    x = torch.from_numpy(np.ascontiguousarray(views)).to(device).float().permute(0, 3, 1, 2)/255
+    x = torch.from_numpy(np.array(views)).to(device).float().permute(0, 3, 1, 2)/255
     return (x - torch.tensor(p.image_mean, device=device)[:, None, None])/torch.tensor(p.image_std, device=device)[:, None, None]
 
 def _cosine(step, steps, warm): return min(1, (step + 1)/warm)*.5*(1 + math.cos(math.pi*min(1, step/steps)))
