@@ -410,7 +410,7 @@ def fit(
 # %% ../nbs/09_demo.ipynb #c019
 @dataclass
 class Recipe:
-    "How a demo model is trained; the defaults are what `data/models/glyph-llava` was trained with"
+    "How a demo model is trained; a model's card says with which values it was"
     seed:int=0 # of weights and of all draws
     scenes:int=20_000 # pictures in the training pool
     batch:int=32 # pictures per step of the tower
