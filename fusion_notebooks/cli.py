@@ -40,7 +40,7 @@ def calibrated(
     for quick in (False, True):
         try: c = calibrate(model, settings=read_settings(quick=quick), compute=False)
         except (ValueError, FileNotFoundError): c = None                   # no settings, or none for this model
-        if c: return c.candidates, c.review, 'calibrated by the study'
+        if c: return c.candidates, c.review, 'calibrated by the study' if c.candidates else 'no fusion layer found by the study: all layers are candidates'
     return None, None, 'not calibrated: run `fusion study` for this model'
 
 def demo_train(a)->int:

@@ -11,7 +11,7 @@ __all__ = ['COLOURS', 'SHAPES', 'DIGITS', 'LETTERS', 'PLACES', 'DIRECTIONS', 'PI
 
 # %% ../nbs/09_demo.ipynb #c003
 import json, math, os, time
-from dataclasses import dataclass, asdict, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import count, cycle, islice
 from pathlib import Path
@@ -294,20 +294,19 @@ def packed_loss(
     model, # a LLaVA
     batch:dict, # from `pack`
     seen:torch.Tensor, # (B, N) True at columns that hold the scene
-    features:torch.Tensor|None=None, # (B, visual, width) projected image features; None where the scene is in words
+    features:torch.Tensor, # (B, visual, width) projected image features
 )->tuple: # (loss, (n, ) True where the first answer token is right)
     "Cross entropy of the answers, each question as if it were asked alone"
     decoder = model.get_decoder()
     x = model.get_input_embeddings()(batch['ids'])
-    if features is not None: x = x.masked_scatter(seen[..., None], features.to(x.dtype))
+    x = x.masked_scatter(seen[..., None], features.to(x.dtype))
     hooks = _late_look(decoder, batch['mask'], batch['blind'], seen)
     try: h = decoder(inputs_embeds=x, attention_mask=batch['mask'], position_ids=batch['positions'], use_cache=False).last_hidden_state
     finally: [k.remove() for k in hooks]
     at = batch['targets'] != -100
     logits, gold = model.get_output_embeddings()(h[at]).float(), batch['targets'][at]
     first = gold != model.config.text_config.eos_token_id
-    loss = nn.functional.cross_entropy(logits, gold)
-    return loss, (logits.argmax(-1) == gold)[first]
+    return nn.functional.cross_entropy(logits, gold), (logits.argmax(-1) == gold)[first]
 
 # %% ../nbs/09_demo.ipynb #c017
 def random_crop(things, rng):
