@@ -29,7 +29,7 @@ from .fusion import evidence_mass, evidence_share
 COLOURS = dict(red=(214, 40, 40), green=(44, 150, 60), blue=(38, 84, 214), yellow=(238, 208, 40), purple=(138, 50, 170), orange=(246, 130, 24))
 SHAPES = ('circle', 'square', 'triangle', 'diamond', 'star', 'hexagon')
 DIGITS, LETTERS = '0123456789', 'ACEFHKLPTX'
-PLACES = ('top left', 'top', 'top right', 'left', 'center', 'right', 'bottom left', 'bottom', 'bottom right')
+PLACES = ('top left', 'top center', 'top right', 'middle left', 'middle center', 'middle right', 'bottom left', 'bottom center', 'bottom right')
 DIRECTIONS = {'right of': (1, 0), 'left of': (-1, 0), 'above': (0, -1), 'below': (0, 1)}
 PICTURE, VIEW, PATCH = 384, 96, 12                                 # pixels of a picture, pixels the model sees, pixels per patch
 FIRST_SEED = dict(train=0, calibration=10_000_000, evaluation=20_000_000)  # scenes of different splits never meet
@@ -453,7 +453,7 @@ class Trainer:
 
     def rng(self, stage, step): return np.random.default_rng([self.recipe.seed, sum(map(ord, stage)), step])
     def cast(self): return torch.autocast(self.device, torch.bfloat16)
-    def places(self): k = VIEW//PATCH; return torch.tensor([3*(i//k*3//k) + i % k*3//k for i in range(k*k)], device=self.device)
+    def places(self): k = VIEW//PATCH; third = lambda i: int(3*(i + .5)/k); return torch.tensor([3*third(i//k) + third(i % k) for i in range(k*k)], device=self.device)
     def features(self, views): return self.core.vision_tower(_pixels(views, self.processor, self.device), output_hidden_states=True).hidden_states[-1][:, 1:]
     def draw(self, rng, shares):
         "A batch of views (pictures and crops in given shares) and what lies on their patches"
@@ -496,7 +496,7 @@ class Trainer:
         "Shares of the kinds of question, how looking is dropped, first layer that may look, share of steps with a second picture"
         if most < 4: return (.34, .33, .33, 0), (0, 0), (.2, .2, .3, .3), 0
         if most < 6: return (.3, .25, .25, .2), (.1, .02), (.2, .2, .3, .3), .3
-        return (.3, .2, .2, .3), (.25, .03), (.15, .15, .35, .35), .35
+        return (.25, .3, .3, .15), (.2, .03), (.2, .2, .3, .3), .35
 
     def question(self, stage, step, most):
         "One step on questions about pictures"
