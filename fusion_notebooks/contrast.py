@@ -100,7 +100,6 @@ class Look:
     prompt:object # `Prompt`
     base:Answer # plain answer
     maps:np.ndarray # (n_layers, visual) attention of the last prompt token, head mean
-    def tokens_of(self, k=0): "Visual tokens of image k"; g = self.prompt.grids[k]; return slice(g.start, g.stop)
 
 def look(
     mllm:MLLM, # the model
@@ -121,11 +120,11 @@ def _mask_answer(mllm, seen, c, by, review, rho, strength, soft, seed):
 
 def _crop_box(mllm, seen, c, by, base, box, seed):
     grid, (W, H) = seen.prompt.grids[0], seen.prompt.images[0].size
-    rng, of = np.random.default_rng(seed), seen.tokens_of(0)
-    ours = window_box(c.map[of], grid, base)
+    rng = np.random.default_rng(seed)
+    ours = window_box(grid.of(c.map), grid, base)
     side = ours[2] - ours[0]                                             # random and centre boxes have the size of ours
     if by == 'contrast': return ours
-    if by == 'late': return window_box(c.late[of], grid, base)
+    if by == 'late': return window_box(grid.of(c.late), grid, base)
     if by == 'random': return box_around((rng.uniform(0, W), rng.uniform(0, H)), side, (W, H))
     if by == 'centre': return box_around((W/2, H/2), side, (W, H))
     return box_around(((box[0] + box[2])/2, (box[1] + box[3])/2), 1.5*max(box[2] - box[0], box[3] - box[1]), (W, H))

@@ -43,13 +43,13 @@ class Tape:
     "What a forward showed; filled by `capture`"
     def __init__(self, layers, rows, heads): self.layers, self.rows, self.heads, self._maps, self._states = layers, rows, heads, {}, {}
 
-    def _start(self, seen):
-        "A new forward over a prompt begins; `seen` is (batch, N), True at visual tokens"
+    def _start(self, seen, cross=False):
+        "A new forward over a prompt begins; `seen` is (batch, N), True at visual tokens (or, with cross-attention, at their placeholders)"
         n = int(seen.sum(1).max())
         self.valid = torch.arange(n, device=seen.device) < seen.sum(1, keepdim=True)
-        self._columns = (~seen).to(torch.int8).sort(dim=1, stable=True).indices[:, :n]
+        self._columns = None if cross else (~seen).to(torch.int8).sort(dim=1, stable=True).indices[:, :n]
         rows = [-1] if self.rows == 'last' else range(seen.shape[1]) if self.rows == 'all' else self.rows
-        self._rows = torch.tensor([r % seen.shape[1] for r in rows], device=seen.device)
+        self._rows = self._columns if self.rows == 'visual' else torch.tensor([[r % seen.shape[1] for r in rows]], device=seen.device).expand(len(seen), -1)
         self._maps, self._states, self.listening = {}, {}, True
 
     listening = False
@@ -58,8 +58,9 @@ class Tape:
         return what
     @property
     def attention(self):
-        "(batch, layers, rows, visual); with heads='all' (batch, layers, heads, rows, visual)"
-        return torch.stack([m for _, m in sorted(self._need(self._maps).items())], 1)
+        "(batch, layers, rows, visual); with heads='all' (batch, layers, heads, rows, visual). NaN at layers that have no visual keys"
+        some = next(iter(self._need(self._maps).values()))
+        return torch.stack([self._maps.get(i, torch.full_like(some, torch.nan)).to(some.device) for i in self.layers], 1)
     @property
     def hidden(self):
         "(batch, n_layers + 1, rows, width): what enters each layer, then what leaves the last"
@@ -69,16 +70,19 @@ _listeners = {} # attention module → [(tape, layer)]
 
 def _record(tape, i, module, query, key, mask, scaling):
     rows, k = tape._rows.to(query.device), key.shape[2]
-    q = query[:, :, rows].float()
+    pick = lambda x: x.gather(2, rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    q = pick(query).float()
     key = key.repeat_interleave(query.shape[1]//key.shape[1], 1).float()
     logits = q @ key.transpose(2, 3)*(scaling if scaling is not None else query.shape[-1]**-.5)
-    if mask is None: logits = logits.masked_fill(torch.arange(k, device=q.device) > rows[:, None], -torch.inf)
-    elif mask.dtype == torch.bool: logits = logits.masked_fill(~mask[:, :, rows, :k], torch.finfo(logits.dtype).min)
-    else: logits = logits + mask[:, :, rows, :k].float()
+    if mask is None and tape._columns is not None: logits = logits.masked_fill((torch.arange(k, device=q.device) > rows[..., None])[:, None], -torch.inf)
+    elif mask is not None:
+        mask = pick(mask[..., :k].expand(len(q), *mask.shape[1:3], -1))
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask.float()
     a = logits.softmax(-1)
     if tape.heads == 'mean': a = a.mean(1, keepdim=True)
-    a = a.gather(-1, tape._columns.to(a.device)[:, None, None, :].expand(-1, a.shape[1], a.shape[2], -1))
-    a = a*tape.valid.to(a.device)[:, None, None, :]
+    if tape._columns is not None:
+        a = a.gather(-1, tape._columns.to(a.device)[:, None, None, :].expand(-1, a.shape[1], a.shape[2], -1))
+        a = a*tape.valid.to(a.device)[:, None, None, :]
     tape._maps[i] = (a[:, 0] if tape.heads == 'mean' else a).detach()
 
 def _recording_attention(module, query, key, value, attention_mask, scaling=None, **kw):
@@ -94,7 +98,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)        # without it the mask is
 @contextmanager
 def _listening(mllm, tape):
     "Send the text decoder's attention through `_recording_attention` for this tape"
-    modules = {m: i for i in tape.layers for m in mllm.layers[i].modules()}
+    modules = {m: i for i in tape.layers if not mllm.cross or i in mllm.cross for m in mllm.layers[i].modules()}
     text = mllm.model.config.get_text_config()
     before = text._attn_implementation
     for m, i in modules.items(): _listeners.setdefault(m, []).append((tape, i))
@@ -110,22 +114,26 @@ def _listening(mllm, tape):
 @contextmanager
 def capture(
     mllm:MLLM, # the model
-    rows='last', # 'last', 'all', or row numbers of the prompt (negative ones count from the end)
+    rows='last', # 'last', 'all', 'visual' (the visual tokens' own), or row numbers of the prompt (negative ones count from the end)
     heads:str='mean', # 'mean' or 'all'
     layers=None, # decoder layers; None for all
     hidden:bool=False, # also keep hidden states of these rows at every layer
 ): # yields a `Tape`
     "Record attention to the visual tokens during a forward over a prompt; decoding steps of `generate` are not recorded"
     if heads not in ('mean', 'all'): raise ValueError(f"heads is 'mean' or 'all', not {heads!r}.")
-    tape = Tape(check_layers(mllm, layers), rows, heads)
-    def begin(model, args, kw):
-        ids = kw.get('input_ids', args[0] if args else None)
+    if mllm.cross and rows == 'visual': raise ValueError(f'{mllm.name} reads its picture through cross-attention: its visual tokens are keys and have no rows; see `mllm.entering`.')
+    tape, announced = Tape(check_layers(mllm, layers), rows, heads), []
+    def begin(ids):
         seen = None if ids is None else ids == mllm.image_token_id
         tape.listening = False
-        if seen is not None and seen.any(): tape._start(seen)
+        if seen is not None and seen.any(): tape._start(seen, bool(mllm.cross))
+    def forward(model, args, kw): announced.append(1); begin(kw.get('input_ids', args[0] if args and not args[0].is_floating_point() else None))
+    def embed(module, args):                                            # `generate` of some families never calls the model's own forward
+        if not announced and args[0].shape[-1] > 1 or tape.listening and not announced: begin(args[0])
+        announced.clear()
     def keep(i, h):
-        if tape.listening: tape._states[i] = h[:, tape._rows.to(h.device)].detach().float()
-    handles = [mllm.model.register_forward_pre_hook(begin, with_kwargs=True)]
+        if tape.listening: tape._states[i] = h.gather(1, tape._rows.to(h.device)[..., None].expand(-1, -1, h.shape[-1])).detach().float()
+    handles = [mllm.model.register_forward_pre_hook(forward, with_kwargs=True), mllm.model.get_input_embeddings().register_forward_pre_hook(embed)]
     if hidden:
         handles.append(mllm.layers[0].register_forward_pre_hook(lambda l, args, kw: keep(0, _hidden(args, kw)), with_kwargs=True))
         handles += [layer.register_forward_hook(lambda l, args, out, i=i: keep(i + 1, out[0] if isinstance(out, tuple) else out)) for i, layer in enumerate(mllm.layers)]
@@ -136,9 +144,12 @@ def lens(
     mllm:MLLM, # the model
     states:torch.Tensor, # (…, width) states that leave a layer, before the final norm
 )->torch.Tensor: # (…, vocabulary) logits, float32
-    "Early output: final norm and head on inner states (paper, section 1)"
-    w = mllm.head.weight
-    with torch.inference_mode(): return mllm.head(mllm.norm(states.to(w.device, w.dtype))).float()
+    "Early output: final norm and head on inner states, with the scale or soft cap that the model's config puts behind its head (paper, section 1)"
+    w, text = mllm.head.weight, mllm.model.config.get_text_config()
+    with torch.inference_mode(): out = mllm.head(mllm.norm(states.to(w.device, w.dtype))).float()
+    out = out*(getattr(text, 'logit_scale', None) or 1)/(getattr(text, 'logits_scaling', None) or 1)*(getattr(text, 'output_multiplier', None) or 1)
+    cap = getattr(text, 'final_logit_softcapping', None)
+    return out if not cap else cap*torch.tanh(out/cap)
 
 @contextmanager
 def early_exit(
@@ -154,20 +165,29 @@ def early_exit(
 STATE_EDITS, ATTENTION_EDITS = ('zero', 'mean', 'swap'), ('knockout', 'soft')
 
 def _write_states(i, visual, value, batch):
-    "Pre-hook: overwrite (or scale) the visual rows while the prompt passes"
-    def hook(layer, args, kw):
-        h = _hidden(args, kw)
-        if _past(kw, i) or h.shape[1] <= int(visual.max()): return None
+    "Pre-hook: overwrite (or scale) the visual rows while the prompt passes; the keys, where the picture is read through cross-attention"
+    def write(h):
         new, cols = h.clone(), visual.to(h.device)
         rows = torch.arange(len(h), device=h.device)[batch][:, None]
         new[rows, cols] = value(h[rows, cols]).to(h)
-        return ((new, *args[1:]), kw) if args else (args, kw | dict(hidden_states=new))
+        return new
+    def hook(layer, args, kw):
+        if 'cross_attention_states' in kw:
+            keys = kw['cross_attention_states']
+            if keys is None: return None                               # decoding: the edited keys are in the cache
+            n = len(_hidden(args, kw))
+            return args, kw | dict(cross_attention_states=write(keys.reshape(n, -1, keys.shape[-1])).reshape(keys.shape))
+        h = _hidden(args, kw)
+        if _past(kw, i) or h.shape[1] <= int(visual.max()): return None
+        return ((write(h), *args[1:]), kw) if args else (args, kw | dict(hidden_states=write(h)))
     return hook
 
 def _as_float_mask(mask, h, past):
     "None, bool or float mask → additive float mask (batch, 1, rows, keys) of its own memory"
     low, n = torch.finfo(h.dtype).min, h.shape[1]
-    if mask is None: mask = torch.ones(n, past + n, dtype=torch.bool, device=h.device).tril(past)[None, None]
+    if mask is None or mask.ndim == 2:
+        causal = torch.ones(n, past + n, dtype=torch.bool, device=h.device).tril(past)[None, None]
+        mask = causal if mask is None else causal & mask.bool()[:, None, None, :past + n]
     if mask.dtype == torch.bool: mask = torch.zeros(mask.shape, dtype=h.dtype, device=h.device).masked_fill(~mask, low)
     return mask.expand(len(h), *mask.shape[1:]).clone()
 
@@ -183,6 +203,32 @@ def _bias_attention(i, visual, strength, batch, text_from):
         at = (torch.arange(len(h), device=h.device)[batch][:, None, None], 0, rows.nonzero()[None, :, 0, None], cols[cols >= 0][None, None])
         mask[at] = mask[at] + math.log(strength) if strength else torch.finfo(h.dtype).min
         return args, kw | dict(attention_mask=mask)
+    return hook
+
+def _n_keys(kw, n, i):
+    "Keys of the cross-attention of layer i, from what it is called with for n samples"
+    keys = kw.get('cross_attention_states')
+    return kw['past_key_values'].layers[i].keys.shape[2] if keys is None else keys.numel()//keys.shape[-1]//n
+
+def _close_cross(i, visual, strength, batch):
+    "Pre-hook for a layer that reads the picture through cross-attention: every row of text reads chosen keys less, or not"
+    def hook(layer, args, kw):
+        h, mask = _hidden(args, kw), kw.get('cross_attention_mask')
+        low = torch.finfo(h.dtype).min
+        mask = h.new_zeros(len(h), 1, h.shape[1], _n_keys(kw, len(h), i)) if mask is None else mask.expand(len(h), *mask.shape[1:]).clone()
+        rows = torch.arange(len(h), device=h.device)[batch]
+        add = torch.zeros(mask.shape[-1], dtype=h.dtype, device=h.device)
+        add[visual.to(h.device)] = math.log(strength) if strength else low
+        mask[rows] = (mask[rows] + add).clamp(min=low)
+        return args, kw | dict(cross_attention_mask=mask)
+    return hook
+
+def _silence(i, visual, batch):
+    "Hook on a cross-attention: with every key closed nothing is read (the softmax alone would read all keys alike)"
+    def hook(module, args, kw, out):
+        if len(visual) < _n_keys(kw, len(out[0]), i): return None
+        read = out[0].clone(); read[batch] = 0
+        return (read, *out[1:])
     return hook
 
 @contextmanager
@@ -203,8 +249,16 @@ def edit(
     if strength is None: strength = .1 if how == 'soft' else 0.
     if text_from is None and len(visual): text_from = int(visual.max()) + 1
     if strength < 0: raise ValueError(f'strength is a factor of at least 0, not {strength}.')
-    def hook(i):
-        if how == 'zero': return _write_states(i, visual, lambda h: h*strength if strength else torch.zeros_like(h), batch)
-        if how in STATE_EDITS: return _write_states(i, visual, lambda h: states[i].to(h).expand_as(h), batch)
-        return _bias_attention(i, visual, strength if how == 'soft' else 0., batch, text_from)
-    with _removing([mllm.layers[i].register_forward_pre_hook(hook(i), with_kwargs=True) for i in layers] if len(visual) else []): yield
+    value = dict(zero=lambda i: lambda h: h*strength if strength else torch.zeros_like(h)).get(how, lambda i: lambda h: states[i].to(h).expand_as(h))
+    factor = strength if how == 'soft' else 0.
+    handles = []
+    if mllm.cross and len(visual):
+        if how in STATE_EDITS: layers = [i for i in mllm.cross if i >= layers[0]]      # keys are the same at all layers: an edit lasts from its layer on
+        for i in (i for i in layers if i in mllm.cross):
+            hook = _write_states(i, visual, value(i), batch) if how in STATE_EDITS else _close_cross(i, visual, factor, batch)
+            handles.append(mllm.layers[i].register_forward_pre_hook(hook, with_kwargs=True))
+            if how not in STATE_EDITS and not factor: handles.append(mllm.layers[i].cross_attn.register_forward_hook(_silence(i, visual, batch), with_kwargs=True))
+    elif len(visual):
+        hook = lambda i: _write_states(i, visual, value(i), batch) if how in STATE_EDITS else _bias_attention(i, visual, factor, batch, text_from)
+        handles = [mllm.layers[i].register_forward_pre_hook(hook(i), with_kwargs=True) for i in layers]
+    with _removing(handles): yield

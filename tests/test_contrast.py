@@ -5,7 +5,7 @@ from fusion_notebooks.hooks import capture, edit
 from fusion_notebooks.mllm import Grid, token_boxes
 
 rng = np.random.default_rng(0)
-grid = Grid(0, 8, 8, token_boxes(8, 8, (384, 384), (.25, .25), (0, 0), (96, 96)), (384, 384), 1.)
+grid = Grid(np.arange(64), 8, 8, token_boxes(8, 8, (384, 384), (.25, .25), (0, 0), (96, 96)), (384, 384), 1.)
 
 def test_contrast_by_hand():
     maps = rng.random((6, 64))

@@ -2,7 +2,7 @@
 import json, numpy as np, pytest, torch
 from PIL import Image
 from fusion_notebooks import demo
-from fusion_notebooks.mllm import MLLM, make_grids, open_image
+from fusion_notebooks.mllm import MLLM, open_image
 from conftest import noise_image
 
 @pytest.mark.parametrize('size', [(384, 384), (200, 100), (101, 317), (96, 96)])
@@ -24,10 +24,7 @@ def test_dropped_pixels_are_reported(tiny):
 
 def test_two_images(tiny, samples):
     p = tiny.prompt([samples[0].image, samples[1].image], 'What?')
-    assert len(p.visual) == 128 and [g.start for g in p.grids] == [0, 64] and (p.visual.diff() == 1).all()
-
-def test_unknown_geometry_is_said():
-    with pytest.raises(ValueError, match='No token geometry'): make_grids('nonesuch', None, [], 4)
+    assert len(p.visual) == 128 and [g.index[0] for g in p.grids] == [0, 64] and (p.visual.diff() == 1).all()
 
 def test_training_sees_what_the_processor_makes(tiny):
     "The packed training pictures and the shipped processor agree to the bit"
