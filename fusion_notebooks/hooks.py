@@ -144,12 +144,16 @@ def lens(
     mllm:MLLM, # the model
     states:torch.Tensor, # (…, width) states that leave a layer, before the final norm
 )->torch.Tensor: # (…, vocabulary) logits, float32
-    "Early output: final norm and head on inner states, with the scale or soft cap that the model's config puts behind its head (paper, section 1)"
-    w, text = mllm.head.weight, mllm.model.config.get_text_config()
-    with torch.inference_mode(): out = mllm.head(mllm.norm(states.to(w.device, w.dtype))).float()
-    out = out*(getattr(text, 'logit_scale', None) or 1)/(getattr(text, 'logits_scaling', None) or 1)*(getattr(text, 'output_multiplier', None) or 1)
-    cap = getattr(text, 'final_logit_softcapping', None)
-    return out if not cap else cap*torch.tanh(out/cap)
+    "Early output: final norm and head on inner states, with whatever scale or soft cap the model itself puts behind its head (paper, section 1)"
+    w = mllm.head.weight
+    normed = mllm.norm(states.to(w.device, w.dtype)).reshape(1, -1, states.shape[-1])
+    def say(decoder, args, out): out.last_hidden_state = normed
+    rows = torch.ones(1, normed.shape[1], dtype=torch.long, device=mllm.device)
+    with torch.inference_mode():
+        try:
+            with _removing([mllm.decoder.register_forward_hook(say)]): out = mllm.model(input_ids=rows, attention_mask=rows, use_cache=False).logits
+        except (TypeError, ValueError, AttributeError): out = mllm.head(normed)       # no forward without a picture: nothing but a head
+    return out.float().reshape(*states.shape[:-1], -1)
 
 @contextmanager
 def early_exit(
@@ -253,7 +257,7 @@ def edit(
     factor = strength if how == 'soft' else 0.
     handles = []
     if mllm.cross and len(visual):
-        if how in STATE_EDITS: layers = [i for i in mllm.cross if i >= layers[0]]      # keys are the same at all layers: an edit lasts from its layer on
+        if how in STATE_EDITS: layers = [i for i in mllm.cross if layers and i >= layers[0]]      # keys are the same at all layers: an edit lasts from its layer on
         for i in (i for i in layers if i in mllm.cross):
             hook = _write_states(i, visual, value(i), batch) if how in STATE_EDITS else _close_cross(i, visual, factor, batch)
             handles.append(mllm.layers[i].register_forward_pre_hook(hook, with_kwargs=True))

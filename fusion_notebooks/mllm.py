@@ -115,16 +115,22 @@ def image_inputs(
 def image_features(
     model, # a Hugging Face image-text model
     inputs:dict, # tensors of a prompt
-): # transformers' output; `pooler_output` holds the visual tokens
-    "Run the vision tower alone"
-    known = inspect.signature(model.get_image_features).parameters
-    with torch.inference_mode(): return model.get_image_features(**{k: v for k, v in image_inputs(inputs).items() if k in known}, return_dict=True)
+): # transformers' output; see `flat`
+    "Run the vision tower alone. Raises `ValueError` where the model has no way to do so."
+    run = getattr(model, 'get_image_features', None) or getattr(getattr(model, 'model', None), 'get_image_features', None)
+    if run is None: raise ValueError(f'{type(model).__name__} has no get_image_features, so its vision tower cannot be run alone.')
+    known = {*inspect.signature(run).parameters, *inspect.signature(model.forward).parameters}
+    seen = {k: v for k, v in image_inputs(inputs).items() if k in known}
+    if 'pixel_values_images' in seen: seen['pixel_values'] = seen.pop('pixel_values_images')
+    with torch.inference_mode(): return run(**seen, return_dict=True)
 
 def flat(
-    features, # tensor, or a list of them, that hold visual tokens
+    features, # from `image_features`
 )->torch.Tensor: # (visual tokens, width)
     "All visual tokens below each other"
-    return torch.cat([f.flatten(0, -2) for f in features]) if isinstance(features, (list, tuple)) else features.flatten(0, -2)
+    first = lambda k: getattr(features, k, None)
+    some = first('pooler_output') if first('pooler_output') is not None else first('deepstack_features')[0][1] if first('deepstack_features') else first('last_hidden_state')
+    return torch.cat([f.flatten(0, -2) for f in some]) if isinstance(some, (list, tuple)) else some.flatten(0, -2)
 
 PLAIN = "{% for m in messages %}{% for c in m['content'] %}{{ ('<image>' if c['type'] == 'image' else c['text']) + '\\n' }}{% endfor %}{% endfor %}"
 
@@ -145,11 +151,11 @@ class PlainProcessor:
 
     def __call__(self, images, text, return_tensors='pt', add_special_tokens=True):
         own = next(self.model.parameters())
-        pixels = lambda ims: {k: torch.as_tensor(np.asarray(v)) if not torch.is_tensor(v) else v for k, v in self.image_processor(images=ims, return_tensors='pt').items()}
+        pixels = lambda ims: {k: v if torch.is_tensor(v) else torch.as_tensor(np.asarray(v)) for k, v in self.image_processor(images=ims, return_tensors='pt').items() if torch.is_tensor(v) or np.asarray(v).dtype.kind in 'biuf'}
         moved = lambda d: {k: v.to(own.device, own.dtype) if v.is_floating_point() else v.to(own.device) for k, v in d.items()}
         pieces, seen = text.split(self.image_token), pixels(images)
         if len(pieces) != len(images) + 1: raise ValueError(f'The text has {len(pieces) - 1} placeholders {self.image_token} for {len(images)} pictures.')
-        counts = [len(flat(image_features(self.model, moved(seen if len(images) == 1 else pixels([im]))).pooler_output)) for im in images]
+        counts = [len(flat(image_features(self.model, moved(seen if len(images) == 1 else pixels([im]))))) for im in images]
         text = pieces[0] + ''.join(self.image_token*n + piece for n, piece in zip(counts, pieces[1:]))
         inputs = dict(self.tokenizer(text, return_tensors='pt', add_special_tokens=add_special_tokens))
         inputs.pop('token_type_ids', None)
@@ -225,7 +231,7 @@ class MLLM:
     ):
         config = model.config
         self.model, self.processor, self.name = model.eval(), processor, name or config.model_type
-        if 'pixel_values' not in inspect.signature(model.forward).parameters: raise ValueError(f'{self.name} has no image tower (its forward takes no pixel_values): give an image-text model.')
+        if not {'pixel_values', 'pixel_values_images'} & {*inspect.signature(model.forward).parameters}: raise ValueError(f'{self.name} has no image tower (its forward takes no pixel_values): give an image-text model.')
         if getattr(config, 'is_encoder_decoder', False): raise ValueError(f'{self.name} ({type(model).__name__}) is an encoder-decoder: its picture is read in the encoder, and it has no decoder layers in which visual and text tokens meet.')
         self.head = model.get_output_embeddings()
         self.decoder, self.layers, self.norm = _find_layers(model.get_decoder(), config.get_text_config().num_hidden_layers)
@@ -351,7 +357,7 @@ def _ramp(size, k, n):
 
 def _pixels(mllm, p, images):
     "What the processor makes of pictures: (tiles, 3, height, width), or (patches, 3, pixels) where it hands out patches"
-    v = _process(mllm, images, p.question)[0]['pixel_values'].float().cpu()
+    v = next(v for k, v in _process(mllm, images, p.question)[0].items() if k.startswith('pixel_values')).float().cpu()
     return v.unflatten(1, (3, -1)).numpy() if v.ndim == 2 else v.flatten(0, -4).numpy()
 
 def _line(values, seen):
@@ -533,7 +539,7 @@ def copies(self:MLLM,
     seen = {k: v for k, v in p.inputs.items() if k not in out}
     if batch == 1 or not self.shares_vision: return out | {k: v.repeat(batch, *[1]*(v.ndim - 1)) for k, v in seen.items()}
     features, again = image_features(self.model, p.inputs), lambda t: t.repeat(batch, *[1]*(t.ndim - 1))
-    n = len(flat(features.pooler_output))
+    n = len(flat(features))
     def repeat(v):                                                      # a tensor or a list of tensors with all visual tokens, or several such (DeepStack)
         if torch.is_tensor(v): return again(v)
         return list(v)*batch if all(map(torch.is_tensor, v)) and sum(len(t.flatten(0, -2)) for t in v) == n else [repeat(t) for t in v]

@@ -90,7 +90,7 @@ def paligemma():
     return T.PaliGemmaForConditionalGeneration(c), T.PaliGemmaProcessor(ip, tok, demo.CHAT)
 
 def mllama():
-    c = T.MllamaConfig(text_config=dict(**TEXT | ids(), cross_attention_layers=[1, 3]), vision_config=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_global_layers=1, attention_heads=2, image_size=24, patch_size=6,
+    c = T.MllamaConfig(text_config=dict(**TEXT | ids() | dict(num_hidden_layers=5), cross_attention_layers=[1, 2, 4]), vision_config=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_global_layers=1, attention_heads=2, image_size=24, patch_size=6,
                        vision_output_dim=64, intermediate_layers_indices=[0], max_num_tiles=4), image_token_id=IMAGE)
     ip = T.MllamaImageProcessor(size=dict(height=24, width=24), max_image_tiles=4)
     return T.MllamaForConditionalGeneration(c), T.MllamaProcessor(ip, tokenizer(), demo.CHAT)
@@ -98,11 +98,11 @@ def mllama():
 FAMILIES = {f.__name__: f for f in (llava, llava_next, vipllava, llava_onevision, instructblip, internvl, gemma3, idefics3, smolvlm, paligemma, mllama)} | dict(qwen2_vl=qwen2_vl, qwen2_5_vl=qwen2_5_vl, qwen3_vl=qwen3_vl)
 
 @lru_cache
-def family(name):
-    "The handle of a tiny model of one family"
+def family(name, dtype=torch.float32):
+    "The handle of a tiny model of one family; the same weights in float64 show that a difference is rounding"
     torch.manual_seed(0)
     model, processor = FAMILIES[name]()
     if not hasattr(processor, 'tokenizer'): processor = PlainProcessor(processor, tokenizer(), model)
     model.generation_config.update(bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    return MLLM(randomise(model), processor, name)
+    return MLLM(randomise(model).to(dtype), processor, name)
 
