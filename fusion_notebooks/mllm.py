@@ -212,7 +212,7 @@ def _processor(src, model, common):
     "The family's processor, or a plain one where a library for it is missing"
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
     try: return AutoProcessor.from_pretrained(src, **common)
-    except (ImportError, AttributeError, TypeError): return PlainProcessor(AutoImageProcessor.from_pretrained(src, **common), AutoTokenizer.from_pretrained(src, **common), model)
+    except (ImportError, AttributeError, TypeError, ValueError): return PlainProcessor(AutoImageProcessor.from_pretrained(src, **common), AutoTokenizer.from_pretrained(src, **common), model)
 
 def _image_token(model, processor):
     "Id of the placeholder for visual tokens: from the config, else the processor's"
@@ -293,13 +293,13 @@ def _chat(self, k, question):
     content = [dict(type='image')]*k + [dict(type='text', text=question)]
     return self.processor.apply_chat_template([dict(role='user', content=content)], add_generation_prompt=True, tokenize=False)
 
-def _process(self, images, question):
+def _process(self, images, question, dtype=None):
     "Tensors for pictures and a question, and 'appended' where the family takes one picture at a time"
     bos, known = getattr(self.processor.tokenizer, 'bos_token', None), {*inspect.signature(self.model.forward).parameters} - {'labels'}
     def run(some):
         text = _chat(self, len(some), question)
         got = self.processor(images=some, text=text, return_tensors='pt', add_special_tokens=not (bos and text.startswith(bos)))
-        return {k: v.to(self.device, self.dtype) if v.is_floating_point() else v.to(self.device) for k, v in got.items() if k in known and torch.is_tensor(v)}
+        return {k: v.to(self.device, dtype or self.dtype) if v.is_floating_point() else v.to(self.device) for k, v in got.items() if k in known and torch.is_tensor(v)}
     if not self.takes_one or len(images) == 1: return run(images), ''
     parts, tokens = [run([im]) for im in images], None
     ids = parts[0]['input_ids'][0]
@@ -357,7 +357,7 @@ def _ramp(size, k, n):
 
 def _pixels(mllm, p, images):
     "What the processor makes of pictures: (tiles, 3, height, width), or (patches, 3, pixels) where it hands out patches"
-    v = next(v for k, v in _process(mllm, images, p.question)[0].items() if k.startswith('pixel_values')).float().cpu()
+    v = next(v for k, v in _process(mllm, images, p.question, torch.float32)[0].items() if k.startswith('pixel_values')).cpu()
     return v.unflatten(1, (3, -1)).numpy() if v.ndim == 2 else v.flatten(0, -4).numpy()
 
 def _line(values, seen):

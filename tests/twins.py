@@ -1,5 +1,4 @@
 "Tiny random models of real architectures, built from their own config classes, whose image provably matters"
-import copy
 from functools import lru_cache
 import torch
 import transformers as T
@@ -13,12 +12,12 @@ VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_att
 ROPE = dict(rope_type='default', rope_theta=10000., mrope_section=[2, 2, 2])
 
 @lru_cache
+def words(): t = demo.make_tokenizer(); t.add_special_tokens(dict(additional_special_tokens=SPECIAL)); return t
+
 def tokenizer():
-    tok = demo.make_tokenizer()
-    tok.add_special_tokens(dict(additional_special_tokens=SPECIAL))
-    tok.add_special_tokens({}, replace_extra_special_tokens=False)
-    for name, word in dict(boi_token='<boi>', eoi_token='<eoi>').items(): setattr(tok, name, word)
-    return tok
+    t = words()
+    return T.PreTrainedTokenizerFast(tokenizer_object=t.backend_tokenizer, bos_token='<s>', eos_token='</s>', pad_token='<pad>', padding_side='left',
+                                     extra_special_tokens=dict(image_token='<image>', boi_token='<boi>', eoi_token='<eoi>'))
 
 def bare(): t = tokenizer(); return T.PreTrainedTokenizerFast(tokenizer_object=t.backend_tokenizer, bos_token='<s>', eos_token='</s>', pad_token='<pad>')
 def ids(): t = tokenizer(); return dict(vocab_size=len(t), bos_token_id=0, eos_token_id=1, pad_token_id=2)
@@ -70,9 +69,7 @@ def internvl():
 def gemma3():
     c = T.Gemma3Config(text_config=text(T.Gemma3TextConfig, head_dim=12, sliding_window=16, layer_types=['sliding_attention', 'full_attention']*2, query_pre_attn_scalar=12),
                        vision_config=T.SiglipVisionConfig(**VISION, image_size=24, patch_size=3, vision_use_head=False), mm_tokens_per_image=16, image_token_id=IMAGE, boi_token_index=4, eoi_token_index=5)
-    tok = copy.deepcopy(tokenizer())
-    for name in ('boi', 'eoi'): setattr(tok, f'{name}_token', f'<{name}>'); setattr(tok, f'{name}_token_id', tok.convert_tokens_to_ids(f'<{name}>'))
-    return T.Gemma3ForConditionalGeneration(c), T.Gemma3Processor(square(T.Gemma3ImageProcessor, 24), tok, demo.CHAT.replace('<image>', '<boi>'), image_seq_length=16)
+    return T.Gemma3ForConditionalGeneration(c), T.Gemma3Processor(square(T.Gemma3ImageProcessor, 24), tokenizer(), demo.CHAT.replace('<image>', '<boi>'), image_seq_length=16)
 
 def idefics3():
     c = T.Idefics3Config(text_config=text(T.LlamaConfig), vision_config=dict(**VISION, image_size=24, patch_size=6), image_token_id=IMAGE, scale_factor=2)
@@ -85,9 +82,8 @@ def smolvlm():
 
 def paligemma():
     c = T.PaliGemmaConfig(text_config=text(T.GemmaConfig, head_dim=12), vision_config=T.SiglipVisionConfig(**VISION, image_size=24, patch_size=6, vision_use_head=False, projection_dim=48), image_token_id=IMAGE, projection_dim=48)
-    tok = copy.deepcopy(tokenizer()); tok.image_token_id = IMAGE
     ip = square(T.SiglipImageProcessor, 24); ip.image_seq_length = 16
-    return T.PaliGemmaForConditionalGeneration(c), T.PaliGemmaProcessor(ip, tok, demo.CHAT)
+    return T.PaliGemmaForConditionalGeneration(c), T.PaliGemmaProcessor(ip, tokenizer(), demo.CHAT)
 
 def mllama():
     c = T.MllamaConfig(text_config=dict(**TEXT | ids() | dict(num_hidden_layers=5), cross_attention_layers=[1, 2, 4]), vision_config=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_global_layers=1, attention_heads=2, image_size=24, patch_size=6,

@@ -6,7 +6,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from conftest import noise_image
 from twins import FAMILIES, family
 from fusion_notebooks import contrast, hooks, masking
-from fusion_notebooks.mllm import Sample, entering
+from fusion_notebooks.mllm import MLLM, PlainProcessor
 
 PREFIX = {'paligemma'}                                                     # rows of the prompt see each other
 ASK, OTHER = 'What color is the circle?', 'Which digit is on the red object at the top left?'
@@ -213,3 +213,29 @@ def test_refine(mllm, how):
         assert sorted(low.tolist()) == p.visual[r.tokens].tolist()
         with hooks.edit(mllm, review, low, 'zero'): answer = mllm.answer(p)
     assert r.base.ids == mllm.answer(p).ids and r.answer.ids == answer.ids and abs(r.answer.logp - answer.logp) < 1e-4
+
+def test_load_from_a_folder(mllm, tmp_path):
+    "As saved by transformers; where the family's processor cannot be built here, the plain one stands in"
+    processor = mllm.processor
+    mllm.model.save_pretrained(tmp_path)
+    if not isinstance(processor, PlainProcessor): processor.save_pretrained(tmp_path)
+    else:
+        processor.image_processor.save_pretrained(tmp_path); processor.tokenizer.save_pretrained(tmp_path)
+        (tmp_path/'chat_template.jinja').write_text(processor.chat_template)
+    loaded = MLLM.load(str(tmp_path))
+    for images in (PICTURE, [PICTURE, SMALL]):
+        a, b = loaded.answer(images, ASK), mllm.answer(images, ASK)
+        assert a.ids == b.ids and abs(a.logp - b.logp) < 1e-4
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    "Boxes stay exact, maps and edits stay near float32's"
+    for name in ('llava_next', 'qwen2_5_vl'):
+        full, half = family(name), family(name, dtype)
+        p, q = full.prompt(PICTURE, ASK), half.prompt(PICTURE, ASK)
+        assert all(np.array_equal(a.boxes, b.boxes) for a, b in zip(p.views, q.views))
+        with hooks.capture(full) as a: logits(full, p)
+        with hooks.capture(half) as b: logits(half, q)
+        assert (a.attention - b.attention).abs().max() < .1 and b.attention.dtype == torch.float32
+        for how in ('zero', 'knockout', 'soft'):
+            with hooks.edit(half, 1, q.visual, how): assert torch.isfinite(logits(half, q)).all() and (logits(half, q) - logits(half, q)).abs().max() == 0
