@@ -129,11 +129,11 @@ def capture(
         if seen is not None and seen.any(): tape._start(seen, bool(mllm.cross))
     def forward(model, args, kw): announced.append(1); begin(kw.get('input_ids', args[0] if args and not args[0].is_floating_point() else None))
     def embed(module, args):                                            # `generate` of some families never calls the model's own forward
-        if not announced and args[0].shape[-1] > 1 or tape.listening and not announced: begin(args[0])
-        announced.clear()
+        if not announced: begin(args[0])
     def keep(i, h):
-        if tape.listening: tape._states[i] = h.gather(1, tape._rows.to(h.device)[..., None].expand(-1, -1, h.shape[-1])).detach().float()
-    handles = [mllm.model.register_forward_pre_hook(forward, with_kwargs=True), mllm.model.get_input_embeddings().register_forward_pre_hook(embed)]
+        if tape.listening: tape._states[i] = h[torch.arange(len(h), device=h.device)[:, None], tape._rows.to(h.device)].detach().float()
+    handles = [mllm.model.register_forward_pre_hook(forward, with_kwargs=True), mllm.model.register_forward_hook(lambda *_: announced.clear(), always_call=True),
+               mllm.model.get_input_embeddings().register_forward_pre_hook(embed)]
     if hidden:
         handles.append(mllm.layers[0].register_forward_pre_hook(lambda l, args, kw: keep(0, _hidden(args, kw)), with_kwargs=True))
         handles += [layer.register_forward_hook(lambda l, args, out, i=i: keep(i + 1, out[0] if isinstance(out, tuple) else out)) for i, layer in enumerate(mllm.layers)]
@@ -145,6 +145,7 @@ def lens(
     states:torch.Tensor, # (…, width) states that leave a layer, before the final norm
 )->torch.Tensor: # (…, vocabulary) logits, float32
     "Early output: final norm and head on inner states, with whatever scale or soft cap the model itself puts behind its head (paper, section 1)"
+    if mllm.norm is None: raise ValueError(f'{mllm.name} has no norm between its layers and its head, so inner states cannot be read as answers.')
     w = mllm.head.weight
     normed = mllm.norm(states.to(w.device, w.dtype)).reshape(1, -1, states.shape[-1])
     def say(decoder, args, out): out.last_hidden_state = normed

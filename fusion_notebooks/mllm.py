@@ -205,7 +205,7 @@ def _find_layers(decoder, n):
     for m in decoder.modules():
         kids = dict(m.named_children())
         layers = next((k for k in kids.values() if isinstance(k, torch.nn.ModuleList) and len(k) == n), None)
-        if layers is not None: return m, layers, next((k for name, k in reversed(kids.items()) if 'norm' in (name + type(k).__name__).lower()), None)
+        if layers is not None: return m, layers, kids.get('norm') or next((k for name, k in reversed(kids.items()) if 'norm' in (name + type(k).__name__).lower()), None)
     return decoder, None, None
 
 def _processor(src, model, common):
@@ -233,11 +233,11 @@ class MLLM:
         self.model, self.processor, self.name = model.eval(), processor, name or config.model_type
         if not {'pixel_values', 'pixel_values_images'} & {*inspect.signature(model.forward).parameters}: raise ValueError(f'{self.name} has no image tower (its forward takes no pixel_values): give an image-text model.')
         if getattr(config, 'is_encoder_decoder', False): raise ValueError(f'{self.name} ({type(model).__name__}) is an encoder-decoder: its picture is read in the encoder, and it has no decoder layers in which visual and text tokens meet.')
-        self.head = model.get_output_embeddings()
+        self.head = model.get_output_embeddings() or getattr(model.get_decoder(), 'lm_head', None)
         self.decoder, self.layers, self.norm = _find_layers(model.get_decoder(), config.get_text_config().num_hidden_layers)
         self.image_token_id = _image_token(model, processor)
         self.cross = tuple(getattr(config.get_text_config(), 'cross_attention_layers', None) or ())
-        for what in ('layers', 'norm', 'head', 'image_token_id'):
+        for what in ('layers', 'head', 'image_token_id'):
             if getattr(self, what) is None: raise ValueError(f'{self.name} ({type(model).__name__}): no {what} found on its decoder, config or processor, so its layers cannot be read.')
         if self.image_token_id != getattr(config, 'image_token_id', self.image_token_id): config.image_token_id = self.image_token_id
         self._views = {}                                               # geometry of the tokens, by sizes of the pictures
@@ -521,6 +521,7 @@ def find_views(
 
 # %% ../nbs/00_mllm.ipynb #c024
 def _is_row(v, n): return v.ndim > 1 and v.shape[1] == n and not v.is_floating_point()
+def _is_strip(k, inputs): "All pictures side by side in one strip, cut by `target_sizes`?"; return k.startswith('pixel_values') and 'target_sizes' in inputs and inputs[k].shape[0] == 1
 
 def copies(self:MLLM,
     p:Prompt, # the prompt
@@ -537,7 +538,7 @@ def copies(self:MLLM,
         return torch.cat([v, new.to(v.dtype)], 1).repeat(batch, *[1]*(v.ndim - 1))
     out = {k: more(k, v) for k, v in p.inputs.items() if _is_row(v, n)}
     seen = {k: v for k, v in p.inputs.items() if k not in out}
-    if batch == 1 or not self.shares_vision: return out | {k: v.repeat(batch, *[1]*(v.ndim - 1)) for k, v in seen.items()}
+    if batch == 1 or not self.shares_vision: return out | {k: torch.cat([v]*batch, -1 if _is_strip(k, seen) else 0) for k, v in seen.items()}
     features, again = image_features(self.model, p.inputs), lambda t: t.repeat(batch, *[1]*(t.ndim - 1))
     n = len(flat(features))
     def repeat(v):                                                      # a tensor or a list of tensors with all visual tokens, or several such (DeepStack)
@@ -557,10 +558,11 @@ def stack(self:MLLM,
 )->Prompt: # one prompt whose tensors hold all of them; `visual` is that of the longest
     "Several prompts as one batch, padded on the left; pictures with fewer tiles get empty ones"
     width = max(p.length for p in prompts)
-    blank = dict(input_ids=self.model.config.get_text_config().pad_token_id or 0)
+    blank = dict(input_ids=getattr(self.model.config.get_text_config(), 'pad_token_id', None) or 0)
     def fit(k, rows):
         vs = [p.inputs[k] for p in prompts]
         if rows: vs = [torch.nn.functional.pad(v, [0, 0]*(v.ndim - 2) + [width - v.shape[1], 0], value=blank.get(k, 0)) for v in vs]
+        if _is_strip(k, one.inputs): return torch.cat(vs, -1)
         sides = [max(v.shape[d] for v in vs) for d in range(1, vs[0].ndim)]
         return torch.cat([torch.nn.functional.pad(v, [x for s, have in zip(sides[::-1], v.shape[:0:-1]) for x in (0, s - have)]) for v in vs])
     one = max(prompts, key=lambda p: p.length)
@@ -611,13 +613,24 @@ def answer(self:MLLM,
     p = images if isinstance(images, Prompt) else self.prompt(images, question)
     return self.generate(p, 1, max_new_tokens)[0]
 
+def _pads(self, prompts):
+    "Does padding on the left leave this model's logits alone? Measured once, on the shortest and the longest prompt"
+    a, b = min(prompts, key=lambda p: p.length), max(prompts, key=lambda p: p.length)
+    if a.length == b.length: return True
+    if '_padding' not in self.__dict__:
+        row = lambda p: self.model(**p.inputs, use_cache=False).logits[0, -1].float()
+        with torch.inference_mode(): alone, padded = row(a), row(self.stack([a, b]))
+        self._padding = bool((alone - padded).abs().median() < (1e-3 if self.dtype == torch.float32 else 5e-2)*alone.abs().median())
+    return self._padding
+
 def answers(self:MLLM,
     prompts:list, # of `Prompt`
     batch:int=32, # prompts per forward, at first
 )->list: # of `Answer`, in the order of the prompts
-    "Greedy answers to many prompts; those of similar length run together"
-    kind = lambda p: (len(p.visual) if self.cross else 0, bool(p.path))  # rows before a picture read all of its keys, so that empty tiles would be seen
-    out = [None]*len(prompts)
+    "Greedy answers to many prompts; those of similar length run together, of equal length where padding changes what the model says"
+    like = lambda p: (len(p.visual) if self.cross else 0, bool(p.path))  # rows before a picture read all keys of a cross-attention, so that empty tiles would be seen
+    pads = not prompts or _pads(self, [p for p in prompts if like(p) == like(prompts[0])])
+    kind, out = lambda p: (*like(p), 0 if pads else p.length), [None]*len(prompts)
     for _, group in groupby(sorted(range(len(prompts)), key=lambda k: (kind(prompts[k]), prompts[k].length)), lambda k: kind(prompts[k])):
         group = list(group)
         for k, a in zip(group, in_batches(lambda ks: self.generate(self.stack([prompts[k] for k in ks])), group, batch)): out[k] = a
