@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pyarrow import ArrowException
 from filelock import FileLock
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 # %% ../nbs/06_vqa.ipynb #c005
 @dataclass
@@ -76,7 +77,7 @@ def _own(r, part):
     answers, box, image = listed(r['answers'] if 'answers' in r else r['answer']), listed(r.get('box') or None), r['image']
     image = image.get('bytes') or image['path'] if isinstance(image, dict) else image
     name = hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else image
-    return dict(key=r.get('id') or hashlib.sha256(f"{name}\n{r['question']}".encode()).hexdigest()[:12], image=image, question=r['question'],
+    return dict(key=r['id'] if r.get('id') not in (None, '') else hashlib.sha256(f"{name}\n{r['question']}".encode()).hexdigest()[:12], image=image, question=r['question'],
                 answers=[answers] if isinstance(answers, str) else answers, box=box, kind=r.get('kind') or '')
 
 # %% ../nbs/06_vqa.ipynb #c008
@@ -126,12 +127,12 @@ def benchmark(
 # %% ../nbs/06_vqa.ipynb #c011
 def _objects(path):
     "The rows of a JSON file, with what names them"
-    text, data = path.read_text('utf-8'), None
-    try: data = None if path.suffix == '.jsonl' else json.loads(text)
+    text, data = path.read_text('utf-8-sig'), None
+    try: data = None if path.suffix.lower() == '.jsonl' else json.loads(text)
     except (json.JSONDecodeError, RecursionError) as e:
         if not str(e).startswith('Extra data'): raise ValueError(f'{path.name} is not JSON ({e}): download it again.') from None
     if data is None:
-        for i, line in enumerate(text.splitlines()):
+        for i, line in enumerate(l for l in text.split('\n') if l.strip()):
             try: yield i, json.loads(line)
             except (json.JSONDecodeError, RecursionError) as e: raise ValueError(f'{path.name}, row {i}: not JSON ({e}); download it again.') from None
         return
@@ -142,16 +143,17 @@ def _objects(path):
 
 def _table(path):
     "(where, row) of an annotation file"
+    suffix = path.suffix.lower()
     try:
-        if path.suffix in ('.csv', '.tsv'):
+        if suffix in ('.csv', '.tsv'):
             csv.field_size_limit(sys.maxsize)                                                  # pictures in base64
-            rows = enumerate(csv.DictReader(io.StringIO(path.read_text('utf-8-sig'), newline=''), delimiter='\t' if path.suffix == '.tsv' else ','))
-        elif path.suffix == '.parquet': rows = enumerate(pq.read_table(path).to_pylist())
+            rows = enumerate(csv.DictReader(io.StringIO(path.read_text('utf-8-sig'), newline=''), delimiter='\t' if suffix == '.tsv' else ','))
+        elif suffix == '.parquet': rows = enumerate(pq.read_table(path).to_pylist())
         else: rows = _objects(path)
         for i, row in rows:
             if not isinstance(row, dict): raise ValueError(f'{path.name}, row {i}: {str(row)[:60]!r} is not a row with named columns.')
             yield f'{path.name}, row {i}', row
-    except (UnicodeDecodeError, csv.Error, ArrowException, OSError) as e: raise ValueError(f'{path.name} cannot be read as {path.suffix[1:]} ({str(e).splitlines()[0][:100]}).') from None
+    except (UnicodeDecodeError, csv.Error, ArrowException, OSError) as e: raise ValueError(f'{path.name} cannot be read as {suffix[1:]} ({str(e).splitlines()[0][:100]}).') from None
 
 def _inside(folder, name, where):
     "The path of a file in a folder; a name or a link that leads out of it is refused"
@@ -188,7 +190,7 @@ def _file_rows(b, root, images):
     "(where, name of the file, row, folder of the pictures) from official files"
     root = Path(root)
     files = [next((root/f for f in names.split('|') if (root/f).exists()), None) or root/names.split('|')[0] for names in b.files]
-    files = [_inside(root, f.name, f'{root.name or root}') for f in files]
+    files = [_inside(root, f.name, f'{root.name or root}') if b.hub or not f.is_file() else f for f in files]
     folder = Path(images) if images else root/b.images
     if not images and not folder.resolve().is_relative_to(root.resolve()): raise ValueError(f'{folder} leads out of {root}; give the folder of the pictures as images=.')
     if not folder.is_dir(): raise FileNotFoundError(f'No folder of pictures at {folder}; give it as images=.')
@@ -263,7 +265,7 @@ def _checked(b, where, part, row):
     if b.metric == 'pope' and a[0] not in ('yes', 'no'): raise ValueError(f'{where}: the label is {a[0]!r}; yes or no is needed.')
     if f['box'] is not None and not (isinstance(f['box'], (list, tuple)) and len(f['box']) == 4 and all(type(v) in (int, float) and math.isfinite(v) for v in f['box'])):
         raise ValueError(f"{where}: the box is {str(f['box'])[:60]!r}; four numbers (left, top, right, bottom) are needed.")
-    return f | dict(where=where, key=str(f['key']), group=str(f['key'] if f['group'] is None else f['group']))
+    return f | dict(where=where, kind=str(f['kind'] or ''), key=str(f['key']), group=str(f['key'] if f['group'] is None else f['group']))
 
 def _picture(f, folder):
     "Whose picture a row asks about: its name in the benchmark, else a hash of the file"
@@ -271,8 +273,11 @@ def _picture(f, folder):
     return hashlib.sha256(f['image'] if isinstance(f['image'], bytes) else _inside(folder, f['image'], f['where']).read_bytes()).hexdigest()
 
 def _opened(data, where):
-    try: return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
-    except (OSError, ValueError, Image.DecompressionBombError) as e: raise ValueError(f'{where}: the picture cannot be read ({str(e)[:80]}).') from None
+    "A picture, not yet decoded, or converted to RGB as the references do where its mode is unusual"
+    try:
+        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+        return image if image.mode in ('RGB', 'RGBA', 'L') else image.convert('RGB')
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e: raise ValueError(f'{where}: the picture cannot be read ({str(e)[:80]}).') from None
 
 def part(
     picture:str, # identity of a picture
@@ -290,10 +295,12 @@ def _asked(b, name, family, f):
     return template, template.format(question=f['question'], Question=f['question'].capitalize(), hint=f['hint'], options=options)
 
 def _sample(b, name, family, f, folder, picture):
-    image, box = f['image'], f['box']
-    image = _opened(image, f['where']) if isinstance(image, bytes) else _inside(folder, image, f['where'])
+    box, image = f['box'], f['image'] if isinstance(f['image'], bytes) else _inside(folder, f['image'], f['where'])
+    opened = _opened(image, f['where'])
+    if isinstance(image, bytes) or not isinstance(opened, ImageFile): image = opened # bytes, or converted
+    else: opened.close()
     if box is not None:
-        w, h = (image if isinstance(image, Image.Image) else _opened(image, f['where'])).size
+        w, h = opened.size
         if not (0 <= box[0] < box[2] <= w and 0 <= box[1] < box[3] <= h): raise ValueError(f"{f['where']}: the box {tuple(box)} does not lie in its picture of {w} × {h} pixels.")
     template, question = _asked(b, name, family, f)
     label = name if b.hub else Path(name).stem
@@ -327,8 +334,8 @@ def load(
             if (first := seen.setdefault(f['key'], where)) != where: raise ValueError(f"{where}: its id {f['key']} is that of {first} too.")
             yield f, folder
     with closing(rows):
-        groups = ([f] for f in fields())
-        if order == 'random' or b.circular:
+        if order == 'first' and not b.circular: groups = ([f] for f in fields())
+        else:
             together = {}
             for f in fields(): together.setdefault(f[0]['group'], []).append(f)
             groups = list(together.values())

@@ -245,6 +245,22 @@ def test_own_table_may_name_files_by_whole_path_and_through_links_inside(own):
     samples = vqa.load(str(write(own/'mine.json', [OWN[0] | dict(image=str(own/'2.png')), OWN[1] | dict(image='alias.png')])), 'all')
     assert [s.image.resolve().name for s in samples] == ['2.png', '3.png']
 
+def test_unusual_pictures_are_converted(own):
+    from fusion_notebooks.mllm import open_image
+    rgb = Image.open(own/'5.png')
+    rgb.convert('P').save(own/'p.png'); rgb.convert('CMYK').save(own/'c.jpg'); rgb.convert('L').save(own/'l.png')
+    p, c, l = vqa.load(str(write(own/'mine.json', [OWN[0] | dict(image=n, id=n) for n in ('p.png', 'c.jpg', 'l.png')])), 'all')
+    assert p.image.mode == c.image.mode == 'RGB' and l.image == own/'l.png' and {open_image(s.image).size for s in (p, c, l)} == {(32, 25)}
+    (own/'cut.png').write_bytes((own/'p.png').read_bytes()[:-40])
+    with pytest.raises(ValueError, match='mine.json, row 0: the picture cannot be read'): vqa.load(str(write(own/'mine.json', [OWN[0] | dict(image='cut.png')])), 'all')
+
+def test_odd_but_good_tables(own):
+    row = OWN[0] | dict(question='What is\u2028this?', kind=3, id=0)
+    (own/'a.JSONL').write_text('\ufeff' + json.dumps(row, ensure_ascii=False) + '\n\n' + json.dumps(OWN[1]) + '\n')
+    (own/'far').mkdir(); shutil.move(own/'a.JSONL', own/'far/a.JSONL'); (own/'a.JSONL').symlink_to(own/'far/a.JSONL')     # the table is named by the user: a link is well
+    a, b = vqa.load(str(own/'a.JSONL'), 'all')
+    assert (a.question, a.kind, a.id, b.id) == ('What is\u2028this?', '3', 'a-0', 'a-q1')
+
 def test_unreadable_tables(own):
     for name, text, says in [('a.json', '{"x": ', 'a.json is not JSON'), ('b.jsonl', '{"image": "0.png", "question": "What?", "answer": "red"}\n{', 'b.jsonl, row 1: not JSON'), ('c.json', '3', 'c.json holds no list'), ('d.json', '[1, 2]', "d.json, row 0: '1' is not a row"),
                              ('e.json', '{"image": "0.png", "question": "What?", "answer": "red"}\n{"b"', 'e.json, row 1: not JSON'), ('f.parquet', 'PAR1', 'f.parquet cannot be read as'), ('g.csv', 'image,question\n0.png,What?\n', "g.csv, row 0: column 'answer' is missing; it has image, question"),
