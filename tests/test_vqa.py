@@ -145,6 +145,12 @@ def test_hub_stops_at_the_limit_and_goes_on_there(hub, tmp_path):
     more = vqa.load('vqav2', 'all', limit=5, cache=tmp_path)
     assert more[:3] == few and hub.read == 5 and len(vqa.load('vqav2', 'all', cache=tmp_path)) == 12 and hub.read == 12
 
+def test_another_revision_is_another_cache(hub, tmp_path, monkeypatch):
+    vqa.load('vqav2', 'all', limit=3, cache=tmp_path)
+    monkeypatch.setitem(vqa.BENCHMARKS, 'vqav2', replace(vqa.BENCHMARKS['vqav2'], revision='f'*40))
+    assert vqa.load('vqav2', 'all', limit=3, cache=tmp_path)[0].source == 'lmms-lab/VQAv2@fffffff validation, row 0' and hub.read == 6
+    assert [kw['revision'][0] for _, _, kw in hub.asked] == ['3', 'f']
+
 def test_hub_after_a_kill(hub, tmp_path):
     few = vqa.load('vqav2', 'all', limit=3, cache=tmp_path)
     (known,) = tmp_path.rglob('rows.jsonl')
