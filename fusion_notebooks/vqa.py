@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 import pyarrow.parquet as pq
 from pyarrow import ArrowException
-from filelock import FileLock
 from PIL import Image
 from PIL.ImageFile import ImageFile
 
@@ -210,6 +209,7 @@ def _keep(row, images):
 
 def _stream(hub, config, split, revision, cache):
     "The rows of a split, each downloaded once"
+    from filelock import FileLock                                                              # comes with datasets and huggingface_hub
     folder = cache/hub.replace('/', '--')/revision/f'{config or "default"}-{split}'
     images = cache/hub.replace('/', '--')/'images'
     for d in (folder, images): d.mkdir(parents=True, exist_ok=True)
