@@ -1,22 +1,91 @@
 "Scores, intervals and tests: known answers, naive twins, and intervals that cover"
+import gzip, json, re, string
+from itertools import product
+from math import comb
+from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from itertools import product
-from math import comb
 from fusion_notebooks import metrics
 
-def test_gqa_is_exact_match():
-    texts = ['Red.', ' red ', 'RED', 'red car', 'red..', '', 'reddish']
-    assert metrics.score('gqa', texts, [['blue', 'Red']]*7).tolist() == [1, 1, 1, 0, 0, 0, 0]
+FIXTURES = Path(__file__).parent/'fixtures/metrics'
+
+def recorded(name):
+    "What a reference implementation answered; the file names the repository, the commit and the file, and says how it was run"
+    return json.loads(gzip.decompress((FIXTURES/f'{name}.json.gz').read_bytes()))
+
+@pytest.mark.parametrize('name', ['vqa', 'vqa-evalai', 'anls', 'gqa', 'mmbench'])
+def test_score_equals_its_reference(name):
+    r = recorded(name)
+    predictions, answers, want = zip(*(c[:3] for c in r['cases']))
+    assert len(want) >= 1000 and re.fullmatch('[0-9a-f]{40}', r['commit']) and .1 < np.mean(want) < .9
+    got = metrics.score(name, predictions, answers)
+    wrong = np.flatnonzero(np.abs(got - want) > 1e-12)
+    assert not len(wrong), f'{len(wrong)} differ, first {r["cases"][wrong[0]]}: {got[wrong[0]]}'
+
+@pytest.mark.parametrize('name', ['vqa', 'vqa-evalai', 'anls', 'gqa'])
+def test_recorded_cases_are_hard(name):
+    texts = [t for p, a, *_ in recorded(name)['cases'] for t in (p, *a)]
+    for kind in ("dont", "don't", 'the ', 'two', '1,000', 'é', '日本', '😀', '"', '-'): assert any(kind in t.lower() for t in texts), kind
+    assert '' in texts and max(map(len, texts)) > 1000 and (name in ('anls', 'gqa') or any(t.count('.') > 40 for t in texts))
+
+def test_gqa_against_lmms_eval():
+    "lmms-eval drops all punctuation, the paper's rule only final periods: the same where there is no other"
+    cases = [c for c in recorded('gqa')['cases'] if not set(c[0].strip().rstrip('.') + c[1][0]) & set(string.punctuation)]
+    assert len(cases) > 900 and all(official == theirs for _, _, official, theirs in cases)
+    other = metrics.score('gqa', ['t shirt', 'yes!'], ['t-shirt', 'yes'])
+    assert other.tolist() == [0, 0]
+
+def test_letter_equals_its_reference():
+    cases = recorded('mmbench')['cases']
+    assert [metrics.letter(p, a[1:]) for p, a, *_ in cases] == [c[3] for c in cases] and {c[3] for c in cases} == {*'ABCDEZ', ''}
+
+def test_circular_equals_its_reference():
+    groups = recorded('circular')['cases']
+    rows = [(g, *row) for g, (rows, _) in enumerate(groups) for row in rows]
+    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]              # the order of the rows does not matter
+    got = metrics.circular(metrics.score('mmbench', [r[1] for r in rows], [r[2] for r in rows]), [r[0] for r in rows])
+    assert len(groups) >= 1000 and [got[g] for g in range(len(groups))] == [hit for _, hit in groups]
+    with pytest.raises(ValueError, match='1 groups for 2'): metrics.circular([1, 0], ['a'])
+
+def test_pope_equals_its_reference():
+    r = recorded('pope')
+    texts, labels, yes = zip(*r['cases'])
+    assert len(texts) >= 1000 and metrics.score('pope', texts, labels).tolist() == [float((l == 'yes') == y) for l, y in zip(labels, yes)]
+    for first, end, want in r['totals']: assert np.allclose(list(metrics.pope(texts[first:end], labels[first:end]).values()), want, atol=1e-12)
+    never = metrics.pope(['no', 'no'], ['no', 'no'])
+    assert never['accuracy'] == 1 and never['yes_ratio'] == 0 and np.isnan(never['precision']) and np.isnan(never['f1'])
+
+def test_vqa_by_hand():
+    "Left-out answerers who said cats leave 3 that agree, those who said dogs leave 2"
+    answers = ['2 dogs']*3 + ['cats']*7
+    assert metrics.score('vqa', ['the two dogs'], [answers])[0] == pytest.approx((7*1 + 3*2/3)/10)
+    assert metrics.score('vqa', ['the two dogs', '2 dogs'], [['two dogs']*10, ['2 dogs']*10]).tolist() == [0, 1]      # all alike: not normalised
+    assert metrics.score('vqa-evalai', ['the two dogs'], [['two dogs']*10])[0] == 1
+    assert metrics.score('vqa', ['aisle'], [['isle', 'Aisle.']*5]).tolist() == [1]
+
+def test_distance_naive():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        a, b = (''.join(rng.choice(list('abc'), rng.integers(0, 7))) for _ in range(2))
+        d = np.zeros((len(a) + 1, len(b) + 1), int)
+        d[:, 0], d[0] = range(len(a) + 1), range(len(b) + 1)
+        for i, j in product(range(len(a)), range(len(b))): d[i + 1, j + 1] = min(d[i, j + 1] + 1, d[i + 1, j] + 1, d[i, j] + (a[i] != b[j]))
+        assert metrics._distance(a, b) == d[-1, -1]
 
 def test_lenient_takes_any_word_of_any_answer():
+    "No reference implementation is published: derived by hand from the rule of the public logs"
     assert metrics.score('lenient', ['A red, big car.', 'the sky', 'it'], [['red'], ['blue', 'grey sky'], ['kite']]).tolist() == [1, 1, 0]
+    assert metrics.score('lenient', ['', 'RED!', 'reddish'], [['red']]*3).tolist() == [0, 1, 0]
 
 def test_score_refuses():
-    with pytest.raises(ValueError, match='choose one of gqa, lenient'): metrics.score('bleu', ['a'], ['a'])
+    with pytest.raises(ValueError, match='choose one of vqa, vqa-evalai, anls, gqa, mmbench, pope, lenient'): metrics.score('bleu', ['a'], ['a'])
     with pytest.raises(ValueError, match='1 predictions for 2'): metrics.score('gqa', ['a'], ['a', 'b'])
-    assert metrics.score('gqa', [], []).shape == (0,)
+    with pytest.raises(ValueError, match='prediction 1 is nan'): metrics.score('gqa', ['a', np.nan], ['a', 'b'])
+    for name, bad in dict(vqa='red', gqa=[], anls=[1], mmbench=('B', 'only A'), pope='maybe', lenient=None).items():
+        with pytest.raises(ValueError, match=f'reference 1 is .*{name} takes'): metrics.score(name, ['no', 'no'], [dict(vqa=['a', 'b'], mmbench=('A', 'x', 'y')).get(name, ['no']), bad])
+    assert all(metrics.score(name, [], []).shape == (0,) for name in metrics.METRICS)
+    assert metrics.score('gqa', ['a'], [np.array(['a'])]).tolist() == [1]                  # as Parquet gives lists back
 
 def test_log_odds():
     p = np.array([1e-6, .2, .5, .99])
