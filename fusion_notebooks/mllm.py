@@ -356,9 +356,9 @@ def _ramp(size, k, n):
     return Image.fromarray(np.round(255*np.stack([across, down, full*(k + 1)/(n + 1)], -1) + noise).clip(0, 255).astype('uint8'))
 
 def _pixels(mllm, p, images):
-    "What the processor makes of pictures: (tiles, 3, height, width), or (patches, 3, pixels) where it hands out patches"
+    "What the processor makes of pictures: (tiles, 3, height, width), or (patches, values) where it hands out patches"
     v = next(v for k, v in _process(mllm, images, p.question, torch.float32)[0].items() if k.startswith('pixel_values')).cpu()
-    return v.unflatten(1, (3, -1)).numpy() if v.ndim == 2 else v.flatten(0, -4).numpy()
+    return v.flatten(0, -2).numpy() if v.ndim < 4 else v.flatten(0, -4).numpy()
 
 def _line(values, seen):
     "Slope and intercept of a coordinate along pixels (edges at whole numbers)"
@@ -373,7 +373,10 @@ def _tiles(mllm, p):
     seen = np.abs(white - black) > 1e-3
     value = np.where(seen, ramp - black, 0)/np.where(seen, white - black, 1)
     number = lambda blue: round(float(np.median(blue))*(n + 1)) - 1
-    if value.ndim == 3: return [(number(v[2]), float(v[0].mean()), float(v[1].mean())) for v in value]
+    if value.ndim == 2:                                                # patches, colours first or last: blue is the one that does not vary
+        first, last = (np.moveaxis(value.reshape(len(value), *shape), axis, 1) for shape, axis in (((3, -1), 1), ((-1, 3), 2)))
+        value = min((first, last), key=lambda v: v[:, 2].std(-1).sum())
+        return [(number(v[2]), float(v[0].mean()), float(v[1].mean())) for v, s in zip(value, seen) if s.all()]
     out = []
     for v, s in zip(value, seen.all(1)):
         cols, rows = s.any(0), s.any(1)
@@ -424,6 +427,8 @@ def _boxes_of_tokens(mllm, p):
         if len(tiles) % n: raise ValueError(f'{len(tiles)} patches do not make {n} tokens')
         xy = np.array(tiles).reshape(n, -1, 3)
         if np.ptp(xy[..., 0], 1).any(): raise ValueError('patches of different pictures meet in one token')
+        side = (len(p.images)/len(tiles))**.5                            # of a patch
+        if np.median(np.prod(np.ptp(xy[..., 1:], 1) + side, 1)) > 2*xy.shape[1]*side**2: raise ValueError('patches that follow each other are not those merged into a token')
         c = xy.mean(1)
         return np.concatenate([c[:, 1:], c[:, 1:]], 1) + 10*c[:, :1], np.ones(n, bool)
     module, shape = _projector(mllm, p)
