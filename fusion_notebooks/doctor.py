@@ -234,7 +234,7 @@ class Patches:
         for im in images:
             x = torch.tensor(np.asarray(im.convert('RGB').resize((s*p, s*p))), dtype=torch.float32)/127.5 - 1
             for k, v in self.layout(x.reshape(s, p, s, p, 3).transpose(1, 2).reshape(s*s, p, p, 3), s).items(): out.setdefault(k, []).append(torch.as_tensor(v))
-        return {k: torch.cat(v) for k, v in out.items()}
+        return {k: torch.cat(v, -1 if self.layout is _strip and k == 'pixel_values' else 0) for k, v in out.items()}
 
 def _find(config, *names):
     "The first of these fields that the config's vision part, or the config, has"
@@ -282,13 +282,16 @@ def twin(
     "A tiny random model of the same class. Raises `ImportError` where a library is missing and `ValueError` where the handle refuses the class."
     import transformers
     small = shrink(config, vocab)
-    cls = _first(AutoModelForImageTextToText._model_mapping[type(small)])
+    cls, text = _first(AutoModelForImageTextToText._model_mapping[type(small)]), small.get_text_config()
+    known = inspect.signature(cls.forward).parameters
+    if small.is_encoder_decoder or 'decoder_input_ids' in known: raise ValueError(f'{small.model_type} ({cls.__name__}) is an encoder-decoder: its picture is read in the encoder, and it has no decoder layers in which visual and text tokens meet.')
+    if not hasattr(text, 'vocab_size'): raise ValueError(f'{small.model_type} ({cls.__name__}) has no vocabulary (its text config names no vocab_size): it answers with something else than tokens.')
     with torch.device('meta'): size = sum(p.numel() for p in cls(small).parameters())
-    if size > 3e7 + 2e3*(small.get_text_config().vocab_size): raise ValueError(f'The small config of {cls.__name__} still has {size:,} parameters: a field that SMALL does not know is left large.')
+    if size > 3e7 + 2e3*text.vocab_size: raise ValueError(f'The small config of {cls.__name__} still has {size:,} parameters: a field that SMALL does not know is left large.')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = randomise(cls(small), seed)
-    images = tiny_images(small, inspect.signature(cls.forward).parameters)
+    images = tiny_images(small, known)
     tok = tiny_tokenizer(small)
     model.generation_config.update(pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id)
     own = PROCESSORS.get(small.model_type)
@@ -325,7 +328,8 @@ def _reference(module, query, key, value, attention_mask, **kw):
         if attention_mask is None and not cross: mask += torch.full_like(mask[0, 0], low).triu(1)
         elif attention_mask is not None: mask = mask.masked_fill(~attention_mask, low) if attention_mask.dtype == torch.bool else mask + attention_mask
         for r in range(0 if cross else _by_hand['text_from'], query.shape[2]):
-            for k in range(key.shape[2]) if cross else _by_hand['visual']: mask[:, :, r, k] = (mask[:, :, r, k] + _by_hand['bias']).clamp(min=low)
+            keys = list(range(key.shape[2])) if cross else _by_hand['visual']
+            mask[:, :, r, keys] = (mask[:, :, r, keys] + _by_hand['bias']).clamp(min=low)
         attention_mask = mask
     out, weights = eager(module, query, key, value, attention_mask, **kw)
     if i is not None and i in _by_hand['at'] and cross and _by_hand['bias'] == -math.inf: out = out*0      # nothing left to read
@@ -383,7 +387,7 @@ class Case:
         self.visual, self.plain = self.p.visual.tolist(), _logits(mllm, self.p.inputs)
         with by_hand(mllm) as maps: self.eager = _logits(mllm, self.p.inputs)
         self.maps = {i: w for i, w in sorted(maps.items()) if not mllm.cross or i in mllm.cross}        # layers that attend to visual tokens
-        self.some = sorted({list(self.maps)[k] for k in (0, len(self.maps)//2, -1)}) if self.maps else []
+        self.some = sorted({list(self.maps)[k] for k in (0, -1)}) if self.maps else []
         self.words = [i for i in dict.fromkeys(mllm.processor.tokenizer('red box', add_special_tokens=False)['input_ids']) if i != mllm.image_token_id][:3]
     @property
     def states(self): return visual_states(self.mllm, self.q)
@@ -420,7 +424,7 @@ def empty_edit(c):
 def state_edits(c):
     "zero, mean and swap equal rows written by hand"
     m, states = c.mllm, c.states
-    for i in sorted({0, m.n_layers//2, m.n_layers - 1}):
+    for i in sorted({0, m.n_layers - 1}):
         at = [m.layers[k] for k in m.cross if k >= i] if m.cross else [m.layers[i]]
         for how, value in (('zero', lambda k: 0.), ('mean', lambda k: states[i].mean(0).to(m.dtype)), ('swap', lambda k: states[i, k].to(m.dtype))):
             with edit(m, i, c.p.visual, how, **c.edits(states)[how]): got = _logits(m, c.p.inputs)
