@@ -118,6 +118,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fusion_notebooks.doctor._move_ids': ('doctor.html#_move_ids', 'fusion_notebooks/doctor.py'),
                                          'fusion_notebooks.doctor._named': ('doctor.html#_named', 'fusion_notebooks/doctor.py'),
                                          'fusion_notebooks.doctor._ours': ('doctor.html#_ours', 'fusion_notebooks/doctor.py'),
+                                         'fusion_notebooks.doctor._placeholder': ('doctor.html#_placeholder', 'fusion_notebooks/doctor.py'),
                                          'fusion_notebooks.doctor._reference': ('doctor.html#_reference', 'fusion_notebooks/doctor.py'),
                                          'fusion_notebooks.doctor._rope': ('doctor.html#_rope', 'fusion_notebooks/doctor.py'),
                                          'fusion_notebooks.doctor._sentence': ('doctor.html#_sentence', 'fusion_notebooks/doctor.py'),
