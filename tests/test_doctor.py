@@ -1,10 +1,13 @@
 "The doctor: twins are small, seeded and see; every check holds on a sound twin and fails on one that is broken on purpose; exit codes"
-import json, types
+import json
 from contextlib import contextmanager
+from pathlib import Path
 import pytest, torch
 import transformers as T
 from fusion_notebooks import cli, doctor as D, hooks
 from fusion_notebooks.mllm import MLLM
+
+ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope='module')
 def llava(): return D.twin(T.LlavaConfig)
@@ -56,6 +59,24 @@ def test_a_given_config_is_not_changed():
     before = full.to_dict()
     D.shrink(full)
     assert full.to_dict() == before
+
+CHECKPOINT = dict(model_type='qwen2_5_vl', bos_token_id=151643, eos_token_id=151645, vision_start_token_id=151652, vision_end_token_id=151653, image_token_id=151655, video_token_id=151656, hidden_size=3584, intermediate_size=18944,
+    max_window_layers=28, num_attention_heads=28, num_hidden_layers=28, num_key_value_heads=4, rope_theta=1e6, torch_dtype='bfloat16', vocab_size=152064, rope_scaling=dict(type='mrope', mrope_section=[16, 24, 24]),
+    quantization_config=dict(quant_method='bitsandbytes', load_in_4bit=True),
+    vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, in_chans=3, out_hidden_size=3584, patch_size=14, spatial_merge_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31], temporal_patch_size=2))
+
+def test_a_checkpoint_as_its_config_is_written(tmp_path):
+    "Fields of the text model at the top, half precision, quantised: the twin is float32 and keeps the geometry"
+    (tmp_path/'config.json').write_text(json.dumps(CHECKPOINT))
+    full = D.config_of(tmp_path)
+    kept = D.shrink(full, vocab=None)
+    assert kept.image_token_id == 151655 and kept.text_config.vocab_size == 152064 and kept.text_config.rope_parameters['mrope_section'] == [4, 6, 6]
+    m = D.twin(full)
+    assert {p.dtype for p in m.model.parameters()} == {torch.float32} and m.model.config.vision_config.window_size == 112
+    case = D.Case(m)
+    assert D.image_matters(case) == D.capture_is_eager(case) == ''
+    what = D.found(case, full)
+    assert '28 in the model' in what['decoder'] and what['heads'].startswith('28, 4') and what['parameters'] == '8.29 billion'
 
 # every check can fail
 
@@ -152,6 +173,16 @@ def test_a_failed_check_is_in_every_form_of_the_report(llava, monkeypatch):
     monkeypatch.setitem(D.CHECKS, 'empty_edit', lambda c: 'It leaks.')
     r = D.doctor(llava)
     assert not r.ok and not r.stated and r.verdict.startswith('1 of') and 'It leaks.' in str(r) and r.row()['checks']['empty_edit'] is False and 'It leaks.' in r.row()['reason']
+
+def test_the_committed_matrix_has_every_class_and_a_reason_for_each_no():
+    from importlib.metadata import version
+    import pandas as pd
+    from transformers import AutoModelForImageTextToText
+    if f"transformers=={version('transformers')}" not in (ROOT/'constraints.txt').read_text(): pytest.skip('another transformers than the one that the table was made with')
+    table = pd.read_csv(ROOT/'data/matrix.csv', keep_default_na=False)
+    assert list(table.model_type) == [c.model_type for c in AutoModelForImageTextToText._model_mapping.keys()]
+    assert ((table.ok == 'yes') == (table[list(D.CHECKS)] == 'yes').all(axis=1)).all() and (table.reason[table.ok == 'no'] != '').all()
+    assert (table.ok == 'yes').sum() >= 60
 
 # the command
 
