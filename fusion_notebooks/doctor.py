@@ -233,7 +233,8 @@ class Patches:
         p, s, out = self.patch, self.side, {}
         for im in images:
             x = torch.tensor(np.asarray(im.convert('RGB').resize((s*p, s*p))), dtype=torch.float32)/127.5 - 1
-            for k, v in self.layout(x.reshape(s, p, s, p, 3).transpose(1, 2).reshape(s*s, p, p, 3), s).items(): out.setdefault(k, []).append(torch.as_tensor(v))
+            for k, v in self.layout(x.reshape(s, p, s, p, 3).transpose(1, 2).reshape(s*s, p, p, 3), s).items():
+                out.setdefault(k, []).append(torch.as_tensor(v) + (s*s*len(out.get(k, [])) if k == 'image_token_pooling' else 0))      # these number the patches of all pictures
         return {k: torch.cat(v, -1 if self.layout is _strip and k == 'pixel_values' else 0) for k, v in out.items()}
 
 def _find(config, *names):
@@ -475,12 +476,10 @@ def causal(c):
     return ''
 
 def batch_is_single(c):
-    "two prompts of different length in one left-padded batch get the answers that each gets alone"
+    "two prompts of different length answered together get the answers that each gets alone"
     m = c.mllm
     prompts = [c.p, m.prompt(noise(1), QUESTIONS[1])]
-    together = m.generate(m.stack(prompts), max_new_tokens=4)
-    for p, a in zip(prompts, together):
-        b = m.generate(p, max_new_tokens=4)[0]
+    for p, a, b in zip(prompts, m.answers(prompts), [m.answer(p) for p in prompts]):
         if a.ids != b.ids: return f'A prompt of {p.length} tokens is answered {a.ids} in a batch and {b.ids} alone.'
         if not abs(a.logp - b.logp) <= 10*c.tol*max(1, abs(b.logp)): return f'The log-probability of an answer is {a.logp:.5f} in a batch and {b.logp:.5f} alone.'
     return ''
@@ -617,7 +616,7 @@ def found(
     def grids(): g = p.grids[0]; return f'{g.h} × {g.w}, {g.kept:.0%} of the picture seen' + (f', {len(p.views)} views' if len(p.views) > 1 else '')
     def two(): q = m.prompt([noise(0), noise(1)], QUESTIONS[0]); return f"yes, {len(q.visual)} visual tokens{', ' + q.path if q.path else ''}"
     return dict(decoder=f'{type(m.decoder).__name__}: {m.n_layers} layers, {len(c.maps)} of which attend to the picture' + (f', in the twin; {text.num_hidden_layers} in the model' if full is not None else ''), heads=f"{text.num_attention_heads}, {getattr(text, 'num_key_value_heads', None) or text.num_attention_heads} of keys and values",
-                attention='each row of the prompt sees the whole prompt' if _looks_ahead(c) else 'causal', visual_tokens=f'{len(c.visual)} of a picture of {p.images[0].width} × {p.images[0].height}, {place}', grid=_try(grids), two_pictures=_try(two),
+                attention='each row of the prompt sees the whole prompt' if _looks_ahead(c) else 'causal', visual_tokens=f'{len(c.visual)} of a picture of {p.images[0].width} × {p.images[0].height}, {place}', grid=_try(grids), two_pictures=_try(two), batches='padded on the left' if getattr(m, '_padding', True) else 'of equal lengths only, as padding changes what it says',
                 pixels='; '.join(size) or 'no limits named', **_try_cost(m, p, full))
 
 def _try_cost(*args):
@@ -654,17 +653,17 @@ def config_of(
 
 @contextmanager
 def _limit(seconds):
-    "Raise `TimeoutError` after so long; where the platform or the thread allows it"
+    "Raise `TimeoutError` after so much time on the processor; where the platform or the thread allows it"
     if not seconds or threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'setitimer'): yield; return
-    def stop(*_): raise TimeoutError(f'not done after {seconds} s.')
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    def stop(*_): raise TimeoutError(f'not done after {seconds} s on the processor.')
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try: yield
-    finally: signal.setitimer(signal.ITIMER_REAL, 0); signal.signal(signal.SIGALRM, before)
+    finally: signal.setitimer(signal.ITIMER_PROF, 0); signal.signal(signal.SIGPROF, before)
 
 def examine(
     config, # config, or config class, of any image-text model
-    seconds:float|None=None, # give up after so long
+    seconds:float|None=None, # give up after so much time on the processor
     vocab:int|None=VOCAB, # tokens of the twin; None keeps all special ids
 )->Report:
     "Build the twin of a config and check it; whatever goes wrong is in the report"
@@ -678,7 +677,7 @@ def examine(
 
 def survey(
     classes=None, # config classes; default: all that transformers registers as image-text-to-text
-    seconds:float|None=90, # per class
+    seconds:float|None=60, # per class, on the processor
     progress:bool=False, # show a bar
 )->list: # of `Report`
     "Examine the twin of every class"
