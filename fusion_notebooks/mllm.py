@@ -240,7 +240,7 @@ class MLLM:
         for what in ('layers', 'head', 'image_token_id'):
             if getattr(self, what) is None: raise ValueError(f'{self.name} ({type(model).__name__}): no {what} found on its decoder, config or processor, so its layers cannot be read.')
         if self.image_token_id != getattr(config, 'image_token_id', self.image_token_id): config.image_token_id = self.image_token_id
-        self._views = {}                                               # geometry of the tokens, by sizes of the pictures
+        self._shared, self._views = {}, {}                                               # geometry of the tokens, by sizes of the pictures
 
     @classmethod
     def load(cls,
@@ -326,7 +326,7 @@ def prompt(self:MLLM,
 
 MLLM.prompt = prompt
 MLLM.has_template = property(lambda self: bool(getattr(self.processor, 'chat_template', None)))
-MLLM.takes_one = property(lambda self: hasattr(self.model.config, 'qformer_config'))
+MLLM.takes_one = property(lambda self: hasattr(self.model.config, 'num_query_tokens'))
 
 # %% ../nbs/00_mllm.ipynb #c019
 class _Stop(Exception): "Ends a forward at the decoder's door"
@@ -643,24 +643,30 @@ def answer(self:MLLM,
     p = images if isinstance(images, Prompt) else self.prompt(images, question)
     return self.generate(p, 1, max_new_tokens)[0]
 
-def _pads(self, prompts):
-    "Does padding on the left leave this model's logits alone? Measured once, on the shortest and the longest prompt"
-    a, b = min(prompts, key=lambda p: p.length), max(prompts, key=lambda p: p.length)
-    if a.length == b.length: return True
-    if '_padding' not in self.__dict__:
-        row = lambda p: self.model(**p.inputs, use_cache=False).logits[0, -1].float()
-        with torch.inference_mode(): alone, padded = row(a), row(self.stack([a, b]))
-        self._padding = bool((alone - padded).abs().median() < (1e-3 if self.dtype == torch.float32 else 5e-2)*alone.abs().median())
-    return self._padding
+def _company(self, prompts):
+    "How prompts may share a batch: 0 any, padded; 1 of equal length; 2 none. Measured once: both must say what they say alone"
+    if len(prompts) < 2: return 0
+    last = lambda p: self.model(**p.inputs, use_cache=False).logits[:, -1].float()
+    def same(a, b):
+        key = a.length != b.length
+        if key not in self._shared:
+            with torch.inference_mode(): alone, both = torch.cat([last(a), last(b)]), last(self.stack([a, b]))
+            off = ((alone - both).abs().median(1).values/alone.abs().median(1).values).max()
+            self._shared[key] = bool(off < (1e-3 if self.dtype in (torch.float32, torch.float64) else 5e-2))
+        return self._shared[key]
+    order = sorted(prompts, key=lambda p: p.length)
+    if order[0].length != order[-1].length and same(order[0], order[-1]): return 0
+    twins = next(((a, b) for a, b in zip(order, order[1:]) if a.length == b.length), None)
+    return 1 if twins is None or same(*twins) else 2
 
 def answers(self:MLLM,
     prompts:list, # of `Prompt`
     batch:int=32, # prompts per forward, at first
 )->list: # of `Answer`, in the order of the prompts
-    "Greedy answers to many prompts; those of similar length run together, of equal length where padding changes what the model says"
+    "Greedy answers to many prompts; those of similar length run together, or of equal length, or none, where that changes what the model says"
     like = lambda p: (len(p.visual) if self.cross else 0, bool(p.path))  # rows before a picture read all keys of a cross-attention, so that empty tiles would be seen
-    pads = not prompts or _pads(self, [p for p in prompts if like(p) == like(prompts[0])])
-    kind, out = lambda p: (*like(p), 0 if pads else p.length), [None]*len(prompts)
+    company, out = _company(self, [p for p in prompts if like(p) == like(prompts[0])]), [None]*len(prompts)
+    kind = lambda p: (*like(p), (0, p.length, id(p))[company])
     for _, group in groupby(sorted(range(len(prompts)), key=lambda k: (kind(prompts[k]), prompts[k].length)), lambda k: kind(prompts[k])):
         group = list(group)
         for k, a in zip(group, in_batches(lambda ks: self.generate(self.stack([prompts[k] for k in ks])), group, batch)): out[k] = a
