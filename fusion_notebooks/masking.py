@@ -8,14 +8,14 @@ __all__ = ['TOKENS', 'visual_states', 'mean_states', 'Stem', 'Row', 'next_positi
            'sweep']
 
 # %% ../nbs/02_masking.ipynb #c003
-import hashlib, math
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 import pandas as pd
 import torch
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from .mllm import Answer, MLLM, Prompt, _until_end, free_memory
+from .mllm import Answer, MLLM, Prompt, _until_end, digest, free_memory
 from .hooks import ATTENTION_EDITS, STATE_EDITS, _as_float_mask, _hidden, _removing, capture, check_layers, edit, lens
 
 # %% ../nbs/02_masking.ipynb #c005
@@ -25,8 +25,10 @@ def visual_states(
     p:Prompt, # a prompt
 )->torch.Tensor: # (n_layers, n, width), float32
     "States of the visual tokens at the input of every layer"
-    with capture(mllm, rows=p.visual.tolist(), layers=[], hidden=True) as tape: mllm.model(**mllm.encoded([p]), use_cache=False, logits_to_keep=1)
-    return tape.hidden[0, :-1]
+    found, at = [], p.visual
+    def keep(layer, args, kw): h = _hidden(args, kw); found.append(h[0, at.to(h.device)].float().to(mllm.device))
+    with _removing([layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in mllm.layers]): mllm.model(**mllm.encoded([p]), use_cache=False, logits_to_keep=1)
+    return torch.stack(found)
 
 def mean_states(
     mllm:MLLM, # the model
@@ -68,8 +70,15 @@ class _Layer(DynamicLayer):
     def get_seq_length(self): return (self.stems[0][0].shape[1] if self.stems else 0) + super().get_seq_length()
     def update(self, key, value, *args, **kw):
         own = super().update(key, value)
-        if not self.stems: return own
-        return tuple(torch.cat([torch.stack(shared[:len(new)]), new], 2) for shared, new in zip(zip(*self.stems), own))
+        return tuple(_beside(shared[:len(new)], new) for shared, new in zip(zip(*self.stems), own)) if self.stems else own
+
+def _beside(shared, own):
+    "Shared keys of each row, then its own, (rows, heads, stem + own, width), copied once"
+    n = shared[0].shape[1]
+    out = own.new_empty(*own.shape[:2], n + own.shape[2], own.shape[3])
+    torch.stack(shared, out=out[:, :, :n])
+    out[:, :, n:] = own
+    return out
 
 # %% ../nbs/02_masking.ipynb #c012
 @contextmanager
@@ -218,9 +227,7 @@ def head_of(
 
 def _key(mllm, p, n):
     "What the first n rows of a prompt depend on"
-    h = hashlib.sha1(repr((n, [q._version for q in mllm.model.parameters()])).encode())
-    for k, v in sorted(head_of(p, n).inputs.items()): h.update(k.encode() + v.contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    return h.digest()
+    return mllm.weights_state(), digest(*(x for kv in sorted(head_of(p, n).inputs.items()) for x in kv))
 
 @torch.inference_mode()
 def stems(
@@ -292,9 +299,8 @@ def bank(
     "The stems of a picture without content, edited at each of some layers"
     n, layers = int(p.visual[-1]) + 1, sorted(values)
     base, = stems(mllm, [p], n)
-    marks = repr((n, layers, base.position, p.inputs['input_ids'][0, :n].tolist(), [q._version for q in mllm.model.parameters()])).encode()
-    grids = b''.join(v.cpu().numpy().tobytes() for _, v in sorted(p.inputs.items()) if v.ndim == 2 and v.shape[1] != p.length and not v.is_floating_point())
-    key = 'bank', hashlib.sha1(marks + grids + b''.join(values[i].float().cpu().numpy().tobytes() for i in layers)).digest()
+    places = [v for _, v in sorted(head_of(p, n).inputs.items()) if not v.is_floating_point()]
+    key = 'bank', mllm.weights_state(), digest(*places, *(x for i in layers for x in (i, values[i])))
     if key in mllm.kept: return mllm.kept.use(key)
     if sum((mllm.n_layers - i)/mllm.n_layers for i in layers)*base.nbytes > mllm.kept.budget: return None
     ladder = Ladder(mllm, [Row(0)] + [Row(0, i, value=values[i]) for i in layers], [], [p.visual])
@@ -404,12 +410,19 @@ def _resume(mllm, variants, limit):
     got = dict(zip(order, zip(plain*len(rows), text, logp)))
     return [got[k] for k in range(len(rows))]
 
+@torch.inference_mode()
+def _forced(mllm, p, ids):
+    "Log-probability of an answer; it is fed over the prompt's cache, since a prefix-LM would let the prompt see an answer appended to it"
+    out, ids = mllm.model(**p.inputs, use_cache=True, logits_to_keep=1), torch.tensor([ids], device=mllm.device)
+    logits = [out.logits]
+    if ids.shape[1] > 1: logits.append(mllm.model(input_ids=ids[:, :-1], past_key_values=out.past_key_values, use_cache=True).logits)
+    return torch.cat(logits, 1).float().log_softmax(-1).gather(2, ids[..., None]).sum().item()
+
 def _naive(mllm, v, base, limit):
     "(plain answer, text, logp) of one variant by forwards of its own: what the other paths must equal"
     states = v.mean if v.how == 'mean' else donor_states(mllm, v.donor) if v.how == 'swap' else None
     with edit(mllm, v.layers, v.p.visual, v.how, v.strength if v.how == 'soft' else None, states):
-        logp = mllm.answer_logits(v.p, base.ids)[0].gather(1, torch.tensor(base.ids, device=mllm.device)[:, None]).sum().item()
-        return base, mllm.generate(v.p, max_new_tokens=limit)[0].text, logp
+        return base, mllm.generate(v.p, max_new_tokens=limit)[0].text, _forced(mllm, v.p, base.ids)
 
 def halving(
     work, # piece of the items → list of results
@@ -439,12 +452,12 @@ def fitting(
     most = int(.5*free_memory(mllm.device)/(numbers*mllm.head.weight.element_size()))
     return max(1, min(most, 1 << 20 if mllm.device.type == 'cuda' else TOKENS//own))
 
-TOKENS = 4096 # of the tails in one forward on a CPU
+TOKENS = 2048 # of the tails in one forward on a CPU
 
 def _outcomes(mllm, variants, exact, limit):
     "(plain answer, text, logp, path) of each variant"
     path = [exact if exact == 'naive' else path_of(mllm, v) for v in variants]
-    if exact == 'resume': path = [x if x == 'naive' else 'resume' for x in path]
+    if exact == 'resume': path = ['naive' if x == 'naive' or v.layers[0] < mllm.facts.clean else 'resume' for v, x in zip(variants, path)]
     banks, wanted = {}, {}
     for v, x in zip(variants, path):
         if x == 'bank': wanted.setdefault((id(v.p), v.how), []).append(v)

@@ -708,7 +708,8 @@ def kept(self:MLLM)->Kept: # belongs to the handle
 
 def weights_state(self:MLLM)->bytes: # changes whenever a weight is changed in place
     "Marks the state of the weights within this process"
-    return hashlib.sha1(repr([(id(p), p._version) for p in self.model.parameters()]).encode()).digest()
+    if '_weights' not in self.__dict__: self._weights = list(self.model.parameters())
+    return hashlib.sha1(repr([p._version for p in self._weights]).encode()).digest()
 
 MLLM.kept, MLLM.weights_state = property(kept), weights_state
 
@@ -757,6 +758,7 @@ def image_features(self:MLLM,
     else:
         out = self.model.get_image_features(**seen, return_dict=True)
         got = SimpleNamespace(**{n: list(v) if isinstance(v, tuple) else v for n in FEATURES if (v := getattr(out, n, None)) is not None})
+        if 'deepstack_features' in vars(got): got.deepstack_features = [torch.cat(v) for v in got.deepstack_features]     # per layer, of all images
         if file: _write(file, got, self.folder)
     return self.kept.put(('features', self.weights_state(), key), got)
 
@@ -781,7 +783,7 @@ def encoded(self:MLLM,
     some = [self.image_features(p) for p in prompts]
     join = lambda vs: torch.cat(vs) if isinstance(vs[0], torch.Tensor) else [x for v in vs for x in v]
     image = SimpleNamespace(pooler_output=join([f.pooler_output for f in some]))
-    if hasattr(some[0], 'deepstack_features'): image.deepstack_features = [torch.cat(layer) for layer in zip(*(f.deepstack_features for f in some))]
+    if hasattr(some[0], 'deepstack_features'): image.deepstack_features = [list(layer) for layer in zip(*(f.deepstack_features for f in some))]
     return out | dict(mm_encoder_outputs=dict(image=image))
 
 MLLM.folder, MLLM.remember, MLLM.image_features, MLLM.encoded = None, remember, image_features, encoded
