@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'visual_states', 'mean_states', 'Stem', 'Row', 'next_position', 'best_token', 'Ladder', 'head_of', 'stems',
-           'Facts', 'facts', 'bank', 'play', 'scoped', 'Variant', 'donor_states', 'path_of', 'halving', 'fitting',
-           'sweep']
+           'Facts', 'facts', 'bank', 'Pass', 'record', 'answer_of', 'second_image', 'leaving', 'exits', 'play',
+           'scoped', 'Variant', 'donor_states', 'path_of', 'fitting', 'sweep']
 
 # %% ../nbs/02_masking.ipynb #c003
 import math
@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from .mllm import Answer, MLLM, Prompt, _until_end, digest, free_memory
-from .hooks import ATTENTION_EDITS, STATE_EDITS, _as_float_mask, _hidden, _removing, capture, check_layers, edit, lens
+from .mllm import Answer, MLLM, Prompt, _is_row, _until_end, digest, entering, free_memory, in_batches
+from .hooks import ATTENTION_EDITS, STATE_EDITS, _as_float_mask, _hidden, _removing, capture, check_layers, early_exit, edit, lens
 
 # %% ../nbs/02_masking.ipynb #c005
 @torch.inference_mode()
@@ -24,7 +24,8 @@ def visual_states(
     mllm:MLLM, # the model
     p:Prompt, # a prompt
 )->torch.Tensor: # (n_layers, n, width), float32
-    "States of the visual tokens at the input of every layer"
+    "States of the visual tokens at the input of every layer; where the picture is read through cross-attention, its keys, the same at every layer"
+    if mllm.cross: return entering(mllm, p).float().expand(mllm.n_layers, -1, -1)
     found, at = [], p.visual
     def keep(layer, args, kw): h = _hidden(args, kw); found.append(h[0, at.to(h.device)].float().to(mllm.device))
     with _removing([layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in mllm.layers]): mllm.model(**mllm.encoded([p]), use_cache=False, logits_to_keep=1)
@@ -52,6 +53,7 @@ class Stem:
     def length(self): "Rows"; return self.keys[-1].shape[1]
     @property
     def nbytes(self): "Memory"; return sum(t.nbytes for t in (*self.keys, *self.values) if t is not None)
+    def head(self, n): "Its first n rows"; return Stem([k[:, :n] for k in self.keys], [v[:, :n] for v in self.values], self.position - self.length + n)
 
 @dataclass
 class Row:
@@ -188,12 +190,13 @@ class Ladder:
         new = object.__new__(Ladder)
         new.__dict__.update(self.__dict__, rows=[self.rows[k] for k in which], cache=Cache(layers=[]))
         which, stop = torch.tensor(which, device=self.seen.device), self.seen.shape[1] - drop
-        new.seen, new.position = self.seen[which, :stop], self.position[which] - drop
+        new.seen, new.position, new.entering = self.seen[which, :stop], self.position[which] - drop, False
         for layer in self.cache.layers:
             copy = _Layer([layer.stems[k] for k in which.tolist()] if layer.stems else [])
-            own = layer.keys.shape[2] - drop
-            copy.lazy_initialization(layer.keys, layer.values)
-            copy.keys, copy.values = layer.keys[which, :, :own], layer.values[which, :, :own]
+            if layer.is_initialized:
+                own = layer.keys.shape[2] - drop
+                copy.lazy_initialization(layer.keys, layer.values)
+                copy.keys, copy.values = layer.keys[which, :, :own], layer.values[which, :, :own]
             new.cache.layers.append(copy)
         return new
 
@@ -222,8 +225,7 @@ def head_of(
     n:int, # rows
 )->Prompt: # without a question
     "The first rows of a prompt, with all its images"
-    cut = lambda v: v[:, :n] if v.ndim == 2 and v.shape[1] == p.length and not v.is_floating_point() else v
-    return replace(p, inputs={k: cut(v) for k, v in p.inputs.items()}, question='')
+    return replace(p, inputs={k: v[:, :n] if _is_row(v, p.length) else v for k, v in p.inputs.items()}, question='')
 
 def _key(mllm, p, n):
     "What the first n rows of a prompt depend on"
@@ -275,6 +277,7 @@ def facts(
 )->Facts: # kept with the model
     "Probe what may be shared between forwards"
     if (known := mllm.__dict__.get('facts')): return known
+    if mllm.cross: return Facts(False, False, mllm.n_layers, False)                # the picture has no rows
     n, inputs = int(p.visual[-1]) + 1, mllm.encoded([p])
     ids = inputs['input_ids']
     states, added, logits = _last_states(mllm, inputs, n)
@@ -310,6 +313,93 @@ def bank(
     return mllm.kept.put(key, {i: Stem(at(k, i, 'keys'), at(k, i, 'values'), base.position) for k, i in enumerate(layers, 1)})
 
 # %% ../nbs/02_masking.ipynb #c020
+@dataclass
+class Pass:
+    "One forward over a prompt, watched"
+    prompt:Prompt # what went in
+    stem:Stem|None # its keys and values; None where the model's layers keep something else
+    maps:torch.Tensor # (n_layers, visual) attention of the last row, head mean
+    hidden:torch.Tensor # (n_layers + 1, width) the last row: what enters each layer, then what leaves the last
+    logits:torch.Tensor # (vocabulary,) of the first token of the answer
+
+@torch.inference_mode()
+def record(
+    mllm:MLLM, # the model
+    p:Prompt, # a prompt
+)->Pass:
+    "Run a prompt once and keep what its last row saw"
+    cache = DynamicCache()
+    with capture(mllm, hidden=True) as tape, next_position(mllm) as position:
+        logits = mllm.model(**mllm.encoded([p]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].float()
+    stem = Stem(*([getattr(layer, what)[0] for layer in cache.layers] for what in ('keys', 'values')), int(position[0][0])) if facts(mllm, p).plain else None
+    return Pass(p, stem, tape.attention[0, :, 0], tape.hidden[0, :, 0], logits)
+
+def answer_of(
+    mllm:MLLM, # the model
+    seen:Pass, # from `record`
+    limit:int=32, # tokens
+)->Answer: # greedy
+    "The plain answer, going on from a recorded pass"
+    if seen.stem is None: return mllm.generate(seen.prompt, max_new_tokens=limit)[0]
+    return Ladder(mllm, [Row(0)], [seen.stem], [seen.prompt.visual]).greedy(seen.logits[None], limit)[0]
+
+# %% ../nbs/02_masking.ipynb #c022
+class _Door(Exception): "Ends a forward where the decoder begins"
+
+def _positions(mllm, inputs):
+    "Position ids as the decoder gets them; None where they are just counted"
+    def stop(decoder, args, kw): raise _Door(kw.get('position_ids'))
+    with _removing([mllm.decoder.register_forward_pre_hook(stop, with_kwargs=True)]):
+        try: mllm.model(**inputs, use_cache=False)
+        except _Door as e: return e.args[0]
+
+@torch.inference_mode()
+def second_image(
+    mllm:MLLM, # the model
+    one:Prompt, # a picture
+    other:Prompt, # another one
+    both:Prompt, # both in this order
+    n:int, # rows up to the last visual token of `one`
+)->dict|None: # inputs of a forward over the rows of `both` after the first n; None where they are not made of the parts
+    "What a second picture adds to a prompt"
+    images = lambda p: {k: v for k, v in p.inputs.items() if not _is_row(v, p.length)}
+    a, b, ab = map(images, (one, other, both))
+    joins = lambda x, y, xy: any(x.ndim == y.ndim == xy.ndim > d and torch.equal(torch.cat([x, y], d), xy) for d in (0, 1) if x.shape[:d] == y.shape[:d] and x.shape[d + 1:] == y.shape[d + 1:])
+    if not torch.equal(one.inputs['input_ids'][:, :n], both.inputs['input_ids'][:, :n]) or not all(joins(a[k], b[k], ab[k]) for k in ab): return None
+    rest = {k: v[:, n:] for k, v in both.inputs.items() if _is_row(v, both.length) and k != 'attention_mask'}
+    at = _positions(mllm, mllm.encoded([both], [one, other]))
+    return rest | {k: v for k, v in mllm.encoded([other]).items() if k not in both.inputs or k in b} | ({} if at is None else dict(position_ids=at[..., n:]))
+
+# %% ../nbs/02_masking.ipynb #c024
+@contextmanager
+def leaving(
+    mllm:MLLM, # the model
+    after:torch.Tensor, # (rows,) the last layer that computes for each row of the batch
+):
+    "Turn all later layers into the identity, row by row"
+    def stay(j):
+        def hook(layer, args, kw, out):
+            on, h = (after >= j)[:, None, None], _hidden(args, kw)
+            return (torch.where(on, out[0], h), *out[1:]) if isinstance(out, tuple) else torch.where(on, out, h)
+        return hook
+    with _removing([layer.register_forward_hook(stay(j), with_kwargs=True) for j, layer in enumerate(mllm.layers)]): yield
+
+def exits(
+    mllm:MLLM, # the model
+    seen:Pass, # from `record`
+    layers=None, # layers after which to answer; None for all
+    limit:int=32, # tokens
+)->list: # of `Answer`, one per layer
+    "The whole answer from each layer, all from one recorded pass"
+    layers = check_layers(mllm, layers)
+    if seen.stem is None: return [_exit_alone(mllm, seen.prompt, i, limit) for i in layers]
+    rows = Ladder(mllm, [Row(0)], [seen.stem], [seen.prompt.visual])
+    with leaving(mllm, torch.tensor(layers, device=mllm.device)): return rows.pick([0]*len(layers)).greedy(lens(mllm, seen.hidden[1:][layers]), limit)
+
+def _exit_alone(mllm, p, layer, limit):
+    with early_exit(mllm, layer): return mllm.generate(p, max_new_tokens=limit)[0]
+
+# %% ../nbs/02_masking.ipynb #c026
 def play(
     ladder:Ladder, # after its first forward
     logits:torch.Tensor, # (rows, vocabulary) that it returned
@@ -333,7 +423,7 @@ def play(
         for k, a in zip(rows, said): text[k] = m.decode(plain[of[k]].ids[:first] + a.ids)
     return plain, text[ladder.plain:], logp[ladder.plain:]
 
-# %% ../nbs/02_masking.ipynb #c022
+# %% ../nbs/02_masking.ipynb #c028
 def scoped(
     mllm:MLLM, # the model
     i:int, # decoder layer
@@ -424,22 +514,6 @@ def _naive(mllm, v, base, limit):
     with edit(mllm, v.layers, v.p.visual, v.how, v.strength if v.how == 'soft' else None, states):
         return base, mllm.generate(v.p, max_new_tokens=limit)[0].text, _forced(mllm, v.p, base.ids)
 
-def halving(
-    work, # piece of the items → list of results
-    items:list,
-    size:int, # first size of a piece
-)->list: # results in order
-    "Work through items in pieces; a piece that does not fit into memory is done again in halves, and so is all that follows"
-    out = []
-    while len(out) < len(items):
-        try: out += work(items[len(out):len(out) + size])
-        except (MemoryError, RuntimeError) as e:
-            size = min(size, len(items) - len(out))
-            if size == 1 or not (isinstance(e, (MemoryError, torch.OutOfMemoryError)) or 'memory' in str(e)): raise
-            size //= 2
-            if torch.cuda.is_available(): torch.cuda.empty_cache()
-    return out
-
 def fitting(
     mllm:MLLM, # the model
     shared:int, # rows of the stem
@@ -473,8 +547,8 @@ def _outcomes(mllm, variants, exact, limit):
     for (x, _), ks in together.items():
         some = [variants[k] for k in ks]
         tail = max(v.p.length - v.cut for v in some)
-        if x == 'climb': got = halving(lambda vs: _climb(mllm, vs, banks, limit), some, fitting(mllm, some[0].cut, tail))
-        elif x == 'resume': got = halving(lambda vs: _resume(mllm, vs, limit), some, fitting(mllm, 0, some[0].p.length))
+        if x == 'climb': got = in_batches(lambda vs: _climb(mllm, vs, banks, limit), some, fitting(mllm, some[0].cut, tail))
+        elif x == 'resume': got = in_batches(lambda vs: _resume(mllm, vs, limit), some, fitting(mllm, 0, some[0].p.length))
         else: got = [_naive(mllm, v, base, limit) for base in (mllm.generate(some[0].p, max_new_tokens=limit)[0],) for v in some]
         for k, g in zip(ks, got): out[k] = (*g, path[k])
     return out

@@ -6,7 +6,7 @@
 __all__ = ['MAX_PIXELS', 'PLAIN', 'FEATURES', 'Sample', 'open_image', 'Grid', 'whole_view', 'token_boxes', 'image_inputs',
            'image_features', 'flat', 'PlainProcessor', 'Prompt', 'Answer', 'MLLM', 'prompt', 'entering', 'find_views',
            'copies', 'stack', 'in_batches', 'generate', 'answer', 'answers', 'decode', 'answer_logits', 'stamp',
-           'free_memory', 'Kept', 'kept', 'weights_state', 'digest', 'remember', 'encoded']
+           'free_memory', 'Kept', 'kept', 'weights_state', 'digest', 'remember', 'features', 'encoded']
 
 # %% ../nbs/00_mllm.ipynb #c003
 import hashlib, inspect, math, os, subprocess, warnings
@@ -714,11 +714,6 @@ def weights_state(self:MLLM)->bytes: # changes whenever a weight is changed in p
 MLLM.kept, MLLM.weights_state = property(kept), weights_state
 
 # %% ../nbs/00_mllm.ipynb #vision2
-def _split(p):
-    "A prompt's inputs with one column per row of the prompt, and the others"
-    text = {k: v for k, v in p.inputs.items() if v.ndim == 2 and v.shape[1] == p.length and not v.is_floating_point()}
-    return text, {k: v for k, v in p.inputs.items() if k not in text}
-
 def digest(
     *things, # tensors, or anything with a repr
 )->str: # hexadecimal
@@ -740,12 +735,11 @@ def remember(self:MLLM,
 
 FEATURES = ('pooler_output', 'deepstack_features') # what a forward reads of the tower's output
 
-@torch.inference_mode()
-def image_features(self:MLLM,
+def features(self:MLLM,
     p:Prompt, # the prompt
 ): # what `mm_encoder_outputs` takes
     "The vision tower's output for a prompt's pictures"
-    _, seen = _split(p)
+    seen = {k: v for k, v in p.inputs.items() if not _is_row(v, p.length)}
     key = digest(*(x for kv in sorted(seen.items()) for x in kv))
     if ('features', self.weights_state(), key) in self.kept: return self.kept.use(('features', self.weights_state(), key))
     file = self.folder and self.folder[0]/f'{digest(self.folder_mark, key)}.safetensors'
@@ -756,7 +750,7 @@ def image_features(self:MLLM,
             setattr(got, name, [*getattr(got, name, []), v] if k else v)
         os.utime(file)
     else:
-        out = self.model.get_image_features(**seen, return_dict=True)
+        out = image_features(self.model, p.inputs)
         got = SimpleNamespace(**{n: list(v) if isinstance(v, tuple) else v for n in FEATURES if (v := getattr(out, n, None)) is not None})
         if 'deepstack_features' in vars(got): got.deepstack_features = [torch.cat(v) for v in got.deepstack_features]     # per layer, of all images
         if file: _write(file, got, self.folder)
@@ -774,16 +768,15 @@ def _write(file, features, folder):
 
 def encoded(self:MLLM,
     prompts:list, # of `Prompt`, of equal length
+    pictures:list|None=None, # prompts that have the pictures, one by one, where these share a prompt here
 )->dict: # inputs of a forward
     "The tensors of some prompts, with the tower's output in place of the pixels where the model takes it"
-    text, seen = zip(*map(_split, prompts))
-    out = {k: torch.cat([t[k] for t in text]) for k in text[0]}
-    if 'mm_encoder_outputs' not in inspect.signature(self.model.forward).parameters: return out | {k: torch.cat([s[k] for s in seen]) for k in seen[0]}
-    out |= {k: torch.cat([s[k] for s in seen]) for k in seen[0] if not k.startswith('pixel')}                # grids and sizes place the tokens
-    some = [self.image_features(p) for p in prompts]
+    out = {k: torch.cat([p.inputs[k] for p in prompts]) for k in prompts[0].inputs}
+    if not self.shares_vision: return out
+    some, n = [self.features(p) for p in pictures or prompts], prompts[0].length
     join = lambda vs: torch.cat(vs) if isinstance(vs[0], torch.Tensor) else [x for v in vs for x in v]
     image = SimpleNamespace(pooler_output=join([f.pooler_output for f in some]))
     if hasattr(some[0], 'deepstack_features'): image.deepstack_features = [list(layer) for layer in zip(*(f.deepstack_features for f in some))]
-    return out | dict(mm_encoder_outputs=dict(image=image))
+    return {k: v for k, v in out.items() if _is_row(v, n) or not k.startswith('pixel')} | dict(mm_encoder_outputs=dict(image=image))     # grids and sizes place the tokens
 
-MLLM.folder, MLLM.remember, MLLM.image_features, MLLM.encoded = None, remember, image_features, encoded
+MLLM.folder, MLLM.remember, MLLM.features, MLLM.encoded = None, remember, features, encoded

@@ -4,7 +4,7 @@ import pytest, torch, transformers
 from conftest import randomise
 from fusion_notebooks import masking
 from fusion_notebooks.hooks import edit
-from fusion_notebooks.masking import facts, halving, mean_states, sweep
+from fusion_notebooks.masking import facts, mean_states, sweep
 from fusion_notebooks.mllm import MLLM, Prompt, Sample
 from test_masking import same
 
