@@ -202,4 +202,4 @@ def refine(
     answer, path = beside(mllm, first.seen, crop)
     return Refined(answer, lambda: first.base, c, how, by, path, box=cut, crop=crop)
 
-def view_side(mllm): "Side of the model's view, pixels"; return getattr(mllm.model.config.vision_config, 'image_size', 336)
+def view_side(mllm): "Side of the model's view, pixels"; side = getattr(mllm.model.config.vision_config, 'image_size', 336); return side if isinstance(side, int) else max(side)

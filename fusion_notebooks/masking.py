@@ -88,7 +88,7 @@ def next_position(mllm):
     "Watch a forward: afterwards the list holds (batch,) positions of the token that would follow"
     found = []
     def watch(decoder, args, kw):
-        at, x = kw.get('position_ids'), kw.get('inputs_embeds')
+        at, x = kw.get('position_ids'), next(v for k in ('inputs_embeds', 'input_ids') if (v := kw.get(k)) is not None)
         found.append(torch.full((len(x),), x.shape[1], device=x.device) if at is None else at.reshape(-1, *at.shape[-2:]).amax((0, 2)) + 1)
     with _removing([mllm.decoder.register_forward_pre_hook(watch, with_kwargs=True)]): yield found
 
@@ -328,10 +328,11 @@ def record(
     p:Prompt, # a prompt
 )->Pass:
     "Run a prompt once and keep what its last row saw"
-    cache = DynamicCache()
+    plain = facts(mllm, p).plain
+    cache = dict(past_key_values=DynamicCache()) if plain else {}
     with capture(mllm, hidden=True) as tape, next_position(mllm) as position:
-        logits = mllm.model(**mllm.encoded([p]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].float()
-    stem = Stem(*([getattr(layer, what)[0] for layer in cache.layers] for what in ('keys', 'values')), int(position[0][0])) if facts(mllm, p).plain else None
+        logits = mllm.model(**mllm.encoded([p]), **cache, use_cache=plain, logits_to_keep=1).logits[0, -1].float()
+    stem = Stem(*([getattr(layer, what)[0] for layer in cache['past_key_values'].layers] for what in ('keys', 'values')), int(position[0][0])) if plain else None
     return Pass(p, stem, tape.attention[0, :, 0], tape.hidden[0, :, 0], logits)
 
 def answer_of(
@@ -504,6 +505,7 @@ def _resume(mllm, variants, limit):
 def _forced(mllm, p, ids):
     "Log-probability of an answer; it is fed over the prompt's cache, since a prefix-LM would let the prompt see an answer appended to it"
     out, ids = mllm.model(**p.inputs, use_cache=True, logits_to_keep=1), torch.tensor([ids], device=mllm.device)
+    if getattr(out, 'past_key_values', None) is None: return mllm.answer_logits(p, ids[0].tolist())[0].gather(1, ids[0][:, None]).sum().item()
     logits = [out.logits]
     if ids.shape[1] > 1: logits.append(mllm.model(input_ids=ids[:, :-1], past_key_values=out.past_key_values, use_cache=True).logits)
     return torch.cat(logits, 1).float().log_softmax(-1).gather(2, ids[..., None]).sum().item()
