@@ -1,6 +1,6 @@
 """What things cost on a CPU: every ratio measured in one run, fast and naive interleaved. `make bench`, or `python benchmarks/bench.py --quick`.
 
-FLOPs are counted by torch and decide; times are medians of pairs with their quartiles; peak memory is that of fresh processes.
+FLOPs are counted by torch and decide; times are CPU times, medians of pairs with their quartiles; peak memory is that of fresh processes.
 Models have random weights and the proportions of real ones; answers have one token, so that the sweep and not the decoding is measured.
 """
 import argparse, platform, resource, statistics, subprocess, sys, time
@@ -39,11 +39,13 @@ def flops(work):
     with FlopCounterMode(display=False, custom_mapping=cpu) as counter: work()
     return counter.get_total_flops()
 
+CLOCK = time.process_time                                                     # CPU time; gpu.py takes the wall's
+
 def timed(repeats, **works):
     "name → seconds per repetition; the works are interleaved, and each gets the number of the repetition"
     seconds = {k: [] for k in works}
     for r in range(repeats):
-        for k, work in works.items(): start = time.perf_counter(); work(r); seconds[k].append(time.perf_counter() - start)
+        for k, work in works.items(): start = CLOCK(); work(r); seconds[k].append(CLOCK() - start)
     return seconds
 
 def ratio(seconds, a, b='plain'):

@@ -706,10 +706,10 @@ def kept(self:MLLM)->Kept: # belongs to the handle
     if '_kept' not in self.__dict__: self._kept = Kept(self.device)
     return self._kept
 
-def weights_state(self:MLLM)->bytes: # changes whenever a weight is changed in place
+def weights_state(self:MLLM)->bytes: # changes whenever weights are changed in place or replaced
     "Marks the state of the weights within this process"
     if '_weights' not in self.__dict__: self._weights = list(self.model.parameters())
-    return hashlib.sha1(repr([p._version for p in self._weights]).encode()).digest()
+    return hashlib.sha1(repr([(p.data_ptr(), p._version) for p in self._weights]).encode()).digest()
 
 MLLM.kept, MLLM.weights_state = property(kept), weights_state
 

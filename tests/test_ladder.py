@@ -68,3 +68,112 @@ def test_mask_equals_two_passes(family):
     r = refine(family, s.image, s.question, how='mask', review=3, post=2)
     with edit(family, 3, p.visual[r.tokens], 'zero'): close(r.answer, family.answer(p))
     assert r.path == 'one pass' and len(r.tokens) == round(.2*len(p.visual))
+
+# what is kept, what does not fit, what goes wrong
+
+@pytest.fixture
+def llava(): m = twin('llava'); m.kept.clear(); m.kept.sizes.clear(); yield m; m.kept.clear(); m.kept.sizes.clear()
+
+def fast_and_naive(m, **kw):
+    kw = dict(how=('zero', 'knockout'), limit=3) | kw
+    return sweep(m, SAMPLES, **kw), sweep(m, SAMPLES, exact='naive', **kw)
+
+def test_a_bank_that_does_not_fit(llava, monkeypatch):
+    "Without room the sweep resumes, and keeps nothing"
+    monkeypatch.setattr(Kept, 'budget', 0)
+    fast, naive = fast_and_naive(llava)
+    same(fast, naive)
+    assert set(fast.path) == {'plain', 'resume', 'ladder'} and not llava.kept
+
+def test_what_is_kept_is_bounded_and_shared(llava, monkeypatch):
+    runs = []
+    handle = llava.decoder.register_forward_pre_hook(lambda d, args, kw: runs.append(tuple(kw['inputs_embeds'].shape[:2])), with_kwargs=True)
+    n = int(llava.prompt(SAMPLES[0].image, 'What?').visual[-1]) + 1
+    try:
+        sweep(llava, SAMPLES, ('zero', 'swap'), limit=1)
+        assert runs[:3] == [(1, n), (1, n), (2, n)]                                     # the first picture's stem, the bank, the others in one forward; donors are samples
+        assert all(rows < n for _, rows in runs[3:])
+        runs.clear()
+        sweep(llava, SAMPLES, ('zero', 'swap'), limit=1)
+        assert all(rows < n for _, rows in runs)                                       # everything before the cut is known
+        sizes = dict(llava.kept.sizes)
+        monkeypatch.setattr(Kept, 'budget', max(sizes.values()) + 10)
+        sweep(llava, [Sample(noise_image(9, (96, 48)), 'What color is the circle?', id='new')], 'knockout', limit=1)
+        assert llava.kept.used <= llava.kept.budget and len(llava.kept) < len(sizes)   # the oldest went
+        runs.clear()
+        with torch.no_grad(): llava.head.weight[0, 0] += 0
+        sweep(llava, SAMPLES[:1], 'knockout', limit=1)
+        assert (1, n) in runs                                                          # touched weights: nothing old is used
+    finally: handle.remove()
+
+def test_stems_equal_the_rows_of_a_whole_forward(llava):
+    p = llava.prompt(SAMPLES[0].image, SAMPLES[0].question)
+    n, whole = int(p.visual[-1]) + 1, record(llava, p).stem
+    stem, = stems(llava, [p], n)
+    for a, b in zip(stem.keys + stem.values, whole.keys + whole.values): assert (a - b[:, :n]).abs().max() < 1e-5
+    assert stem.position == n and whole.position == p.length and stem.nbytes < whole.nbytes
+
+def test_the_bank_knows_no_picture(llava):
+    ps = [llava.prompt(s.image, s.question) for s in SAMPLES[:2]]
+    values = {i: torch.zeros(llava.model.config.get_text_config().hidden_size) for i in range(4)}
+    a = bank(llava, ps[0], values)
+    assert bank(llava, ps[1], values) is a
+    llava.kept.clear(); llava.kept.sizes.clear()
+    b = bank(llava, ps[1], values)
+    for i in values: assert all((x - y).abs().max() < 1e-5 for x, y in zip(a[i].keys[i:], b[i].keys[i:])) and a[i].keys[:i] == [None]*i
+
+def test_out_of_memory_halves_and_loses_nothing(llava, monkeypatch):
+    forward, seen = masking.Ladder.forward, []
+    def small(self, ids, **kw):
+        seen.append(len(self.rows))
+        if len(self.rows) > 5: raise torch.OutOfMemoryError('CUDA out of memory')
+        return forward(self, ids, **kw)
+    facts(llava, llava.prompt(SAMPLES[0].image, SAMPLES[0].question))
+    want = sweep(llava, SAMPLES, 'knockout', limit=3)
+    monkeypatch.setattr(masking.Ladder, 'forward', small)
+    got = sweep(llava, SAMPLES, 'knockout', limit=3)
+    same(got, want)
+    assert max(seen) > 5 and min(seen) <= 5
+
+def test_other_errors_pass(llava, monkeypatch):
+    def broken(self, ids, **kw): raise RuntimeError('something else')
+    facts(llava, llava.prompt(SAMPLES[0].image, SAMPLES[0].question))
+    monkeypatch.setattr(masking.Ladder, 'forward', broken)
+    with pytest.raises(RuntimeError, match='something else'): sweep(llava, SAMPLES, 'knockout')
+
+def test_nothing_stays_on_the_model(llava):
+    "Also when a forward breaks half-way up the ladder"
+    p = llava.prompt(SAMPLES[0].image, SAMPLES[0].question)
+    with torch.inference_mode(): plain = llava.model(**p.inputs).logits
+    sweep(llava, SAMPLES, HOWS[:1] + HOWS[3:], limit=2)
+    def boom(layer, args, kw): raise KeyError('boom')
+    handle = llava.layers[2].self_attn.register_forward_pre_hook(boom, with_kwargs=True)
+    with pytest.raises(KeyError): sweep(llava, SAMPLES, 'knockout', limit=2)
+    handle.remove()
+    with torch.inference_mode(): assert torch.equal(llava.model(**p.inputs).logits, plain)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for layer in llava.layers for m in layer.modules())
+
+def test_hooks_of_others_are_refused(llava):
+    p = llava.prompt(SAMPLES[0].image, SAMPLES[0].question)
+    with edit(llava, 1, p.visual, 'zero'), pytest.raises(ValueError, match='carry hooks'): sweep(llava, SAMPLES, 'knockout')
+
+def test_donor_of_another_size_is_refused():
+    m = twin('qwen2_vl')
+    other = Sample(noise_image(7, (48, 96)), 'What?', id='d')
+    small = Sample(noise_image(7, (48, 48)), 'What?', id='d')
+    with pytest.raises(ValueError, match='of the same size'): sweep(m, SAMPLES[:1], 'swap', donors=[small])
+
+def test_bfloat16_stays_within_naive_bfloat16(llava):
+    "The ladder is no farther from float32 than one forward per edit is"
+    exact = sweep(llava, SAMPLES, HOWS[3:], limit=1)
+    try:
+        llava.model.bfloat16()
+        llava.__dict__.pop('facts', None)
+        fast, naive = (sweep(llava, SAMPLES, HOWS[3:], exact=e, limit=1) for e in ('auto', 'naive'))
+    finally: llava.model.float()                                                       # rounded from here on, so the twin is thrown away
+    twin.cache_clear()
+    assert set(fast.path) == {'plain', 'ladder'}
+    base = [t[t.how == 'none'].set_index('sample').prediction for t in (fast, naive, exact)]
+    alike = exact['sample'].map((base[0] == base[2]) & (base[1] == base[2]))           # logp is that of the same answer
+    far = lambda t: (t.logp - exact.logp)[alike].abs().mean()
+    assert alike.any() and far(fast) < 1.5*far(naive) + 1e-3
