@@ -82,7 +82,7 @@ def naive(mllm, ask, layers):
                     with edit(mllm, i, p.visual, 'knockout'): mllm.model(**p.inputs, use_cache=True, logits_to_keep=1)
     return work
 
-def sweep_bench(name, layers, side, tail, repeats, limit_flops=1.05, limit_time=None, loop=True, **kw):
+def sweep_bench(name, layers, side, tail, repeats, limit_flops=1.05, limit_time=None, loop=1, **kw):
     mllm = build(layers, side, **kw)
     ask = question(mllm, tail)
     p = mllm.prompt(picture(0), ask)
@@ -90,14 +90,13 @@ def sweep_bench(name, layers, side, tail, repeats, limit_flops=1.05, limit_time=
     base = flops(one)
     row(f'{name}: bound 1 + (T/S)(L + 1)/2, in forwards', bound)
     for how, work in works.items(): row(f'{name}: FLOPs of a {how} sweep over the bound', flops(lambda: work(500))/base/bound, limit=limit_flops)
-    some = range(layers) if loop else [layers//2]
+    some = range(0, layers, max(1, layers//loop))
     loops = naive(mllm, ask, some)
     row(f'{name}: FLOPs of the hook-per-layer loop, in forwards', (flops(loops) - base)/base*layers/len(some) + 1)
     seconds = timed(repeats, plain=one, **works, naive=loops)
     row(f'{name}: one forward', statistics.median(seconds['plain']), unit='s')
     for how in works: row(f'{name}: time of a {how} sweep, in forwards', *ratio(seconds, how), limit=limit_time)
-    value, spread = ratio(seconds, 'naive')
-    row(f'{name}: time of the hook-per-layer loop, in forwards', value if loop else 1 + (value - 1)*layers, spread if loop else 'from one layer')
+    row(f'{name}: time of the hook-per-layer loop, in forwards', 1 + (ratio(seconds, 'naive')[0] - 1)*layers/len(some), f'of {len(some)} layers')
 
 def growth_bench(repeats):
     "How the cost of a knockout sweep grows"
@@ -212,15 +211,15 @@ def main():
         return print(peak_memory())
     start = time.perf_counter()
     if a.quick:
-        sweep_bench('8 layers, 144 + 24', 8, 12, 24, 3, width=128)
+        sweep_bench('8 layers, 144 + 24', 8, 12, 24, 3, width=128, loop=8)
         capture_bench(40, 4, 3); refine_bench(6, 12, 3); demo_bench(8)
     else:
-        sweep_bench('24 layers, 576 + 40', 24, 24, 40, 3, limit_time=2.2)
-        sweep_bench('LLaVA-1.5, 32 layers, 576 + 40', 32, 24, 40, 2, loop=False)
-        sweep_bench('12 layers, 2025 + 40', 12, 45, 40, 3, limit_time=1.4, loop=False)
-        sweep_bench('LLaVA-NeXT, 16 layers, 2916 + 40', 16, 54, 40, 2, loop=False, width=128)
-        sweep_bench('Qwen2-VL, 28 layers, 1369 + 40, grouped queries', 28, 37, 40, 2, loop=False, width=128, kv=1)
-        growth_bench(3); capture_bench(54, 8, 5); refine_bench(12, 24, 7); demo_bench(24)
+        sweep_bench('24 layers, 576 + 40', 24, 24, 40, 3, limit_time=2.2, loop=3, width=512, heads=8, kv=8)
+        sweep_bench('LLaVA-1.5, 32 layers, 576 + 40', 32, 24, 40, 2)
+        sweep_bench('12 layers, 2025 + 40', 12, 45, 40, 3, limit_time=1.4)
+        sweep_bench('LLaVA-NeXT, 16 layers, 2916 + 40', 16, 54, 40, 2, width=128)
+        sweep_bench('Qwen2-VL, 28 layers, 1369 + 40, grouped queries', 28, 37, 40, 2, width=128, kv=1)
+        growth_bench(3); capture_bench(54, 6, 5); refine_bench(12, 24, 5); demo_bench(24)
     row('this benchmark', time.perf_counter() - start, limit=600, unit='s')
     if not a.quick: write('cpu', 'Costs on a CPU')
     return int(any(r['holds'] == 'no' and 'FLOPs' in r['what'] for r in rows))

@@ -66,21 +66,22 @@ class Row:
 
 class _Layer(DynamicLayer):
     "One layer's keys and values: every row reads a stem that it may share, and appends its own"
-    def __init__(self, stems): # per row (keys, values), each (heads, n, width); empty: no stems
+    def __init__(self, stems, room): # per row (keys, values), each (heads, n, width), or no stems at all; memory to put them together in, {} at first
         super().__init__()
-        self.stems = stems
+        self.stems, self.room = stems, room
     def get_seq_length(self): return (self.stems[0][0].shape[1] if self.stems else 0) + super().get_seq_length()
     def update(self, key, value, *args, **kw):
         own = super().update(key, value)
-        return tuple(_beside(shared[:len(new)], new) for shared, new in zip(zip(*self.stems), own)) if self.stems else own
+        return tuple(self._beside(k, [s[k] for s in self.stems[:len(key)]], own[k]) for k in (0, 1)) if self.stems else own
 
-def _beside(shared, own):
-    "Shared keys of each row, then its own, (rows, heads, stem + own, width), copied once"
-    n = shared[0].shape[1]
-    out = own.new_empty(*own.shape[:2], n + own.shape[2], own.shape[3])
-    torch.stack(shared, out=out[:, :, :n])
-    out[:, :, n:] = own
-    return out
+    def _beside(self, k, shared, own):
+        "Each row's stem, then its own, (rows, heads, n + own, width); one layer after the other uses the same memory"
+        n, shape = shared[0].shape[1], (*own.shape[:2], shared[0].shape[1] + own.shape[2], own.shape[3])
+        if k not in self.room or self.room[k].numel() < math.prod(shape): self.room[k] = own.new_empty(math.prod(shape)*5//4)
+        out = self.room[k][:math.prod(shape)].view(shape)
+        torch.stack(shared, out=out[:, :, :n])
+        out[:, :, n:] = own
+        return out
 
 # %% ../nbs/02_masking.ipynb #c012
 @contextmanager
@@ -121,7 +122,8 @@ class Ladder:
         self.plain = len(visual)
         self.entering = True
         at = lambda r, j: (s.keys[j], s.values[j]) if (s := r.stem if r.stem and r.enter <= j else stems[r.of]) else None
-        self.cache = Cache(layers=[_Layer([at(r, j) for r in rows] if stems else []) for j in range(mllm.n_layers)])
+        self.room = {}
+        self.cache = Cache(layers=[_Layer([at(r, j) for r in rows] if stems else [], self.room) for j in range(mllm.n_layers)])
         self.seen = torch.ones(self.plain, stems[0].length if stems else 0, dtype=torch.long, device=mllm.device) # (rows, keys), 0 at padding
         self.position = torch.tensor([s.position for s in stems], device=mllm.device) if stems else None # (rows,) of the next token
 
@@ -192,7 +194,7 @@ class Ladder:
         which, stop = torch.tensor(which, device=self.seen.device), self.seen.shape[1] - drop
         new.seen, new.position, new.entering = self.seen[which, :stop], self.position[which] - drop, False
         for layer in self.cache.layers:
-            copy = _Layer([layer.stems[k] for k in which.tolist()] if layer.stems else [])
+            copy = _Layer([layer.stems[k] for k in which.tolist()] if layer.stems else [], self.room)
             if layer.is_initialized:
                 own = layer.keys.shape[2] - drop
                 copy.lazy_initialization(layer.keys, layer.values)
