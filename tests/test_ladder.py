@@ -15,7 +15,7 @@ SHARED, TILES = ('bank', 'ladder'), ('resume', 'ladder')
 EXPECT = dict(                                   # facts, then the paths of zero and of knockout at the last layer
     llava=(Facts(True, True, 0, True), SHARED), llava_next=(Facts(True, True, 0, True), SHARED), vipllava=(Facts(True, True, 0, True), SHARED), llava_onevision=(Facts(True, True, 0, True), SHARED),
     instructblip=(Facts(True, True, 0, False), ('naive', 'naive')), internvl=(Facts(True, True, 0, True), SHARED), gemma3=(Facts(True, False, 0, True), SHARED), idefics3=(Facts(True, True, 0, True), TILES), smolvlm=(Facts(True, True, 0, True), SHARED),
-    paligemma=(Facts(False, False, 0, True), ('resume', 'resume')), mllama=(Facts(False, False, 4, False), ('naive', 'naive')), qwen2_vl=(Facts(True, True, 0, True), SHARED), qwen2_5_vl=(Facts(True, True, 0, True), SHARED),
+    paligemma=(Facts(False, False, 0, True), ('resume', 'resume')), mllama=(Facts(False, False, 5, False), ('naive', 'naive')), qwen2_vl=(Facts(True, True, 0, True), SHARED), qwen2_5_vl=(Facts(True, True, 0, True), SHARED),
     qwen3_vl=(Facts(True, True, 2, True), SHARED))
 
 @pytest.fixture(scope='module', params=FAMILIES)
@@ -177,3 +177,30 @@ def test_bfloat16_stays_within_naive_bfloat16(llava):
     alike = exact['sample'].map((base[0] == base[2]) & (base[1] == base[2]))           # logp is that of the same answer
     far = lambda t: (t.logp - exact.logp)[alike].abs().mean()
     assert alike.any() and far(fast) < 1.5*far(naive) + 1e-3
+
+def test_features_on_disk(tmp_path):
+    "The tower runs once per picture, across handles; other weights find nothing, and the folder stays within its budget"
+    for name in ('llava', 'qwen3_vl', 'gemma3'):
+        m = twin(name)
+        runs, p = [], m.prompt(SAMPLES[0].image, 'What?')
+        m.kept.clear(); m.kept.sizes.clear(); m.remember(tmp_path/name)
+        real = m.model.get_image_features
+        m.model.get_image_features = lambda *a, **kw: runs.append(1) or real(*a, **kw)
+        try:
+            with torch.inference_mode():
+                want = m.model(**p.inputs).logits
+                runs.clear()
+                first = m.model(**m.encoded([p])).logits
+                m.kept.clear(); m.kept.sizes.clear()
+                again = m.model(**m.encoded([p])).logits
+            assert len(runs) == 1 and (first - want).abs().max() < 1e-4 and torch.equal(first, again)
+            assert len(list((tmp_path/name).iterdir())) == 1
+            mark = m.folder_mark
+            with torch.no_grad(): m.head.weight[0, 0] += 1
+            m.remember(tmp_path/name)
+            assert m.folder_mark != mark
+            with torch.no_grad(): m.head.weight[0, 0] -= 1
+            m.remember(tmp_path/name, gigabytes=0)
+            m.features(m.prompt(SAMPLES[1].image, 'What?'))
+            assert len(list((tmp_path/name).iterdir())) == 1                               # the older one went
+        finally: del m.model.get_image_features; m.remember(None)
