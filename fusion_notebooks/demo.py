@@ -68,7 +68,7 @@ def layout(
         slack = (PICTURE/3 - size)/2
         centre = tuple(float(round((k + .5)*PICTURE/3 + rng.uniform(-slack, slack))) for k in (cell % 3, cell // 3))
         char = rng.choice(list(DIGITS if rng.random() < .6 else LETTERS))
-        things.append(Thing(list(COLOURS)[pair // 6], SHAPES[pair % 6], str(char), int(cell), centre, size, int(rng.integers(22, 53))))
+        things.append(Thing(list(COLOURS)[pair // 6], SHAPES[pair % 6], str(char), int(cell), centre, size, int(rng.integers(18, 45))))
     return things, cells[n:n + rng.integers(1, 4)].tolist()
 
 # %% ../nbs/09_demo.ipynb #c007
@@ -419,8 +419,8 @@ class Recipe:
     see:int=5000 # steps of the tower on pictures and crops alike
     sharpen:int=4000 # further steps, mostly on whole pictures
     align:int=600 # steps of the projector alone
-    look:int=6000 # steps of the language model under a frozen tower
-    join:int=2000 # steps of everything
+    look:int=3600 # steps of the language model under a frozen tower
+    join:int=5200 # steps of everything
     ready:float=.62 # share of right answers at which `look` adds one more thing to its scenes
 
 STAGES = ('see', 'sharpen', 'align', 'look', 'join')
@@ -526,8 +526,9 @@ class Trainer:
         for m in (self.core.vision_tower, self.model.get_input_embeddings()): m.requires_grad_(True)
 
     def join(self):
-        "Everything learns, the tower slowly"
-        fit('join', [self.core.vision_tower, self.core.multi_modal_projector, self.lm], lambda s: self.question('join', s, 6), self.recipe.join, [1e-4, 5e-4, 8e-4], self.folder)
+        "Everything but the word embeddings learns, the tower slowly"
+        self.model.get_input_embeddings().requires_grad_(False)
+        fit('join', [self.core.vision_tower, self.core.multi_modal_projector, self.lm], lambda s: self.question('join', s, 6), self.recipe.join, [1e-4, 3e-4, 1.2e-3], self.folder)
 
 # %% ../nbs/09_demo.ipynb #c021
 def stream(
