@@ -1,6 +1,7 @@
 # make demo   the quick slice of the study, findings and figures      make study   all of settings.ini
 # make test   notebook examples and pytest                            make lab     JupyterLab on the notebooks
-.PHONY: demo test study lab readme
+# make bench  what things cost here, against naive (≤ 10 minutes)
+.PHONY: demo test study lab readme bench
 .DELETE_ON_ERROR:
 
 SHELL := bash
@@ -17,6 +18,9 @@ study: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+bench: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py
 
 lab: .venv/installed
 	$(BIN)/jupyter lab nbs

@@ -2,6 +2,7 @@
 import numpy as np, pytest, torch
 from fusion_notebooks.contrast import CROPS, MASKS, box_around, contrastive_attention, look, lowest, refine, window_box
 from fusion_notebooks.hooks import capture, edit
+from fusion_notebooks.masking import facts
 from fusion_notebooks.mllm import Grid, token_boxes
 
 rng = np.random.default_rng(0)
@@ -45,6 +46,8 @@ def test_boxes_stay_inside():
             l, t, r, b = box_around(c, side, (384, 300))
             assert 0 <= l < r <= 384 and 0 <= t < b <= 300 and r - l == b - t
 
+def close(a, b): assert a.ids == b.ids and abs(a.logp - b.logp) < 1e-5*max(1, abs(b.logp))
+
 @pytest.fixture(scope='module')
 def seen(tiny, samples): return look(tiny, samples[0].image, samples[0].question)
 
@@ -63,7 +66,7 @@ def test_mask_by_hand(tiny, seen):
     assert r.answer == want != seen.base and (r.tokens == np.sort(worst)).all()
 
 def test_mask_reads_before_it_edits(tiny, seen):
-    "The maps that choose the tokens are the same in the edited pass: one pass would do"
+    "The maps that choose the tokens are the same in the edited pass: one pass does"
     r = refine(tiny, seen, how='mask', review=5)
     with edit(tiny, 5, seen.prompt.visual[r.tokens], 'zero'), capture(tiny) as tape: tiny.answer(seen.prompt)
     now = tape.attention[0, :, 0].numpy()
@@ -72,8 +75,24 @@ def test_mask_reads_before_it_edits(tiny, seen):
 def test_crop_by_hand(tiny, samples, seen):
     r = refine(tiny, samples[0].image, samples[0].question, how='crop')
     crop = samples[0].image.crop(r.box)
-    assert r.answer == tiny.answer([samples[0].image, crop], samples[0].question) and r.base == seen.base
+    close(r.answer, tiny.answer([samples[0].image, crop], samples[0].question))
+    assert r.base == seen.base and r.path == 'reused'
+    close(r.base, tiny.answer(samples[0].image, samples[0].question))
     assert r.crop.tobytes() == crop.tobytes()
+
+def test_one_pass_each(tiny, samples, monkeypatch):
+    "mask runs the prompt's rows once; crop runs the picture's rows once, and the second time only what the crop adds"
+    rows = []
+    handle = tiny.layers[0].register_forward_pre_hook(lambda layer, args, kw: rows.append((args[0] if args else kw['hidden_states']).shape[1]), with_kwargs=True)
+    try:
+        p = tiny.prompt(samples[0].image, samples[0].question)
+        facts(tiny, p); rows.clear()
+        refine(tiny, samples[0].image, samples[0].question, how='mask')
+        assert rows[0] == p.length and set(rows[1:]) == {1}
+        rows.clear()
+        refine(tiny, samples[0].image, samples[0].question, how='crop')
+        assert rows[:2] == [p.length, p.length + 64 - 68] and set(rows[2:]) == {1}
+    finally: handle.remove()
 
 @pytest.mark.parametrize('how,by', [('mask', b) for b in MASKS] + [('crop', b) for b in CROPS])
 def test_every_control_runs(tiny, samples, seen, how, by):

@@ -1,4 +1,4 @@
-"The batched sweep equals one forward per edit, for every semantic and scope"
+"The sweep equals one forward per edit, for every semantic and scope"
 import numpy as np, pandas as pd, pytest, torch
 from fusion_notebooks.hooks import edit
 from fusion_notebooks.masking import mean_states, scoped, sweep, visual_states
@@ -13,12 +13,12 @@ def same(a, b):
     assert (both.logp - both.logp_b).abs().max() < 1e-5*max(1, both.logp.abs().max())
 
 @pytest.mark.parametrize('scope', ['single', 'from', 'window'])
-def test_batched_equals_naive(tiny, samples, scope):
+def test_fast_equals_naive(tiny, samples, scope):
     hows = ('knockout', 'soft') if scope != 'single' else ('zero', 'mean', 'swap', 'knockout', 'soft')
     mean = mean_states(tiny, samples)
     fast, naive = (sweep(tiny, samples[:2], hows, scope, mean=mean, exact=e, layers=[0, 3, 7], donors=samples[1:]) for e in ('auto', 'naive'))
     same(fast, naive)
-    assert set(fast.path) == {'plain', 'batched'} and set(naive.path) == {'plain', 'naive'}
+    assert fast.groupby('how').path.first().to_dict() == {h: 'bank' if h in ('zero', 'mean') else 'plain' if h == 'none' else 'ladder' for h in (*hows, 'none')} and set(naive.path) == {'plain', 'naive'}
     edited = fast[fast.how != 'none']
     assert edited.groupby(['how', 'layer']).logp.std().notna().all()
     base = fast[fast.how == 'none'].set_index('sample').logp
