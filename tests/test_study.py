@@ -98,11 +98,13 @@ def test_interrupted_work_is_kept(ini, model_folder, monkeypatch):
     def dies(mllm, samples, **kw):
         if len(seen) == 2: raise KeyboardInterrupt
         seen.append(len(samples))
-        return real[0](mllm, samples, **kw)
-    monkeypatch.setitem(study.ANALYSES, 'attention', (dies, *real[1:]))
+        return real.rows(mllm, samples, **kw)
+    dies.__wrapped__ = real.rows                                  # the same code to the key
+    monkeypatch.setitem(study.ANALYSES, 'attention', real._replace(rows=dies))
     with pytest.raises(KeyboardInterrupt): study.require('attention', str(model_folder), settings=s)
     assert Store(s.results).read()['sample'].nunique() == 4
     done = {f.name: f.stat().st_mtime_ns for f in s.results.iterdir()}
+    assert not list(s.results.glob('*.lock'))
     monkeypatch.setitem(study.ANALYSES, 'attention', real)
     assert study.require('attention', str(model_folder), settings=s)['sample'].nunique() == 8
     assert done.items() <= {f.name: f.stat().st_mtime_ns for f in s.results.iterdir()}.items()
@@ -116,10 +118,21 @@ def test_other_weights_are_other_rows(ini, model_folder, tmp_path):
     assert study.revision(other) != study.revision(model_folder)
 
 def test_the_key_holds_what_is_asked(shared, model_folder):
-    a, b = (study.draw('glyph', split, 1) for split in ('calibration', 'evaluation'))
-    assert not {x.id for x in a} & {x.id for x in b} and study._content(a) != study._content(b)
-    keys, _ = study._units('masking', str(model_folder), 'glyph', 'evaluation', None, shared, True)
-    assert {'revision', 'samples', 'content', 'code', 'package', 'transformers', 'torch', 'hows', 'strength', 'seed'} <= set(keys[0])
+    a, b = (study.listing('glyph', split, shared) for split in ('calibration', 'evaluation'))
+    assert not {i for i, *_ in a} & {i for i, *_ in b} and not {h for *_, h in a} & {h for *_, h in b}
+    assert a == [[x.id, x.kind, study._content(x)] for x in study.draw('glyph', 'calibration', 2)]
+    keys = study.units(study.Job('masking', str(model_folder), 'glyph', 'evaluation'), shared)
+    assert {'revision', 'samples', 'content', 'code', 'package', 'transformers', 'torch', 'hows', 'strength', 'seed', 'metric', 'settings'} <= set(keys[0])
+
+def test_code_counts_with_the_functions_it_uses_and_without_comments():
+    assert study.code_of('metrics') != study.code_of('metrics', study.masking_rows) != study.code_of('metrics', study.refine_rows)
+    helper, used = study._reference, []
+    for node in (study.masking_rows, study.early_exit_rows): used.append(study.code_of('', node))
+    assert used[0] != used[1]
+
+def test_names_of_the_methods_are_those_of_contrast():
+    from fusion_notebooks import contrast
+    assert study.RANKED == dict(mask=contrast.MASKS, crop=contrast.CROPS)
 
 def test_unknown_names(shared, model_folder):
     for kw, said in ((dict(analysis='x'), 'No analysis'), (dict(analysis='masking', split='test'), 'No split'), (dict(analysis='masking', benchmark='gqa'), 'No benchmark')):
@@ -153,7 +166,7 @@ def test_refine_uses_what_calibration_found(shared, model_folder):
 def test_findings_come_with_interval_and_n(shared, model_folder):
     found = study.findings(str(model_folder), settings=shared, compute=True)
     numbers = found[found.value.notna() & found.finding.ne('chance')]
-    assert set(found.analysis) == set(study.FINDINGS) and numbers[['low', 'high', 'n']].notna().all(axis=None)
+    assert set(found.analysis) == set(study.FINDINGS) == set(study.ANALYSES) and numbers[['low', 'high', 'n']].notna().all(axis=None)
     assert ((numbers.low <= numbers.value) & (numbers.value <= numbers.high)).all()
     assert found.finding.eq('crop − crop-late').any() and len(study.say(found).splitlines()) < 40
 
