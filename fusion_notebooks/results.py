@@ -42,6 +42,8 @@ def _lock(f):
     except BlockingIOError: return False
     except (OSError, ImportError): return None
 
+def _cannot(folder, e): return OSError(f'{folder} cannot be written ({e.strerror or e}): free space or choose another folder in settings.ini, then run the same command again.')
+
 def _write(path, fill):
     "Make a file whole or not at all"
     tmp = path.with_suffix(f'.{os.getpid()}-{os.urandom(4).hex()}.tmp')
@@ -58,7 +60,7 @@ def _write(path, fill):
             return path
         except OSError as e:
             if not (again and isinstance(e, FileNotFoundError)):   # a folder that someone took away is made again
-                raise OSError(f'{path.parent} cannot be written ({e.strerror or e}): free space or choose another folder in settings.ini, then run the same command again.') from e
+                raise _cannot(path.parent, e) from e
         finally:
             with suppress(OSError): tmp.unlink()
 
@@ -195,8 +197,9 @@ def claim(self:Store,
 ): # how many died over it; None while another process has it
     "Keep a unit of work to this process"
     path = self.path(key).with_suffix('.lock')
-    self.folder.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a+') as f:
+    try: self.folder.mkdir(parents=True, exist_ok=True); f = open(path, 'a+')
+    except OSError as e: raise _cannot(self.folder, e) from e
+    with f:
         if _lock(f) is False or not os.fstat(f.fileno()).st_nlink: yield None; return
         f.seek(0)
         died = len(f.readlines())

@@ -491,13 +491,15 @@ def stamp(
     return {c: ', '.join(map(str, rows[c].unique())) for c in known if c in rows} | dict(n=int(rows['sample'].nunique()))
 
 # %% ../nbs/11_study.ipynb #c035
+def _failed_before(s): return {f['id'] for f in Store(s.results).failures().values()}
+
 def work(
     s:Settings, # the study
     wait:bool=True, # stay until the units that other processes claimed are done, too
+    old=None, # ids of failures to try again; default: all there are
 ):
     "Compute all rows of a study in this process, model after model"
-    old, todo = {f['id'] for f in Store(s.results).failures().values()}, {}
-    for job in jobs(s): todo[job] = units(job, s)
+    old, todo = _failed_before(s) if old is None else old, {job: units(job, s) for job in jobs(s)}
     tell = teller(todo, s)
     for last in (False, True) if wait else (False,):
         for job in todo:
@@ -505,7 +507,7 @@ def work(
             except ValueError: continue                            # refine without its calibration, which has its own record
             fill(job, s, todo[job], last, old, tell)
 
-def _worker(s, parent):
+def _worker(s, parent, old):
     "One local worker: it ends with its parent, and finishes its unit when asked to stop"
     signal.signal(signal.SIGINT, signal.SIG_IGN)                   # Ctrl-C reaches the whole group; the parent passes it on
     def watch():
@@ -513,7 +515,7 @@ def _worker(s, parent):
         STOP.set()
     threading.Thread(target=watch, daemon=True).start()
     try:
-        with gently([signal.SIGTERM]): work(s)
+        with gently([signal.SIGTERM]): work(s, old=old)
     except KeyboardInterrupt: pass
     except OSError as e: print(f'worker: {_cause(e)[0]}', file=sys.stderr, flush=True); sys.exit(2)
 
@@ -527,13 +529,13 @@ def on_workers(
     n:int, # processes
 ):
     "Compute all rows of a study in local processes, each on its own graphics card where there are any. Raises `OSError` where they cannot go on."
-    spawn, store, gpus, alive, deaths = multiprocessing.get_context('spawn'), Store(s.results), _gpus(), {}, 0
+    spawn, store, gpus, old, alive, deaths = multiprocessing.get_context('spawn'), Store(s.results), _gpus(), _failed_before(s), {}, 0
     todo = {job: units(job, s) for job in jobs(s)}
     tell, before = teller(todo, s), None
     def start(i):
         pinned = dict(OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS') or str(max(1, (os.cpu_count() or 1)//n)), OMP_WAIT_POLICY='passive', TOKENIZERS_PARALLELISM='false')
         with patch.dict(os.environ, pinned | (dict(CUDA_VISIBLE_DEVICES=gpus[i % len(gpus)]) if gpus else {})):
-            alive[i] = spawn.Process(target=_worker, args=(s, os.getpid()), name=f'worker {i}')
+            alive[i] = spawn.Process(target=_worker, args=(s, os.getpid(), old), name=f'worker {i}')
             alive[i].start()
     try:
         for i in range(n): start(i)
@@ -563,7 +565,7 @@ def on_cluster(
     try: from distributed import Client, as_completed
     except ImportError: raise ValueError("--scheduler needs Dask: python -m pip install 'fusion_notebooks[cluster]'.") from None
     if not re.match(r'tls://|(inproc|tcp)://(127\.\d+\.\d+\.\d+|localhost|\[::1\])\b', address): raise ValueError(f'{address} is another machine without encryption: give a tls:// address, see the guide on clusters.')
-    store, old = Store(s.results), {f['id'] for f in Store(s.results).failures().values()}
+    store, old = Store(s.results), _failed_before(s)
     with Client(address, set_as_default=False) as client:
         for refine in (False, True):                               # it reads what the others found
             todo = {job: units(job, s) for job in jobs(s) if (job.analysis == 'refine') == refine}
@@ -701,7 +703,7 @@ def _summarise(where, name, s, news):
     file = s.figures/name/'summary.csv'
     if news or not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        findings(where, settings=s).to_csv(file, index=False, float_format='%.6g')
+        findings(where, [a for a in FINDINGS if a in ANALYSES], settings=s).to_csv(file, index=False, float_format='%.6g')
     found = pd.read_csv(file, dtype=dict(layers=str))
     print(f"\n{name} on {', '.join(s.benchmarks)}{' (quick slice)' if s.quick else ''}\n{say(found)}\n\nfigures and summary.csv: {os.path.relpath(file.parent)}\nexecuted notebooks: {os.path.relpath(s.runs/name)}")
 
