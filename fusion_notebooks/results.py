@@ -17,7 +17,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from . import metrics
 
 # %% ../nbs/08_results.ipynb #c006
 def canonical(
@@ -310,7 +309,9 @@ def summary(self:Store,
 Store.tidy, Store.compact, Store.summary = tidy, compact, summary
 
 # %% ../nbs/08_results.ipynb #c023
-def _mean(rows, value='score'): return dict(zip(('value', 'low', 'high'), metrics.interval(rows[value], rows['sample']))) | dict(n=rows['sample'].nunique())
+def _mean(rows, value='score'):
+    from fusion_notebooks import metrics                           # scipy takes longer to import than a finished study to look through
+    return dict(zip(('value', 'low', 'high'), metrics.interval(rows[value], rows['sample']))) | dict(n=rows['sample'].nunique())
 def _kinds(rows): return [('all', rows), *rows.groupby('kind', sort=False)]
 def _numbers(layers): return ' '.join(map(str, layers)) or 'none'
 
@@ -338,6 +339,7 @@ COMPARE = [('mask', 'mask-late'), ('mask', 'mask-random'), ('crop', 'crop-late')
 
 def refine_findings(rows, c):
     "Accuracy of every method, paired differences with p-values (Holm within a kind), and how much of the evidence each crop holds"
+    from fusion_notebooks import metrics
     out = [dict(finding=m, kind=k) | _mean(g) for m, some in rows.groupby('method', sort=False) for k, g in _kinds(some)]
     pairs = [(m, 'base') for m in rows.method.unique() if m != 'base'] + COMPARE
     for kind, g in _kinds(rows):

@@ -22,7 +22,6 @@ from pathlib import Path
 from unittest.mock import patch
 import numpy as np
 import pandas as pd
-from . import fusion, metrics
 from .results import FINDINGS, Store, canonical, digest, percent, say
 
 # %% ../nbs/11_study.ipynb #c006
@@ -192,7 +191,9 @@ HOWS, SOFT = ('zero', 'mean', 'swap', 'knockout', 'soft'), .05 # semantics side 
 RANKED = dict(mask=('contrast', 'late', 'random', 'highest'), crop=('contrast', 'late', 'random', 'centre', 'oracle')) # as in contrast
 METHODS = {'base': None} | {f'{how}{"" if by == "contrast" else "-" + by}': (how, by) for how, known in RANKED.items() for by in known}
 
-def _score(predictions, samples, metric): return metrics.score(metric, predictions, [s.answers for s in samples])
+def _score(predictions, samples, metric):
+    from fusion_notebooks import metrics
+    return metrics.score(metric, predictions, [s.answers for s in samples])
 
 @lru_cache(maxsize=1)
 def _reference(mllm, benchmark, seed):
@@ -221,6 +222,7 @@ def _first_pass(mllm, s):
 
 def attention_rows(mllm, samples, **_):
     "The last prompt token's map at every layer, and what it says about the evidence box"
+    from fusion_notebooks import fusion
     rows = []
     for s in samples:
         p, raw = _first_pass(mllm, s)
@@ -245,7 +247,7 @@ def early_exit_rows(mllm, samples, metric, **_):
 
 def refine_rows(mllm, samples, metric, methods, candidates, review, **_):
     "The answer of every method, all from one look at the picture"
-    from fusion_notebooks import contrast
+    from fusion_notebooks import contrast, fusion
     rows = []
     for s in samples:
         seen = contrast.look(mllm, s.image, s.question)
@@ -463,6 +465,7 @@ def calibrate(
     "Fusion layers of every semantic and the review layer"
     rows = require('masking', model, benchmark, 'calibration', settings=settings, compute=compute)
     if rows.empty: return None
+    from fusion_notebooks import fusion
     curves = {how: fusion.masked(rows, how) for how in HOWS}
     return Calibration({how: fusion.fusion_layers(*c, how=how) for how, c in curves.items()},
                        {how: fusion.review_layer(*c, how=how) for how, c in curves.items()}, rows['sample'].nunique(), int(rows.layer.max()) + 1)
