@@ -565,9 +565,10 @@ def on_cluster(
     address:str, # of a Dask scheduler, tls://host:port, or tcp:// on this machine; all must see the same folders
 ):
     "Compute all rows of a study on a Dask cluster. Raises `ValueError` for an address that is not encrypted, `OSError` where nobody answers."
+    if not re.fullmatch(r'tls://.+|(tcp|inproc)://(127(\.\d+){3}|localhost|\[::1\])(:\d+)?/?', address):
+        raise ValueError(f'{address} is another machine without encryption: give a tls:// address, see nbs/guides/clusters.ipynb.')
     try: from distributed import Client, as_completed
     except ImportError: raise ValueError("--scheduler needs Dask: python -m pip install 'fusion_notebooks[cluster]'.") from None
-    if not re.match(r'tls://|(inproc|tcp)://(127\.\d+\.\d+\.\d+|localhost|\[::1\])\b', address): raise ValueError(f'{address} is another machine without encryption: give a tls:// address, see the guide on clusters.')
     store, old = Store(s.results), _failed_before(s)
     with Client(address, set_as_default=False) as client:
         for refine in (False, True):                               # it reads what the others found
@@ -576,7 +577,7 @@ def on_cluster(
             for _ in range(3):                                     # what another study had claimed is asked for again
                 asked = {client.submit(_on_cluster, job, s, k, old, pure=False): (job, k) for job, keys in todo.items() for k in store.missing(keys) if store.failure(k).get('id') in (None, *old)}
                 try:
-                    for f in as_completed(asked):
+                    for f in as_completed(asked, loop=client.loop):
                         job, key = asked[f]
                         if f.status == 'error':
                             if isinstance(e := f.exception(), OSError): raise e

@@ -58,7 +58,10 @@ def cluster(settings):
     from distributed import LocalCluster
     with LocalCluster(n_workers=2, threads_per_worker=1, host='127.0.0.1', dashboard_address=None) as c:
         victim = next(iter(c.workers.values())).process.process.pid
-        threading.Timer(get('AFTER', 2), lambda: os.kill(victim, signal.SIGKILL)).start()
+        def strike():
+            while not os.path.exists(os.environ['FAKE_LOG']) or f' {victim}\n' not in open(os.environ['FAKE_LOG']).read(): time.sleep(.05)
+            os.kill(victim, signal.SIGKILL)                       # it has begun a unit
+        threading.Thread(target=strike, daemon=True).start()
         return study.run(study.choose(settings), scheduler=c.scheduler_address, figures=False).code
 
 if __name__ == '__main__':
