@@ -310,7 +310,7 @@ Store.tidy, Store.compact, Store.summary = tidy, compact, summary
 
 # %% ../nbs/08_results.ipynb #c023
 def _mean(rows, value='score'):
-    from fusion_notebooks import metrics                           # scipy takes longer to import than a finished study to look through
+    from fusion_notebooks import metrics
     return dict(zip(('value', 'low', 'high'), metrics.interval(rows[value], rows['sample']))) | dict(n=rows['sample'].nunique())
 def _kinds(rows): return [('all', rows), *rows.groupby('kind', sort=False)]
 def _numbers(layers): return ' '.join(map(str, layers)) or 'none'
