@@ -31,7 +31,7 @@ def rows(mllm, samples, seed, **_):
         out += [dict(sample=s.id, layer=l, score=float(rng.random()), logp=float('nan') if hit('NAN', [s]) else float(rng.normal()), map=rng.random(4).tolist()) for l in range(4)]
     return pd.DataFrame(out)
 
-study.draw, study.load, study.CHUNK = draw, load, int(get('CHUNK', 8))
+study.draw, study.load = draw, load
 study.ANALYSES = dict(early_exit=study.Analysis(rows, lambda *_: {}, 'results', lambda L: L))
 
 if get('FULL'):                                                   # one file in so many finds the disk full

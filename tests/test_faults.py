@@ -163,13 +163,7 @@ def test_workers_killed_at_random(fake, want):
 
 # the same on a real model
 
-REAL = '''
-import sys
-from fusion_notebooks import study
-from fusion_notebooks.cli import main
-study.CHUNK = 2
-if __name__ == '__main__': sys.exit(main())
-'''
+REAL = 'import sys\nfrom fusion_notebooks.cli import main\nif __name__ == "__main__": sys.exit(main())'
 
 @pytest.fixture(scope='module')
 def real_model(tmp_path_factory):
@@ -182,13 +176,13 @@ def real_model(tmp_path_factory):
 
 def real(folder, model):
     (folder/'real.py').write_text(REAL)
-    return Study(folder, 2, folder/'real.py', model=model, analyses='masking attention early_exit')
+    return Study(folder, 2, folder/'real.py', model=model, analyses='masking attention early_exit', more='unit = 2')
 
 @pytest.fixture(scope='module')
 def real_want(tmp_path_factory, real_model):
     s = real(tmp_path_factory.mktemp('real'), real_model)
     start = time.monotonic()
-    code, out, err = s.run('study', '--settings', s.ini)
+    code, out, err = s.rows()
     assert code == 0, err
     assert len(s.table()) == 8*(21 + 4 + 4)
     return s.table(), time.monotonic() - start
@@ -197,7 +191,7 @@ def real_want(tmp_path_factory, real_model):
 def test_a_real_study_killed_at_random(tmp_path, real_model, real_want):
     want, seconds = real_want
     s = real(tmp_path, real_model)
-    killed_studies(s, 12, min(seconds, 14), 1, 'study', '--settings', s.ini)
+    killed_studies(s, 12, seconds, 1, 'study', '--rows', '--settings', s.ini)
     compare(s.table(), want)
 
 @faults
@@ -205,7 +199,7 @@ def test_workers_of_a_real_study_killed_at_random(tmp_path, real_model, real_wan
     done, k = 0, 0
     while done < 10:
         s = real(tmp_path/str(k), real_model) if (tmp_path/str(k)).mkdir() is None else None
-        done, k = done + killed_workers(s, 5, 7, k), k + 1
+        done, k = done + killed_workers(s, 5, .6*real_want[1], k), k + 1
         compare(s.table(), real_want[0])
 
 # interrupted
@@ -419,8 +413,7 @@ def test_mutated_settings(tmp_path, monkeypatch):
 # speed
 
 def test_a_finished_study_is_looked_through_quickly(tmp_path):
-    s = _made(tmp_path, samples=2504)
-    quick = dict(FAKE_SECONDS=0, FAKE_CHUNK=32)
+    s, quick = _made(tmp_path, samples=2504, more='unit = 32'), dict(FAKE_SECONDS=0)
     code, out, err = s.run('study', '--settings', s.ini, **quick)
     assert code == 0 and len(s.table()) == 10016, err
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -93,8 +93,7 @@ def test_only_missing_rows_are_computed(shared, model_folder, monkeypatch):
     pd.testing.assert_frame_equal(got, again)
 
 def test_interrupted_work_is_kept(ini, model_folder, monkeypatch):
-    s, real, seen = study.read_settings(ini), study.ANALYSES['attention'], []
-    monkeypatch.setattr(study, 'CHUNK', 2)
+    s, real, seen = study.replace(study.read_settings(ini), unit=2), study.ANALYSES['attention'], []
     def dies(mllm, samples, **kw):
         if len(seen) == 2: raise KeyboardInterrupt
         seen.append(len(samples))
@@ -200,6 +199,77 @@ def test_run_goes_on_after_failures_and_reports_them(ini, model_folder, monkeypa
     (quick/'figures/tiny/attention-evidence.png').unlink()
     assert study.run(ini, quick=True, analyses=['attention']).code == 0 and ran == ['attention']
     assert (quick/'figures/tiny/attention-evidence.png').exists()
+
+def test_parameters_are_names_the_notebook_lists_and_json(ini, tmp_path):
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+    nb = study.notebooks(study.read_settings(ini))['attention']
+    for given, said in (({'model = 1; import os  #': 'x'}, "has no parameter 'model = 1; import os  #'"), (dict(modle='x'), "has no parameter 'modle'; it has model, settings, quick"),
+                        (dict(model=Path('x')), 'is a PosixPath, which JSON cannot hold'), (dict(model=float('nan')), 'JSON cannot hold'), (dict(model={1: 2}), 'JSON cannot hold'), (dict(model=(1, 2)), 'JSON')):
+        with pytest.raises(ValueError) as e: study.parameters(nb, given)
+        assert said in str(e.value) and '\n' not in str(e.value)
+    hostile = ['"; raise SystemExit #', "'''\nimport os\n'''", '\\"\n__import__("os").abort()', '{{ 7*7 }}', '\u2028exit()', {'a"]; exit() #': ['\'+exit()+\'']}]
+    for value in hostile:                                          # written down as a literal, whatever it holds
+        cell = next(c for c in parameterize_notebook(load_notebook_node(str(nb)), study.parameters(nb, dict(model=value))).cells if 'injected-parameters' in c.metadata.get('tags', []))
+        exec(cell.source, space := {})
+        assert space['model'] == value
+    untagged = json.loads(nb.read_text())
+    for c in untagged['cells']: c['metadata'].pop('tags', None)
+    (tmp_path/'untagged.ipynb').write_text(json.dumps(untagged))
+    with pytest.raises(ValueError, match="no cell tagged 'parameters'"): study.parameters(tmp_path/'untagged.ipynb', dict(model='x'))
+
+def test_settings_reach_a_notebook_as_a_dict(ini):
+    s = study.read_settings(dict(file=str(ini), evaluation=1, compute=False, benchmarks=['glyph'], runs='elsewhere'))
+    assert s.evaluation == 1 and not s.compute and s.benchmarks == ('glyph',) and s.runs == ini.parent/'elsewhere' and s.calibration == 2
+    few = study.choose(ini, limit=1)
+    assert few.evaluation == few.calibration == 1 and few.results == ini.parent/'results' and few.figures == ini.parent/'runs/limit-1/figures'
+
+def test_a_limit_shares_its_rows_with_the_whole(shared, model_folder):
+    job = study.Job('attention', str(model_folder), 'glyph', 'evaluation')
+    few, all_ = (study.units(job, study.replace(shared, evaluation=n)) for n in (2, 4))
+    assert few == all_[:1] and len(all_) == 2
+
+def test_rows_of_different_origin_do_not_mix(shared, model_folder):
+    rows = study.require('attention', str(model_folder), settings=shared)
+    both = pd.concat([rows, rows.assign(sample='other', dtype='bfloat16')])
+    with pytest.raises(ValueError, match='dtype is float32 and bfloat16: set mixed = yes'): study._one_origin(both, 'attention', shared)
+    assert len(study._one_origin(both, 'attention', study.replace(shared, mixed=True))) == 2*len(rows)
+
+def test_a_model_that_is_no_number_on_a_sample(ini, model_folder, monkeypatch):
+    "Its unit fails with the sample's name; all others are as they would be"
+    import torch
+    s = study.replace(study.read_settings(ini), unit=2)
+    want = study.require('early_exit', str(model_folder), settings=s)
+    mllm, bad = study.load(str(model_folder)), want['sample'].unique()[3]
+    question = next(x.question for x in study.draw('glyph', 'evaluation', 2) if x.id == bad)
+    real, asked = type(mllm).prompt, []
+    monkeypatch.setattr(type(mllm), 'prompt', lambda self, images, q: (asked.append(q), real(self, images, q))[1])
+    hook = mllm.head.register_forward_hook(lambda m, a, out: out*float('nan') if asked[-1] == question else out)
+    other = study.replace(s, results=s.results.with_name('other'))
+    try:
+        with pytest.raises(ValueError, match=f'1 of 4 units of early_exit .* no number for sample {bad}'): study.require('early_exit', str(model_folder), settings=other)
+    finally: hook.remove()
+    got = study.require('early_exit', str(model_folder), settings=other, compute=False)
+    pd.testing.assert_frame_equal(got, want[~want['sample'].isin(want['sample'].unique()[2:4])].reset_index(drop=True))
+    pd.testing.assert_frame_equal(study.require('early_exit', str(model_folder), settings=other), want)
+
+def test_verify_and_status(shared, model_folder):
+    s = study.replace(shared, analyses=('masking', 'attention', 'early_exit', 'refine'))
+    for a in s.analyses: study.require(a, str(model_folder), settings=s)
+    got = study.verify(s, .1, 0)
+    assert set(got.analysis) == set(s.analyses) and (got.difference < 1e-5).all() and (got.rows > 3).all()
+    store = Store(s.results)
+    key = study.units(study.Job('attention', str(model_folder), 'glyph', 'evaluation'), s)[0]
+    part, rows = store.path(key).read_bytes(), store.read([key])
+    store.add(rows.assign(mass=rows.mass + .01), key)
+    again = study.verify(study.replace(s, analyses=('attention',)), 1., 0)
+    assert (again.difference > .009).all() and not again.same.any()
+    store.path(key).write_bytes(part)
+    t = study.status(s).set_index(['analysis', 'split'])
+    assert (t.done == t.units).all() and (t.forwards == 0).all() and len(t) == 5
+    more = study.status(study.replace(s, evaluation=4)).set_index(['analysis', 'split'])
+    assert more.forwards['masking', 'evaluation'] == 8*(2 + 5*4) and more.gigabytes.iloc[0] > 0 and more.done['attention', 'evaluation'] == 1
+    with pytest.raises(ValueError, match='No rows of this study'): study.verify(study.replace(s, seed=7))
 
 def test_nothing_but_bad_input_is_exit_code_two(ini):
     assert study.run(ini, models=['nosuch']).code == 2
