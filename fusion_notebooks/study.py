@@ -632,7 +632,7 @@ def execute(
     offline = dict(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1') if Path(where).is_dir() else {}
     # waiting threads that spin make a small model ten times slower on a busy machine (measured on 2 cores)
     with patch.dict(os.environ, offline | dict(OMP_WAIT_POLICY='passive', TOKENIZERS_PARALLELISM='false', PYTHONWARNINGS='ignore:IProgress')):
-        pm.execute_notebook(str(nb), str(out), given, cwd=str(nb.parent), kernel_name='python3', progress_bar=False, execution_timeout=s.timeout, stderr_file=sys.stderr, extra_arguments=['--log-level=ERROR'])
+        pm.execute_notebook(str(nb), str(out), given, cwd=str(nb.parent), kernel_name='python3', progress_bar=False, execution_timeout=s.timeout, stderr_file=sys.stderr, extra_arguments=['--log-level=CRITICAL'])
     done.write_text(json.dumps(dict(inputs=inputs, outputs=_outputs(analysis, name, s))))
     return True
 
