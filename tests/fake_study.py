@@ -10,7 +10,7 @@ def hit(name, samples): return any(s.id in os.environ.get(f'FAKE_{name}', '').sp
 class Model:
     def stamp(self): return dict(dtype='float32', attention='none', pixels='', device='cpu', commit='')
 
-def draw(benchmark, split, limit, seed=0):
+def draw(benchmark, split, limit, seed=0, *_):
     return tuple(types.SimpleNamespace(id=f'{split}-{i}', kind='fine', question=f'question {i}', answers=('a',), box=None, image=f'{i}.png') for i in range(limit))
 
 def load(where):

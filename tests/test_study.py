@@ -69,7 +69,7 @@ def test_settings_of_the_repository():
     ('evaluation = 2', 'evaluation = many', 'evaluation = many must be a whole number above 0'),
     ('[study]', 'models', 'cannot be read'),
     ('analyses = masking attention early_exit refine', 'analyses =', '[study]: analyses is empty'),
-    ('[study]', '[study]\nbenchmarks = gqa', "unknown benchmarks 'gqa' in [study]; known: glyph")])
+    ('[study]', '[study]\nbenchmarks = gqua', "unknown benchmarks 'gqua' in [study]; known: glyph, gqa")])
 def test_what_is_misspelt_is_said(ini, old, new, said):
     text = ini.read_text()
     assert old in text
@@ -117,7 +117,7 @@ def test_other_weights_are_other_rows(ini, model_folder, tmp_path):
     assert study.revision(other) != study.revision(model_folder)
 
 def test_the_key_holds_what_is_asked(shared, model_folder):
-    a, b = (study.listing('glyph', split, shared) for split in ('calibration', 'evaluation'))
+    a, b = (study.listing(study.Job('', str(model_folder), 'glyph', split), shared) for split in ('calibration', 'evaluation'))
     assert not {i for i, *_ in a} & {i for i, *_ in b} and not {h for *_, h in a} & {h for *_, h in b}
     assert a == [[x.id, x.kind, study._content(x)] for x in study.draw('glyph', 'calibration', 2)]
     keys = study.units(study.Job('masking', str(model_folder), 'glyph', 'evaluation'), shared)
@@ -134,7 +134,7 @@ def test_names_of_the_methods_are_those_of_contrast():
     assert study.RANKED == dict(mask=contrast.MASKS, crop=contrast.CROPS)
 
 def test_unknown_names(shared, model_folder):
-    for kw, said in ((dict(analysis='x'), 'No analysis'), (dict(analysis='masking', split='test'), 'No split'), (dict(analysis='masking', benchmark='gqa'), 'No benchmark')):
+    for kw, said in ((dict(analysis='x'), 'No analysis'), (dict(analysis='masking', split='test'), 'No split'), (dict(analysis='masking', benchmark='gqua'), 'No benchmark')):
         with pytest.raises(ValueError, match=said): study.require(**dict(model=str(model_folder), settings=shared) | kw)
     with pytest.raises(ValueError, match="No model 'nosuch'"): study.require('masking', 'nosuch', settings=shared)
 
