@@ -53,7 +53,7 @@ def test_no_module_imports_a_higher_number():
         for names in re.findall(r'^\s*from fusion_notebooks import (.+)$', code, re.M): used |= set(re.findall(r'\w+', names))
         assert all(numbers[u] < number for u in used if u in numbers), f'{name} imports {used}'
 
-@pytest.mark.parametrize('name', ['fusion', 'vqa', 'metrics', 'results', 'plots'])
+@pytest.mark.parametrize('name', ['fusion', 'vqa', 'metrics', 'results', 'plots', 'study'])
 def test_rooms_without_torch(name):
     import sys
     code = f'import sys, fusion_notebooks.{name}; sys.exit("torch" in sys.modules)'
