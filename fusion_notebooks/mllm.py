@@ -420,22 +420,45 @@ def _decoded(features):
     boxes = sum(f[:, 2 + 4*k:6 + 4*k] for k in range(_PARTS))/mark[:, None]
     return boxes.numpy(), valid.numpy()
 
+def _sides(xy):
+    "Columns and rows of the patches of one picture, (patches, 3) image, x, y"
+    steps = lambda u: 1 + int((np.diff(np.sort(u)) > .3*len(u)**-.5).sum())
+    return steps(xy[:, 1]), steps(xy[:, 2])
+
+def _merged_in_order(xy, n):
+    "Do patches that follow each other form the squares that n tokens are merged from?"
+    g, one = len(xy)//n, xy[xy[:, 0] == xy[0, 0]]
+    spans = np.ptp(one[:len(one)//g*g, 1:].reshape(-1, g, 2), 1)*_sides(one)
+    return bool((np.median(spans, 0) < 1.2*(math.isqrt(g) - 1) + .2).all())
+
+def _in_blocks(xy, n):
+    "Patches row by row, reordered into the square blocks that tokens are then merged from, picture by picture"
+    k, out = math.isqrt(len(xy)//n), []
+    for image in dict.fromkeys(xy[:, 0]):
+        one = xy[xy[:, 0] == image]
+        w, h = _sides(one)
+        if k*k*n != len(xy) or w*h != len(one) or w % k or h % k: raise ValueError(f'{len(one)} patches in {w} columns do not form squares of {k} × {k}')
+        out.append(one.reshape(h//k, k, w//k, k, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 3))
+    return np.concatenate(out)
+
 def _boxes_of_tokens(mllm, p):
-    "Boxes of all visual tokens in order, as shares of their image's sides, offset by 10 per image; and which have one"
+    "Boxes of all visual tokens in order, as shares of their image's sides, offset by 10 per image; which have one; and whether pixels alone tell"
     tiles, n = _tiles(mllm, p), len(p.visual)
-    if tiles and tiles[0] is not None and len(tiles[0]) == 3:          # patches, in the order of the tokens that they are merged into
+    if len(tiles) >= n and None not in tiles:                          # patches, in the order of the tokens that they are merged into
         if len(tiles) % n: raise ValueError(f'{len(tiles)} patches do not make {n} tokens')
-        xy = np.array(tiles).reshape(n, -1, 3)
+        tiles = [t if len(t) == 3 else (t[0], t[1][0]*t[4]/2 + t[1][1], t[2][0]*t[3]/2 + t[2][1]) for t in tiles]
+        xy = np.array(tiles)
+        sure = _merged_in_order(xy, n)
+        if not sure: xy = _in_blocks(xy, n)
+        xy = xy.reshape(n, -1, 3)
         if np.ptp(xy[..., 0], 1).any(): raise ValueError('patches of different pictures meet in one token')
-        side = (len(p.images)/len(tiles))**.5                            # of a patch
-        if np.median(np.prod(np.ptp(xy[..., 1:], 1) + side, 1)) > 2*xy.shape[1]*side**2: raise ValueError('patches that follow each other are not those merged into a token')
         c = xy.mean(1)
-        return np.concatenate([c[:, 1:], c[:, 1:]], 1) + 10*c[:, :1], np.ones(n, bool)
+        return np.concatenate([c[:, 1:], c[:, 1:]], 1) + 10*c[:, :1], np.ones(n, bool), sure
     module, shape = _projector(mllm, p)
-    if len(shape) == 2: shape = (1, *shape)
-    count, per, width = math.prod(shape[:-2]), shape[-2], shape[-1]
-    if len(tiles) != count: tiles = [t for t in tiles if t is not None]
-    if len(tiles) != count: raise ValueError(f'{len(tiles)} tiles of pixels, {count} of tokens')
+    total, width, seen = math.prod(shape[:-1]), shape[-1], [t for t in tiles if t is not None]
+    tiles = next((ts for ts in (tiles, seen) if len(ts) in (shape[0], math.prod(shape[:-2]))), seen)
+    if total % len(tiles): raise ValueError(f'{len(tiles)} tiles of pixels do not make {total} tokens')
+    count, per = len(tiles), total//len(tiles)
     if width < 2 + 4*_PARTS: raise ValueError('its width is too small to carry coordinates')
     coded = torch.zeros(count, per, width, dtype=torch.float64)
     for t, tile in enumerate(tiles):
@@ -448,7 +471,7 @@ def _boxes_of_tokens(mllm, p):
     def put(m, args, out): return coded.reshape(out.shape).to(out)
     boxes, valid = _decoded(entering(mllm, p, [(module, put)]))
     if not valid.any(): raise ValueError('coordinates put into its projector do not arrive at the decoder')
-    return boxes, valid
+    return boxes, valid, False
 
 def _as_grids(boxes, valid, sizes):
     "Cut tokens in reading order into grids: a new one begins where the reading jumps up, or to another image"
@@ -470,6 +493,7 @@ def _as_grids(boxes, valid, sizes):
         own = np.stack([cx[i:j] - dx/2, cy[i:j] - dy/2, cx[i:j] + dx/2, cy[i:j] + dy/2], 1).clip(0, 1)*[*size, *size]
         own = own.round(1)
         l, t, r, s = *own[:, :2].min(0), *own[:, 2:].max(0)
+        if (np.prod(own[:, 2:] - own[:, :2], 1).sum() > 1.1*(r - l)*(s - t)): raise ValueError('their boxes overlap')
         out.append(Grid(ids[i:j], h, w, own, size, float((r - l)*(s - t)/(size[0]*size[1])), int(image[i])))
     return out
 
@@ -516,8 +540,9 @@ def find_views(
     if (sizes, len(p.visual)) in mllm._views and not mllm.takes_one: return mllm._views[sizes, len(p.visual)]
     try:
         if mllm.takes_one: return _query_grids(mllm, p)
-        got = _as_grids(*_boxes_of_tokens(mllm, p), sizes)
-        if '_placed' not in mllm.__dict__: mllm._placed = _sees_there(mllm, p, got)
+        boxes, valid, sure = _boxes_of_tokens(mllm, p)
+        got = _as_grids(boxes, valid, sizes)
+        if '_placed' not in mllm.__dict__: mllm._placed = sure or _sees_there(mllm, p, got)
         if not mllm._placed: raise ValueError('disturbing a place in the picture does not change the tokens that should lie there most')
     except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as e:
         raise ValueError(f'No token of {mllm.name} can be given a place in the picture ({str(e).splitlines()[0][:160]}). Masking works without it, maps on the picture do not.') from e
