@@ -24,6 +24,7 @@ def test_pyproject_says_what_settings_say(migrated):
     assert tags == ['tags'] and got['tool']['nbdev'] == want['tool']['nbdev']
     want, got = want['project'], got['project']
     assert got['optional-dependencies'].pop('benchmarks') == ['datasets>=4.0'] # nbdev's keys know no second extra
+    assert got['optional-dependencies'].pop('cluster') == ['distributed>=2025.1', 'dask-jobqueue>=0.9']
     assert got.pop('version') == fusion_notebooks.__version__ and f'"{fusion_notebooks.__version__}"' in init
     assert want.pop('dynamic') == ['version']
     want['authors'] = [{k: v for k, v in a.items() if v} for a in want['authors']]
@@ -52,7 +53,7 @@ def test_no_module_imports_a_higher_number():
         for names in re.findall(r'^\s*from fusion_notebooks import (.+)$', code, re.M): used |= set(re.findall(r'\w+', names))
         assert all(numbers[u] < number for u in used if u in numbers), f'{name} imports {used}'
 
-@pytest.mark.parametrize('name', ['fusion', 'vqa', 'metrics', 'results', 'plots'])
+@pytest.mark.parametrize('name', ['fusion', 'vqa', 'metrics', 'results', 'plots', 'study'])
 def test_rooms_without_torch(name):
     import sys
     code = f'import sys, fusion_notebooks.{name}; sys.exit("torch" in sys.modules)'

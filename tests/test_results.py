@@ -1,7 +1,8 @@
 "The store: whole units or nothing, each unit once, readers undisturbed"
 import multiprocessing, os, signal, subprocess, sys, time
 import pandas as pd, pytest
-from fusion_notebooks.results import Store, digest
+from fusion_notebooks import results
+from fusion_notebooks.results import Store, canonical, digest
 
 def key(i, **kw): return dict(model='m', analysis='a', samples=[f's{i}']) | kw
 def rows(i, n=3): return pd.DataFrame(dict(sample=f's{i}', layer=range(n), score=1., map=[[.5, .5]]*n))
@@ -39,21 +40,20 @@ def test_damaged_part_counts_as_missing(store, damage):
     store.add(rows(0), key(0)); store.add(rows(1), key(1))
     path = store.path(key(1))
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.warns(UserWarning, match='cannot be read'):
-        assert store.missing([key(0), key(1)]) == [key(1)]
+    with pytest.warns(UserWarning, match='cannot be read'): assert len(store.read([key(0), key(1)])) == 3
+    assert store.missing([key(0), key(1)]) == [key(1)] and len(store.read()) == 3
     store.add(rows(1), key(1))
     assert len(store.read()) == 6
 
 KILLED = '''
-import os, sys
-import pandas as pd, pyarrow.parquet as pq
+import sys, time
+import pandas as pd
 from fusion_notebooks import results
-whole = pq.write_table
-def half(table, f, **kw):
+def half(f):
     f.write(b'PAR1 half a part'); f.flush()
     print('writing', flush=True)
-    import time; time.sleep(60)
-pq.write_table = half
+    time.sleep(60)
+results._parquet = lambda *a: half
 results.Store(sys.argv[1]).add(pd.DataFrame(dict(sample=['s'])), dict(model='m'))
 '''
 
@@ -62,11 +62,23 @@ def test_killed_while_writing_leaves_no_part(store):
     assert child.stdout.readline() == 'writing\n'
     child.send_signal(signal.SIGKILL); child.wait()
     assert not store.has(dict(model='m')) and store.read().empty and store.keys() == []
+    assert len(list(store.folder.iterdir())) == 1
     store.add(rows(0), dict(model='m'))
-    assert len(store.read()) == 3
+    store.tidy()
+    assert len(store.read()) == 3 and len(list(store.folder.iterdir())) == 1
+
+def test_tidy_leaves_what_is_in_use(store, tmp_path):
+    child = subprocess.Popen([sys.executable, '-c', KILLED, str(store.folder)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == 'writing\n'
+    with store.claim(key(0)):
+        store.tidy()
+        assert sorted(p.suffix for p in store.folder.iterdir()) == ['.lock', '.tmp']
+    child.kill(); child.wait()
+    store.tidy()
+    assert list(store.folder.iterdir()) == []
 
 def test_failure_while_writing_leaves_nothing(store, monkeypatch):
-    monkeypatch.setattr('fusion_notebooks.results.pq.write_table', lambda *a, **kw: 1/0)
+    monkeypatch.setattr(results, '_parquet', lambda *a: lambda f: 1/0)
     with pytest.raises(ZeroDivisionError): store.add(rows(0), key(0))
     assert list(store.folder.iterdir()) == []
 
@@ -82,3 +94,96 @@ def test_reading_while_others_write(store):
         assert got.empty or (got.groupby('sample').size() == 3).all()
     assert [w.exitcode for w in writers] == [0, 0]
     assert len(store.read()) == 80*3 and not list(store.folder.glob('*.tmp'))
+
+# claims, failures, notes
+
+def test_a_claim_is_exclusive_and_goes_with_its_owner(store):
+    code = "import sys\nfrom fusion_notebooks.results import Store\nwith Store(sys.argv[1]).claim(dict(a=1)) as died: print(died, flush=True); sys.stdin.read()"
+    for before in (0, 1, 2):
+        child = subprocess.Popen([sys.executable, '-c', code, str(store.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert child.stdout.readline() == f'{before}\n'           # how many died before it
+        with store.claim(dict(a=1)) as mine: assert mine is None
+        assert store.running() == {digest(dict(a=1))}
+        child.kill(); child.wait()
+    assert not store.running()
+    with store.claim(dict(a=1)) as mine: assert mine == 3
+    with store.claim(dict(a=1)) as mine: assert mine == 0         # who ends well leaves nothing behind
+
+def test_failures_are_kept_until_there_are_rows(store):
+    store.fail(key(0), 'out of memory'); store.fail(key(0), 'again')
+    assert [f['cause'] for f in store.failures().values()] == ['again'] and store.failure(key(0))['key'] == key(0) and store.failure(key(1)) == {}
+    assert store.missing([key(0)]) == [key(0)] and store.read().empty
+    store.add(rows(0), key(0))
+    assert store.failures() == {}
+
+def test_no_rows_are_no_unit(store):
+    with pytest.raises(ValueError, match='without rows'): store.add(rows(0, 0), key(0))
+
+def test_notes(store):
+    assert store.note(dict(n=1), lambda: (1, 'é')) == [1, 'é'] == store.note(dict(n=1), lambda: pytest.fail('made twice'))
+    store.path(dict(n=1)).with_suffix('.json').write_text('[1, ')
+    assert store.note(dict(n=1), lambda: 2) == 2 == store.note(dict(n=1), lambda: 3)
+
+# compaction
+
+def many(store, n=30):
+    for i in range(n): store.add(rows(i) if i % 3 else rows(i).assign(box=[[0., 1.], None, [2., 3.]]), key(i, seed=i % 2))
+
+def test_a_pack_reads_like_its_parts(store):
+    many(store)
+    keys, whole, means = store.keys(), store.read(), store.summary(['seed', 'layer'])
+    assert store.compact() == 30 and not store.parts() and len(store.packs()) == 2 and store.compact() == 0
+    assert store.missing(keys) == [] and {canonical(k) for k in store.keys()} == {canonical(k) for k in keys}
+    pd.testing.assert_frame_equal(store.read(keys), whole)
+    pd.testing.assert_frame_equal(store.read(keys[7:3:-1]), pd.concat([whole[whole['sample'] == k['samples'][0]] for k in keys[7:3:-1]], ignore_index=True)[store.read(keys[7:3:-1]).columns])
+    pd.testing.assert_frame_equal(store.summary(['seed', 'layer']), means)
+    store.add(rows(0), key(0, seed=0)); store.add(rows(99), key(99, seed=0))
+    assert len(store.read()) == 93 and store.summary(['seed']).n.sum() == 93
+
+def test_a_compaction_that_dies_doubles_nothing(store, monkeypatch):
+    many(store)
+    keys, whole = store.keys(), store.read()
+    monkeypatch.setattr(results.Path, 'unlink', lambda self, **kw: 1/0)      # dies before the first part is removed
+    with pytest.raises(ZeroDivisionError): store.compact()
+    monkeypatch.undo()
+    assert store.packs() and store.parts()
+    pd.testing.assert_frame_equal(store.read(keys), whole)
+    assert len(store.read()) == len(whole) and store.summary(['layer']).n.sum() == len(whole)
+    store.compact(); store.compact()
+    pd.testing.assert_frame_equal(store.read(keys), whole)
+
+def test_a_damaged_pack_counts_as_missing(store):
+    many(store)
+    keys = store.keys()
+    store.compact()
+    pack = next(p for p, texts in store.packs().items() if len(texts) == 20)
+    data = bytearray(pack.read_bytes()); data[len(data)//3] ^= 255; pack.write_bytes(data)
+    with pytest.warns(UserWarning, match='cannot be read'): got = store.read(keys)
+    assert len(got) == 30 and len(store.missing(keys)) == 20
+
+def test_reading_while_another_compacts(store):
+    many(store, 60)
+    keys = store.keys()
+    spawn = multiprocessing.get_context('spawn')
+    other = spawn.Process(target=_compact, args=(store.folder,))
+    other.start()
+    while other.is_alive(): assert len(store.read(keys)) == 180
+    assert other.exitcode == 0 and not store.parts()
+
+def _compact(folder): Store(folder).compact()
+
+# damage, byte by byte
+
+def test_no_flipped_bit_goes_unnoticed(store):
+    import random, warnings
+    path, rnd = store.add(rows(0, 40).assign(text='red', score=[.1*i for i in range(40)]), key(0)), random.Random(0)
+    good, want = path.read_bytes(), store.read([key(0)])
+    caught = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for _ in range(300):
+            bad = bytearray(good); bad[rnd.randrange(len(bad))] ^= 1 << rnd.randrange(8); path.write_bytes(bad)
+            got = store.read([key(0)])
+            caught += got.empty
+            assert got.empty or got.equals(want)
+    assert caught > 100

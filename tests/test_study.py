@@ -69,7 +69,7 @@ def test_settings_of_the_repository():
     ('evaluation = 2', 'evaluation = many', 'evaluation = many must be a whole number above 0'),
     ('[study]', 'models', 'cannot be read'),
     ('analyses = masking attention early_exit refine', 'analyses =', '[study]: analyses is empty'),
-    ('[study]', '[study]\nbenchmarks = gqa', "unknown benchmarks 'gqa' in [study]; known: glyph")])
+    ('[study]', '[study]\nbenchmarks = gqua', "unknown benchmarks 'gqua' in [study]; known: glyph, gqa")])
 def test_what_is_misspelt_is_said(ini, old, new, said):
     text = ini.read_text()
     assert old in text
@@ -93,16 +93,17 @@ def test_only_missing_rows_are_computed(shared, model_folder, monkeypatch):
     pd.testing.assert_frame_equal(got, again)
 
 def test_interrupted_work_is_kept(ini, model_folder, monkeypatch):
-    s, real, seen = study.read_settings(ini), study.ANALYSES['attention'], []
-    monkeypatch.setattr(study, 'CHUNK', 2)
+    s, real, seen = study.replace(study.read_settings(ini), unit=2), study.ANALYSES['attention'], []
     def dies(mllm, samples, **kw):
         if len(seen) == 2: raise KeyboardInterrupt
         seen.append(len(samples))
-        return real[0](mllm, samples, **kw)
-    monkeypatch.setitem(study.ANALYSES, 'attention', (dies, *real[1:]))
+        return real.rows(mllm, samples, **kw)
+    dies.__wrapped__ = real.rows                                  # the same code to the key
+    monkeypatch.setitem(study.ANALYSES, 'attention', real._replace(rows=dies))
     with pytest.raises(KeyboardInterrupt): study.require('attention', str(model_folder), settings=s)
     assert Store(s.results).read()['sample'].nunique() == 4
     done = {f.name: f.stat().st_mtime_ns for f in s.results.iterdir()}
+    assert not list(s.results.glob('*.lock'))
     monkeypatch.setitem(study.ANALYSES, 'attention', real)
     assert study.require('attention', str(model_folder), settings=s)['sample'].nunique() == 8
     assert done.items() <= {f.name: f.stat().st_mtime_ns for f in s.results.iterdir()}.items()
@@ -116,13 +117,24 @@ def test_other_weights_are_other_rows(ini, model_folder, tmp_path):
     assert study.revision(other) != study.revision(model_folder)
 
 def test_the_key_holds_what_is_asked(shared, model_folder):
-    a, b = (study.draw('glyph', split, 1) for split in ('calibration', 'evaluation'))
-    assert not {x.id for x in a} & {x.id for x in b} and study._content(a) != study._content(b)
-    keys, _ = study._units('masking', str(model_folder), 'glyph', 'evaluation', None, shared, True)
-    assert {'revision', 'samples', 'content', 'code', 'package', 'transformers', 'torch', 'hows', 'strength', 'seed'} <= set(keys[0])
+    a, b = (study.listing(study.Job('', str(model_folder), 'glyph', split), shared) for split in ('calibration', 'evaluation'))
+    assert not {i for i, *_ in a} & {i for i, *_ in b} and not {h for *_, h in a} & {h for *_, h in b}
+    assert a == [[x.id, x.kind, study._content(x)] for x in study.draw('glyph', 'calibration', 2)]
+    keys = study.units(study.Job('masking', str(model_folder), 'glyph', 'evaluation'), shared)
+    assert {'revision', 'samples', 'content', 'code', 'package', 'transformers', 'torch', 'hows', 'strength', 'seed', 'metric', 'settings'} <= set(keys[0])
+
+def test_code_counts_with_the_functions_it_uses_and_without_comments():
+    assert study.code_of('metrics') != study.code_of('metrics', study.masking_rows) != study.code_of('metrics', study.refine_rows)
+    helper, used = study._reference, []
+    for node in (study.masking_rows, study.early_exit_rows): used.append(study.code_of('', node))
+    assert used[0] != used[1]
+
+def test_names_of_the_methods_are_those_of_contrast():
+    from fusion_notebooks import contrast
+    assert study.RANKED == dict(mask=contrast.MASKS, crop=contrast.CROPS)
 
 def test_unknown_names(shared, model_folder):
-    for kw, said in ((dict(analysis='x'), 'No analysis'), (dict(analysis='masking', split='test'), 'No split'), (dict(analysis='masking', benchmark='gqa'), 'No benchmark')):
+    for kw, said in ((dict(analysis='x'), 'No analysis'), (dict(analysis='masking', split='test'), 'No split'), (dict(analysis='masking', benchmark='gqua'), 'No benchmark')):
         with pytest.raises(ValueError, match=said): study.require(**dict(model=str(model_folder), settings=shared) | kw)
     with pytest.raises(ValueError, match="No model 'nosuch'"): study.require('masking', 'nosuch', settings=shared)
 
@@ -153,7 +165,7 @@ def test_refine_uses_what_calibration_found(shared, model_folder):
 def test_findings_come_with_interval_and_n(shared, model_folder):
     found = study.findings(str(model_folder), settings=shared, compute=True)
     numbers = found[found.value.notna() & found.finding.ne('chance')]
-    assert set(found.analysis) == set(study.FINDINGS) and numbers[['low', 'high', 'n']].notna().all(axis=None)
+    assert set(found.analysis) == set(study.FINDINGS) == set(study.ANALYSES) and numbers[['low', 'high', 'n']].notna().all(axis=None)
     assert ((numbers.low <= numbers.value) & (numbers.value <= numbers.high)).all()
     assert found.finding.eq('crop − crop-late').any() and len(study.say(found).splitlines()) < 40
 
@@ -187,6 +199,77 @@ def test_run_goes_on_after_failures_and_reports_them(ini, model_folder, monkeypa
     (quick/'figures/tiny/attention-evidence.png').unlink()
     assert study.run(ini, quick=True, analyses=['attention']).code == 0 and ran == ['attention']
     assert (quick/'figures/tiny/attention-evidence.png').exists()
+
+def test_parameters_are_names_the_notebook_lists_and_json(ini, tmp_path):
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+    nb = study.notebooks(study.read_settings(ini))['attention']
+    for given, said in (({'model = 1; import os  #': 'x'}, "has no parameter 'model = 1; import os  #'"), (dict(modle='x'), "has no parameter 'modle'; it has model, settings, quick"),
+                        (dict(model=Path('x')), 'is a PosixPath, which JSON cannot hold'), (dict(model=float('nan')), 'JSON cannot hold'), (dict(model={1: 2}), 'JSON cannot hold'), (dict(model=(1, 2)), 'JSON')):
+        with pytest.raises(ValueError) as e: study.parameters(nb, given)
+        assert said in str(e.value) and '\n' not in str(e.value)
+    hostile = ['"; raise SystemExit #', "'''\nimport os\n'''", '\\"\n__import__("os").abort()', '{{ 7*7 }}', '\u2028exit()', {'a"]; exit() #': ['\'+exit()+\'']}]
+    for value in hostile:                                          # written down as a literal, whatever it holds
+        cell = next(c for c in parameterize_notebook(load_notebook_node(str(nb)), study.parameters(nb, dict(model=value))).cells if 'injected-parameters' in c.metadata.get('tags', []))
+        exec(cell.source, space := {})
+        assert space['model'] == value
+    untagged = json.loads(nb.read_text())
+    for c in untagged['cells']: c['metadata'].pop('tags', None)
+    (tmp_path/'untagged.ipynb').write_text(json.dumps(untagged))
+    with pytest.raises(ValueError, match="no cell tagged 'parameters'"): study.parameters(tmp_path/'untagged.ipynb', dict(model='x'))
+
+def test_settings_reach_a_notebook_as_a_dict(ini):
+    s = study.read_settings(dict(file=str(ini), evaluation=1, compute=False, benchmarks=['glyph'], runs='elsewhere'))
+    assert s.evaluation == 1 and not s.compute and s.benchmarks == ('glyph',) and s.runs == ini.parent/'elsewhere' and s.calibration == 2
+    few = study.choose(ini, limit=1)
+    assert few.evaluation == few.calibration == 1 and few.results == ini.parent/'results' and few.figures == ini.parent/'runs/limit-1/figures'
+
+def test_a_limit_shares_its_rows_with_the_whole(shared, model_folder):
+    job = study.Job('attention', str(model_folder), 'glyph', 'evaluation')
+    few, all_ = (study.units(job, study.replace(shared, evaluation=n)) for n in (2, 4))
+    assert few == all_[:1] and len(all_) == 2
+
+def test_rows_of_different_origin_do_not_mix(shared, model_folder):
+    rows = study.require('attention', str(model_folder), settings=shared)
+    both = pd.concat([rows, rows.assign(sample='other', dtype='bfloat16')])
+    with pytest.raises(ValueError, match='dtype is float32 and bfloat16: set mixed = yes'): study._one_origin(both, 'attention', shared)
+    assert len(study._one_origin(both, 'attention', study.replace(shared, mixed=True))) == 2*len(rows)
+
+def test_a_model_that_is_no_number_on_a_sample(ini, model_folder, monkeypatch):
+    "Its unit fails with the sample's name; all others are as they would be"
+    import torch
+    s = study.replace(study.read_settings(ini), unit=2)
+    want = study.require('early_exit', str(model_folder), settings=s)
+    mllm, bad = study.load(str(model_folder)), want['sample'].unique()[3]
+    question = next(x.question for x in study.draw('glyph', 'evaluation', 2) if x.id == bad)
+    real, asked = type(mllm).prompt, []
+    monkeypatch.setattr(type(mllm), 'prompt', lambda self, images, q: (asked.append(q), real(self, images, q))[1])
+    hook = mllm.head.register_forward_hook(lambda m, a, out: out*float('nan') if asked[-1] == question else out)
+    other = study.replace(s, results=s.results.with_name('other'))
+    try:
+        with pytest.raises(ValueError, match=f'1 of 4 units of early_exit .* no number for sample {bad}'): study.require('early_exit', str(model_folder), settings=other)
+    finally: hook.remove()
+    got = study.require('early_exit', str(model_folder), settings=other, compute=False)
+    pd.testing.assert_frame_equal(got, want[~want['sample'].isin(want['sample'].unique()[2:4])].reset_index(drop=True))
+    pd.testing.assert_frame_equal(study.require('early_exit', str(model_folder), settings=other), want)
+
+def test_verify_and_status(shared, model_folder):
+    s = study.replace(shared, analyses=('masking', 'attention', 'early_exit', 'refine'))
+    for a in s.analyses: study.require(a, str(model_folder), settings=s)
+    got = study.verify(s, .1, 0)
+    assert set(got.analysis) == set(s.analyses) and (got.difference < 1e-5).all() and (got.rows > 3).all()
+    store = Store(s.results)
+    key = study.units(study.Job('attention', str(model_folder), 'glyph', 'evaluation'), s)[0]
+    part, rows = store.path(key).read_bytes(), store.read([key])
+    store.add(rows.assign(mass=rows.mass + .01), key)
+    again = study.verify(study.replace(s, analyses=('attention',)), 1., 0)
+    assert (again.difference > .009).all() and not again.same.any()
+    store.path(key).write_bytes(part)
+    t = study.status(s).set_index(['analysis', 'split'])
+    assert (t.done == t.units).all() and (t.forwards == 0).all() and len(t) == 5
+    more = study.status(study.replace(s, evaluation=4)).set_index(['analysis', 'split'])
+    assert more.forwards['masking', 'evaluation'] == 8*(2 + 5*4) and more.gigabytes.iloc[0] > 0 and more.done['attention', 'evaluation'] == 1
+    with pytest.raises(ValueError, match='No rows of this study'): study.verify(study.replace(s, seed=7))
 
 def test_nothing_but_bad_input_is_exit_code_two(ini):
     assert study.run(ini, models=['nosuch']).code == 2
