@@ -246,8 +246,8 @@ def attention_rows(mllm, samples, **_):
     rows = []
     for s in samples:
         p, raw = _first_pass(mllm, s)
-        maps, share = fusion.normalise(raw), fusion.evidence_share(p.grids[0].boxes, s.box) if s.box else np.full(raw.shape[1], np.nan)
         g = p.grids[0]
+        maps, share = fusion.normalise(g.of(raw)), fusion.evidence_share(g.boxes, s.box) if s.box else np.full(len(g.boxes), np.nan)
         left, right, bottom, top = g.extent
         rows.append(pd.DataFrame(dict(sample=s.id, layer=range(len(maps)), map=list(maps.astype('float32')), h=g.h, w=g.w, extent=[[left, top, right, bottom]]*len(maps), mass=raw.sum(-1),
                                       evidence=fusion.evidence_mass(maps, share), chance=share.mean(), hellinger=fusion.profile(maps), noise=fusion.noise_share(maps, share))))
@@ -255,12 +255,10 @@ def attention_rows(mllm, samples, **_):
 
 def early_exit_rows(mllm, samples, metric, **_):
     "The answer from every layer: the whole of it, and its first token alone"
-    from fusion_notebooks import hooks
+    from fusion_notebooks import masking
     rows = []
     for s in samples:
-        p = mllm.prompt(s.image, s.question)
-        for layer in range(mllm.n_layers):
-            with hooks.early_exit(mllm, layer): a = mllm.answer(p)
+        for layer, a in enumerate(masking.exits(mllm, masking.record(mllm, mllm.prompt(s.image, s.question)))):
             rows.append(dict(sample=s.id, layer=layer, prediction=a.text, logp=a.logp, first=mllm.decode(a.ids[:1]), s=s))
     rows = pd.DataFrame(rows)
     return rows.assign(score=_score(rows.prediction, rows.s, metric), first_score=_score(rows['first'], rows.s, metric)).drop(columns='s')
