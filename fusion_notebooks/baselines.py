@@ -131,13 +131,22 @@ def vicrop_grad(
     return _with_crop(mllm, p, p.grids[0], p.grids[0].of((a*slope.relu()).mean(0).double().cpu().numpy()), base, max_new_tokens)
 
 # %% ../nbs/05_baselines.ipynb #c015
-def _pixel_slope(mllm, p):
+def _apart(mllm, p):
+    "What takes pixels as the processor hands them out to (tiles, 3, height, width) or (patches, 3, pixels): colours apart, patches of padding left out"
+    black, *lit = (_pixels(mllm, p, [Image.new('RGB', im.size, c) for im in p.images]) for c in ('black', 'red', 'lime', 'blue'))
+    if black.ndim > 2: return lambda v: v
+    lit = [np.abs(v - black) > 1e-3 for v in lit]
+    seen = np.logical_or.reduce(lit).all(1)
+    places = np.stack([np.flatnonzero(l[seen][0]) for l in lit])
+    return lambda v: v[seen][:, places]
+
+def _pixel_slope(mllm, p, apart):
     "(tiles, height, width) or (patches, pixels): size of the slope of the likeliest first token's log-probability in each pixel"
     name, x = next((k, v) for k, v in p.inputs.items() if k.startswith('pixel_values'))
     x = x.detach().clone().requires_grad_()
     with torch.enable_grad(): logp = mllm.model(**p.inputs | {name: x}, use_cache=False, logits_to_keep=1).logits[0, -1].float().log_softmax(-1).max()
-    g = torch.autograd.grad(logp, x)[0].double()
-    return (g.unflatten(1, (3, -1)).norm(dim=1) if g.ndim == 2 else g.flatten(0, -4).norm(dim=1)).cpu().numpy()
+    g = torch.autograd.grad(logp, x)[0].double().cpu()
+    return np.linalg.norm(apart(g.flatten(0, -2 if g.ndim < 4 else -4).numpy()), axis=1)
 
 def _detail(image, side):
     "Where a picture has detail: black and white, of its size"
@@ -145,9 +154,9 @@ def _detail(image, side):
     high = median_filter(np.sqrt(((x - gaussian_filter(x, .8, radius=1, mode='mirror', axes=(0, 1)))**2).sum(-1)), 7)
     return Image.fromarray(np.uint8(255*(high > np.median(high)))).resize(image.size, Image.Resampling.NEAREST).convert('RGB')
 
-def _seen_as(mllm, p, image):
+def _seen_as(mllm, p, image, apart):
     "(tiles, height, width) or (patches, pixels): a black and white picture as the processor hands it out, 0…1"
-    got, black, white = (_pixels(mllm, p, [im]) for im in (image, *(Image.new('RGB', image.size, c) for c in ('black', 'white'))))
+    got, black, white = (apart(_pixels(mllm, p, [im])) for im in (image, *(Image.new('RGB', image.size, c) for c in ('black', 'white'))))
     return _ratio(got - black, white - black).mean(1)
 
 def _on_grid(mllm, p, grid, values):
@@ -174,8 +183,10 @@ def vicrop_pure(
 )->Rival:
     "ViCrop by pixel gradients"
     asked, plain = mllm.prompt(image, question), mllm.prompt(image, general)
-    grid, kept = asked.grids[0], _seen_as(mllm, asked, _detail(asked.images[0], view_side(mllm))) > .5
-    return _with_crop(mllm, asked, grid, _on_grid(mllm, asked, grid, _ratio(_pixel_slope(mllm, asked), _pixel_slope(mllm, plain))*kept), base, max_new_tokens)
+    grid, apart = asked.grids[0], _apart(mllm, asked)
+    kept = _seen_as(mllm, asked, _detail(asked.images[0], view_side(mllm)), apart) > .5
+    values = _ratio(*(_pixel_slope(mllm, p, apart) for p in (asked, plain)))*kept
+    return _with_crop(mllm, asked, grid, _on_grid(mllm, asked, grid, values), base, max_new_tokens)
 
 # %% ../nbs/05_baselines.ipynb #c018
 def _steps(mllm, p, layers, max_new_tokens):
@@ -244,9 +255,9 @@ def cd(
     "Contrastive decoding against the same model without the picture"
     p = mllm.prompt(image, question)
     rows = torch.arange(p.length, device=p.visual.device)
-    behind = 0 if mllm.cross else int(rows[(rows > p.visual.min()) & ~torch.isin(rows, p.visual)].min())
+    text = 0 if mllm.cross else int(rows[~torch.isin(rows, p.visual)].min())                        # its first row: some families let text in front of the picture read it
     def rule(scores): e, a = scores.log_softmax(-1).split(1); return _plausible(e - alpha*a, e, beta)
-    with edit(mllm, None, p.visual, 'knockout', batch=[1], text_from=behind): return Rival(_decode(mllm, mllm.copies(p, 2), rule, max_new_tokens))
+    with edit(mllm, None, p.visual, 'knockout', batch=[1], text_from=text): return Rival(_decode(mllm, mllm.copies(p, 2), rule, max_new_tokens))
 
 def diffuse(
     pixels:torch.Tensor, # normalised pixels

@@ -95,7 +95,7 @@ def test_pixels_land_in_their_cells(name):
     im = Image.new('RGB', (96, 96), 'black'); im.paste('white', (48, 0, 96, 48))
     p = mllm.prompt(im, ASK)
     grid = p.grids[0]
-    got = baselines._on_grid(mllm, p, grid, baselines._seen_as(mllm, p, im)).reshape(grid.h, grid.w)
+    got = baselines._on_grid(mllm, p, grid, baselines._seen_as(mllm, p, im, baselines._apart(mllm, p))).reshape(grid.h, grid.w)
     centre = (grid.boxes[:, :2] + grid.boxes[:, 2:]).reshape(grid.h, grid.w, 2)/2
     inside = (centre[..., 0] > 60) & (centre[..., 1] < 36), (centre[..., 0] < 36) | (centre[..., 1] > 60)
     assert inside[0].any() and got[inside[0]].min() > .6 > .4 > got[inside[1]].max()
