@@ -34,7 +34,7 @@ class Cost:
 @dataclass
 class Rival:
     "An answer by another method, and what it was based on"
-    answer:Answer # `logp` is the plain model's
+    answer:Answer # `logp` is the model's own, whatever a contrast preferred
     method:str='' # as given to `answer`
     cost:Cost=field(default_factory=Cost) # of everything the method did
     map:np.ndarray|None=None # (h·w,) over the cells of `grid`
@@ -69,8 +69,10 @@ def _attention(mllm, p, layers, rows='last', ids=()):
     with capture(mllm, rows, layers=layers) as tape: mllm.model(**mllm.copies(p, 1, list(ids)), use_cache=False, logits_to_keep=1)
     return tape.attention[0].double().cpu().numpy()
 
+def _side(mllm): return int(np.max(view_side(mllm)))                    # some configs hold height and width
+
 def _with_crop(mllm, p, grid, values, base, max_new_tokens):
-    box = window_box(values, grid, base or view_side(mllm))
+    box = window_box(values, grid, base or _side(mllm))
     crop = p.images[0].crop(box)
     return Rival(mllm.answer([p.images[0], crop], p.question, max_new_tokens), map=values, grid=grid, box=box, crop=crop)
 
@@ -184,7 +186,7 @@ def vicrop_pure(
     "ViCrop by pixel gradients"
     asked, plain = mllm.prompt(image, question), mllm.prompt(image, general)
     grid, apart = asked.grids[0], _apart(mllm, asked)
-    kept = _seen_as(mllm, asked, _detail(asked.images[0], view_side(mllm)), apart) > .5
+    kept = _seen_as(mllm, asked, _detail(asked.images[0], _side(mllm)), apart) > .5
     values = _ratio(*(_pixel_slope(mllm, p, apart) for p in (asked, plain)))*kept
     return _with_crop(mllm, asked, grid, _on_grid(mllm, asked, grid, values), base, max_new_tokens)
 
