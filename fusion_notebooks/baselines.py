@@ -57,9 +57,10 @@ GENERAL = 'Write a general description of the image.'
 
 def _at(mllm, layer, share):
     "The layer given, or the one at a share of the depth; the nearest that reads the picture where only some do"
-    if layer is not None: return check_layers(mllm, layer)[0]
     deep = share*mllm.n_layers
-    return min(mllm.cross or [round(deep)], key=lambda i: abs(i - deep))
+    if layer is None: return min(mllm.cross or [round(deep)], key=lambda i: abs(i - deep))
+    if mllm.cross and layer not in mllm.cross: raise ValueError(f'{mllm.name} reads its picture at the layers {", ".join(map(str, mllm.cross))}: layer {layer} shows no attention to it.')
+    return check_layers(mllm, layer)[0]
 
 def _ratio(a, b): "a/b, 0 where b is 0"; return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
 
@@ -119,6 +120,7 @@ def _attention_slope(mllm, p, layer):
     value = value[0].repeat_interleave(len(slope)//value.shape[1], 0)[:, p.visual.to(value.device)]
     return tape.attention[0, 0, :, 0], (value.float() @ slope.float()[:, :, None])[..., 0]
 
+@torch.inference_mode(False)
 def vicrop_grad(
     mllm:MLLM, # the model
     image, # path or PIL image
@@ -175,6 +177,7 @@ def _on_grid(mllm, p, grid, values):
     cell = (row*grid.w + col)[inside]
     return np.bincount(cell, v[inside], grid.h*grid.w)/np.maximum(np.bincount(cell, minlength=grid.h*grid.w), 1)
 
+@torch.inference_mode(False)
 def vicrop_pure(
     mllm:MLLM, # the model
     image, # path or PIL image
@@ -356,8 +359,10 @@ def opera(
     if mllm.cross: raise ValueError(f'{mllm.name} reads its picture through cross-attention: its last layer has no attention to visual tokens that opera could weigh.')
     p, steps = mllm.prompt(image, question), iter(range(max_new_tokens))
     def punish(ids, scores):
-        top, tail = scores.topk(candidates), ids[:, ids.shape[1] - next(steps):]
-        lost = torch.stack([_over_trust(mllm, p, torch.cat([tail, top.indices[:, k:k + 1]], 1), scale) for k in range(candidates)], 1)
+        top, n = scores.topk(candidates), next(steps)
+        alive = slice(None) if n else slice(1)                          # at first all beams are the prompt
+        tried = [torch.cat([ids[:, ids.shape[1] - n:], top.indices[:, k:k + 1]], 1)[alive] for k in range(candidates)]
+        lost = torch.stack([_over_trust(mllm, p, tails, scale) for tails in tried], 1)
         return torch.full_like(scores, -torch.inf).scatter(1, top.indices, (top.values - weight*lost).log_softmax(-1))
     out = mllm.model.generate(**mllm.copies(p), do_sample=False, num_beams=beams, max_new_tokens=max_new_tokens, suppress_tokens=[mllm.image_token_id],
                               logits_processor=LogitsProcessorList([punish]), return_dict_in_generate=True, output_logits=True)

@@ -278,7 +278,7 @@ def test_costs_are_counted(tiny):
         if method == 'vicrop-rel': assert (r.cost.forwards, r.cost.rows) == (2 + T, S + G + two + T - 1)
         if method == 'vicrop-grad': assert (r.cost.forwards, r.cost.rows, r.cost.backwards) == (1 + T, S + two + T - 1, 1)
         if method == 'vicrop-pure': assert (r.cost.forwards, r.cost.rows, r.cost.backwards) == (2 + T, S + G + two + T - 1, 2)
-        if method == 'opera': assert r.cost.forwards == (2 + 2*2)*n               # no answer ends before n here
+        if method == 'opera': assert r.cost.forwards == 2*n + 2*(1 + 2*(n - 1))   # beams decode, candidates are tried; no answer ends before n here
 
 def test_flow_by_hand(any_mllm):
     mllm, im = any_mllm, picture(any_mllm)
@@ -325,6 +325,13 @@ def test_the_model_stays_as_it_was(tiny, method, monkeypatch):
         assert snapshot(tiny) == before
     assert np.array_equal(after_plain(tiny, p, []), plain) and all(torch.equal(v, weights[k]) for k, v in tiny.model.state_dict().items())
 
+@pytest.mark.parametrize('around', [torch.no_grad, torch.inference_mode])
+def test_gradients_under_no_grad(tiny, around):
+    for method in ('vicrop-grad', 'vicrop-pure'):
+        want = answer(tiny, noise_image(0), ASK, method, max_new_tokens=2)
+        with around(): got = answer(tiny, noise_image(0), ASK, method, max_new_tokens=2)
+        assert np.array_equal(got.map, want.map) and got.answer == want.answer
+
 @pytest.mark.parametrize('name', ['instructblip', 'internvl', 'mllama'])
 @pytest.mark.parametrize('method', METHODS)
 def test_other_families(name, method):
@@ -341,5 +348,6 @@ def test_refusals(tiny, samples):
     for kw, word in ((dict(method='clip'), "No method 'clip'"), (dict(method='vicrop-rel', layer=99), 'no layer'), (dict(method='dola', layers='middle'), "layers is 'high'"),
                      (dict(method='dola', layers=[77]), 'no layer'), (dict(method='opera', max_new_tokens=26), 'up to 25')):
         with pytest.raises(ValueError, match=word): answer(tiny, noise_image(0), ASK, **kw)
+    with pytest.raises(ValueError, match='layer 0 shows no'): answer(family('mllama'), noise_image(0, (96, 96)), ASK, 'vicrop-rel', layer=0)
     with pytest.raises(ValueError, match='No flow'): flow(tiny, samples[:1], flows=('image→mouth',))
     with pytest.raises(ValueError, match='cross-attention'): flow(family('mllama'), samples[:1])
