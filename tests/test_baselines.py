@@ -70,6 +70,8 @@ def test_gradient_attention(any_mllm):
     r = answer(mllm, im, ASK, 'vicrop-grad', max_new_tokens=3)
     assert np.abs(r.map - want[p.grids[0].index]).max() < 1e-4*want.max() and want.max() > 0
     assert r.cost.backwards == 1
+    with eager(mllm): again = answer(mllm, im, ASK, 'vicrop-grad', max_new_tokens=3)
+    assert np.abs(again.map - r.map).max() < 1e-4*r.map.max() and again.cost == r.cost
 
 def test_pixel_gradient_by_hand(tiny):
     "A square picture in one view of 96 pixels: cells are blocks of 12 × 12"
