@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter, label, median_filter
 from transformers import LogitsProcessorList
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
-from .mllm import Answer, Grid, MLLM, Prompt, _pixels, _tiles, _until_end, in_batches
+from .mllm import GREEDY, Answer, Grid, MLLM, Prompt, _pixels, _tiles, _until_end, in_batches
 from .hooks import EAGER, NAME, Tape, _as_float_mask, _hidden, _listening, _recording_attention, _recording_eager, _removing, capture, check_layers, edit
 from .masking import scoped
 from .contrast import view_side, window_box
@@ -240,7 +240,7 @@ def carve(
 @torch.inference_mode()
 def _decode(mllm, inputs, rule, max_new_tokens):
     "Greedy answer of the first row by `rule`: (batch, vocabulary) scores → (1, vocabulary); all rows go on with the same token"
-    out = mllm.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, suppress_tokens=[mllm.image_token_id],
+    out = mllm.model.generate(**inputs, **GREEDY, num_beams=1, max_new_tokens=max_new_tokens, suppress_tokens=[mllm.image_token_id],
                               logits_processor=LogitsProcessorList([lambda ids, scores: rule(scores).expand_as(scores)]), return_dict_in_generate=True, output_logits=True)
     ids = _until_end(mllm, out.sequences[0, -len(out.logits):].tolist())
     return Answer(mllm.decode(ids), ids, sum(l[0].float().log_softmax(-1)[i].item() for l, i in zip(out.logits, ids)))
@@ -365,7 +365,7 @@ def opera(
         tried = [torch.cat([ids[:, ids.shape[1] - n:], top.indices[:, k:k + 1]], 1)[alive] for k in range(candidates)]
         lost = torch.stack([_over_trust(mllm, p, tails, scale) for tails in tried], 1)
         return torch.full_like(scores, -torch.inf).scatter(1, top.indices, (top.values - weight*lost).log_softmax(-1))
-    out = mllm.model.generate(**mllm.copies(p), do_sample=False, num_beams=beams, max_new_tokens=max_new_tokens, suppress_tokens=[mllm.image_token_id],
+    out = mllm.model.generate(**mllm.copies(p), **GREEDY, num_beams=beams, max_new_tokens=max_new_tokens, suppress_tokens=[mllm.image_token_id],
                               logits_processor=LogitsProcessorList([punish]), return_dict_in_generate=True, output_logits=True)
     path = [b for b in out.beam_indices[0].tolist() if b >= 0]
     ids = out.sequences[0, -len(path):].tolist()

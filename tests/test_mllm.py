@@ -86,3 +86,14 @@ def test_hostile_files(tmp_path):
     with pytest.raises(ValueError, match='folder'): open_image(tmp_path)
     Image.new('1', (40_000, 30_000)).save(tmp_path/'huge.png')
     with pytest.raises(ValueError, match='pixels'): open_image(tmp_path/'huge.png')
+
+def test_greedy_whatever_the_checkpoint_says(tiny, samples):
+    "A repetition penalty in the generation config would change the answer, and is not applied"
+    p, config = tiny.prompt(samples[0].image, samples[0].question), tiny.model.generation_config
+    plain, before = tiny.answer(p), config.repetition_penalty
+    try:
+        config.repetition_penalty = 5.
+        assert tiny.answer(p) == plain
+        said = tiny.model.generate(**tiny.copies(p), do_sample=False, max_new_tokens=32)[0, p.length:].tolist()
+        assert said != plain.ids
+    finally: config.repetition_penalty = before
