@@ -451,6 +451,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fusion_notebooks.mllm._projector': ('mllm.html#_projector', 'fusion_notebooks/mllm.py'),
                                        'fusion_notebooks.mllm._query_grids': ('mllm.html#_query_grids', 'fusion_notebooks/mllm.py'),
                                        'fusion_notebooks.mllm._ramp': ('mllm.html#_ramp', 'fusion_notebooks/mllm.py'),
+                                       'fusion_notebooks.mllm._reads': ('mllm.html#_reads', 'fusion_notebooks/mllm.py'),
                                        'fusion_notebooks.mllm._sees_there': ('mllm.html#_sees_there', 'fusion_notebooks/mllm.py'),
                                        'fusion_notebooks.mllm._shape': ('mllm.html#_shape', 'fusion_notebooks/mllm.py'),
                                        'fusion_notebooks.mllm._shares_vision': ('mllm.html#_shares_vision', 'fusion_notebooks/mllm.py'),

@@ -381,7 +381,7 @@ def teller(
         n, left = sum(map(len, todo.values())), sum(len(store.missing(keys)) for keys in todo.values())
         first.append(left)
         rate = (first[0] - left)/(now - start + 1e-9)
-        text = (f'{job.model} · {job.analysis}, {job.split}: ' if job else '') + f'{n - left} of {n} units' + (f', about {left/rate/60:.0f} min left' if rate else '')
+        text = (f'{Path(job.model).name if Path(job.model).is_absolute() else job.model} · {job.analysis}, {job.split}: ' if job else '') + f'{n - left} of {n} units' + (f', about {left/rate/60:.0f} min left' if rate else '')
         print(f'\r\x1b[K{text}' if tty else text, end='' if tty and left else '\n', file=sys.stderr, flush=True)
     return tell
 
