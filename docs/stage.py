@@ -2,6 +2,7 @@
 
 Notebooks without stored outputs run here, as in `nbdev-test`; analyses need a whole study, so they show the committed figures instead."""
 import ast, csv, html, inspect, os, re, shutil, sys
+from multiprocessing import get_context
 from pathlib import Path
 from fastcore.nbio import mk_cell, read_nb, write_nb
 from nbdev.process import NBProcessor
@@ -9,14 +10,20 @@ from nbdev.processors import add_links, add_show_docs, exec_show_docs, hide_line
 from fusion_notebooks import plots
 
 ROOT = Path(__file__).resolve().parents[1]
+ROOMS = {p.stem for p in (ROOT/'fusion_notebooks').glob('*.py')}
 markdown = lambda text: mk_cell(text, 'markdown')
 
 # Notebooks
 
 class run_all(exec_show_docs):
-    "Every cell runs, not only what show_doc needs, so that examples have their outputs"
+    "Every cell runs, not only what show_doc needs, so that examples have their outputs; show_doc looks at the exported module, where sources are found"
+    def begin(self):
+        super().begin()
+        room = next((c.directives_['default_exp'] for c in self.nb.cells if 'default_exp' in c.directives_), '')
+        self.k.run_cell(f'import fusion_notebooks.{room} as exported_room' if room in ROOMS else 'import __main__ as exported_room')
     def __call__(self, cell):
         if cell.cell_type != 'code' or cell.directives_.get('eval') == 'false': return
+        cell.source = re.sub(r"^show_doc\(([\w.]+)\)$", r"show_doc(exported_room.\1, name='\1')", cell.source)
         self.k.cell(cell)
         if e := self.k.exc: raise RuntimeError(f'{type(e).__name__}: {e}\nin the cell\n{cell.source}') from e
     def end(self): self.k.close()
@@ -32,7 +39,7 @@ def api(
     room:str, # name of the module
 )->str: # the same with a link target, the place of the source in words, and no types made up from defaults
     text = re.sub(r'^---\n\n', '', text)
-    text = re.sub(r'^\[source\]\(.*?/(\w+/\w+\.py)#L(\d+)\).*\n\n', '', text, flags=re.M)
+    text = re.sub(r'^\[source\]\(.*?/\w+/\w+\.py#L\w+\).*\n\n', '', text, flags=re.M)
     text = re.sub(r'(?<=[:\[|>])fusion_notebooks\.\w+\.|:NoneType(?==None)', '', text)
     return f'({target(room, re.search("^### (.+)$", text, re.M)[1])})=\n{text}'
 
@@ -47,14 +54,13 @@ def document(
     room:str, # name of the module
 )->list: # cells for MyST-NB
     "API docs become Markdown, the library's code stands folded behind them, its imports and what is hidden go"
-    out, folded = [], []
-    for c in [*cells, None]:
-        if c is None or not c.source.startswith('show_doc('):
-            out += folded; folded = []
-        if c is None: break
+    out, docs, folded = [], [], []
+    for c in [*cells, markdown('')]:
         if c.source.startswith('show_doc('):
-            out += [markdown(api(''.join(o.data['text/markdown']), room)) for o in c.outputs if 'data' in o]
+            docs = [markdown(api(''.join(o.data['text/markdown']), room)) for o in c.outputs if 'data' in o] + docs      # nbdev has the last one first
             continue
+        out += docs + folded; docs, folded = [], []
+        if not c.source: continue
         if {'hide', 'default_exp'} & {*c.directives_}: continue
         if {'export', 'exports'} & {*c.directives_}:
             if all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(c.source).body): continue
@@ -164,7 +170,7 @@ def gallery()->str: # Markdown
             'A click opens the PDF; the stamp (versions, revision, seed, n) lies in each file and in the JSON beside it.']
     for pattern, alt, title, said, path, sources in entries():
         shown = pictures(pattern, alt, Path('gallery.md'))
-        if shown: text.append(f"## {path.stem.replace('_', ' ').capitalize()}: {title}{', one by one' if '*' in pattern else ''}\n\n{shown}\n\n{said}\n\n```python\n{made_by(sources, pattern, MODEL)}\n```\n\nFrom [{path.stem}]({path}).")
+        if shown: text.append(f"## {': '.join(dict.fromkeys([path.stem.replace('_', ' ').capitalize(), title]))}{', one by one' if '*' in pattern else ''}\n\n{shown}\n\n{said}\n\n```python\n{made_by(sources, pattern, MODEL)}\n```\n\nFrom [{path.stem}]({path}).")
     return '\n\n'.join(text) + '\n'
 
 # Tables
@@ -201,7 +207,8 @@ def stage(
     "Write everything that Sphinx reads"
     shutil.rmtree(out, ignore_errors=True)
     paths = [p.relative_to(ROOT) for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if not re.search(r'/[._]', str(p.relative_to(ROOT)))]
-    books = {p: process(ROOT/p) for p in paths}
+    with get_context('fork').Pool(1, maxtasksperchild=1) as fresh:      # a process each, as in nbdev-test: rooms register things under the same names
+        books = dict(zip(paths, fresh.map(process, [ROOT/p for p in paths], chunksize=1)))
     targets = {t for nb in books.values() for c in nb.cells for t in re.findall(r'^\(([\w.-]+)\)=$', c.source, re.M)}
     shown = {}
     for pattern, alt, *_, path, sources in entries(): shown.setdefault(path, {})[pattern] = alt
