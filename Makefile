@@ -31,6 +31,7 @@ docs: .venv/docs
 	rm -rf docs/_build
 	OMP_NUM_THREADS=1 $(BIN)/python docs/stage.py docs/_staged
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs docs/_staged docs/_build/html
+	$(BIN)/python -m pytest tests/test_docs.py -k built
 
 # README.md is nbs/index.ipynb as Markdown, with the outputs saved in it (nbdev-test --save nbs/index.ipynb renews them);
 # links start from the notebook's folder there and from the root here, and code cells are marked as Python
