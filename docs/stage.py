@@ -184,8 +184,8 @@ def table(
     with path.open(newline='') as f: head, *rows = csv.reader(f)
     def cell(v):
         if v in ('yes', 'no'): return f'<span class="{v}">{v}</span>'
-        try: return f'{float(v):.4g}' if '.' in v else html.escape(v)
-        except ValueError: return re.sub(r'(?<=\w)(?=For[A-Z])', '<wbr>', html.escape(v))
+        try: return f'{float(v):.4g}' if '.' in v else str(int(v))
+        except ValueError: return re.sub(r'(?<=\w)(?=For[A-Z])', '<wbr>', html.escape(v))   # long class names may break there
     flags = [{r[i] for r in rows} <= {'yes', 'no', ''} for i in range(len(head))]
     line = lambda tag, values: '<tr>' + ''.join(f'<{tag}{" class=flag"*flag}>{v}</{tag}>' for v, flag in zip(values, flags)) + '</tr>'
     body = '\n'.join(line('td', map(cell, r)) for r in rows)
