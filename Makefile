@@ -1,7 +1,8 @@
 # make demo   the quick slice of the study, findings and figures      make study   all of settings.ini
 # make test   notebook examples and pytest                            make lab     JupyterLab on the notebooks
 # make bench  what things cost here, against naive (≤ 10 minutes)
-.PHONY: demo test study lab readme bench
+# make docs   the site, in docs/_build/html/index.html
+.PHONY: demo test study lab docs readme bench
 .DELETE_ON_ERROR:
 
 SHELL := bash
@@ -25,6 +26,13 @@ bench: .venv/installed
 lab: .venv/installed
 	$(BIN)/jupyter lab nbs
 
+# the examples run, so it takes a minute or two; nothing is fetched, neither here nor by the pages
+docs: .venv/docs
+	rm -rf docs/_build
+	OMP_NUM_THREADS=1 $(BIN)/python docs/stage.py docs/_staged
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs docs/_staged docs/_build/html
+	$(BIN)/python -m pytest tests/test_docs.py -k built
+
 # README.md is nbs/index.ipynb as Markdown, with the outputs saved in it (nbdev-test --save nbs/index.ipynb renews them);
 # links start from the notebook's folder there and from the root here, and code cells are marked as Python
 readme: .venv/installed
@@ -36,4 +44,8 @@ readme: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	touch $@
