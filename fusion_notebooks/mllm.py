@@ -805,26 +805,28 @@ def _write(file, features, folder):
     sizes = [f.stat().st_size for f in files]
     while len(files) > 1 and sum(sizes) > folder[1]*1e9: files.pop(0).unlink(missing_ok=True); sizes.pop(0)
 
-def _reads(self, p, inputs):
+def _with_features(self, prompts, pictures=None):
+    "The tensors of some prompts, with the tower's output in place of the pixels"
+    out, n = {k: torch.cat([p.inputs[k] for p in prompts]) for k in prompts[0].inputs}, prompts[0].length
+    some = [self.features(p) for p in pictures or prompts]
+    join = lambda vs: torch.cat(vs) if isinstance(vs[0], torch.Tensor) else [x for v in vs for x in v]
+    image = SimpleNamespace(pooler_output=join([f.pooler_output for f in some]))
+    if hasattr(some[0], 'deepstack_features'): image.deepstack_features = [list(layer) for layer in zip(*(f.deepstack_features for f in some))]
+    return {k: v for k, v in out.items() if _is_row(v, n) or not k.startswith('pixel')} | dict(mm_encoder_outputs=dict(image=image))     # grids and sizes place the tokens
+
+def _reads_features(self, p):
     "Does the model make the same of the tower's output as of the pixels? Asked once"
-    if '_reads_features' not in self.__dict__:
-        try: self._reads_features = torch.equal(entering(self, p), entering(self, replace(p, inputs=inputs)))
-        except (AttributeError, TypeError, KeyError, ValueError, RuntimeError, IndexError): self._reads_features = False
-    return self._reads_features
+    if '_reads' not in self.__dict__:
+        try: self._reads = torch.equal(entering(self, p), entering(self, replace(p, inputs=_with_features(self, [p]))))
+        except (AttributeError, TypeError, KeyError, ValueError, RuntimeError, IndexError): self._reads = False
+    return self._reads
 
 def encoded(self:MLLM,
     prompts:list, # of `Prompt`, of equal length
     pictures:list|None=None, # prompts that have the pictures, one by one, where these share a prompt here
 )->dict: # inputs of a forward
     "The tensors of some prompts, with the tower's output in place of the pixels where the model takes it"
-    out = {k: torch.cat([p.inputs[k] for p in prompts]) for k in prompts[0].inputs}
-    if self.shares_vision and '_reads_features' not in self.__dict__ and (len(prompts) > 1 or pictures): self.encoded((pictures or prompts)[:1])
-    if not self.shares_vision or not self.__dict__.get('_reads_features', True): return out
-    some, n = [self.features(p) for p in pictures or prompts], prompts[0].length
-    join = lambda vs: torch.cat(vs) if isinstance(vs[0], torch.Tensor) else [x for v in vs for x in v]
-    image = SimpleNamespace(pooler_output=join([f.pooler_output for f in some]))
-    if hasattr(some[0], 'deepstack_features'): image.deepstack_features = [list(layer) for layer in zip(*(f.deepstack_features for f in some))]
-    without = {k: v for k, v in out.items() if _is_row(v, n) or not k.startswith('pixel')} | dict(mm_encoder_outputs=dict(image=image))     # grids and sizes place the tokens
-    return without if '_reads_features' in self.__dict__ or _reads(self, prompts[0], without) else out
+    if self.shares_vision and _reads_features(self, (pictures or prompts)[0]): return _with_features(self, prompts, pictures)
+    return {k: torch.cat([p.inputs[k] for p in prompts]) for k in prompts[0].inputs}
 
 MLLM.folder, MLLM.remember, MLLM.features, MLLM.encoded = None, remember, features, encoded
