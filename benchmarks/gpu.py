@@ -8,6 +8,7 @@ import torch, transformers as T
 import bench
 from bench import flops, picture, question, ratio, row, timed
 from fusion_notebooks import contrast, demo, masking
+from fusion_notebooks.doctor import doctor
 from fusion_notebooks.hooks import capture
 from fusion_notebooks.mllm import MLLM, PlainProcessor, Sample
 
@@ -66,6 +67,10 @@ def one_model(make, tiny, device, repeats):
     name, ask = mllm.name, question(mllm, 40)
     p, L = mllm.prompt(picture(0), ask), mllm.n_layers
     tail = p.length - int(p.visual[-1]) - 1
+    report = doctor(mllm)
+    row(f'{name}: self-checks that hold, of {len(report.checks)}', sum(c.ok for c in report.checks))
+    for c in report.checks:
+        if not c.ok: print(f'{name}: {c.name}: {c.reason}')
     forward = bench.plain(mllm, ask)
     count = flops(forward)
     read, multiply = rates(device, 256 if tiny else 8192)
