@@ -97,3 +97,18 @@ def test_greedy_whatever_the_checkpoint_says(tiny, samples):
         said = tiny.model.generate(**tiny.copies(p), do_sample=False, max_new_tokens=32)[0, p.length:].tolist()
         assert said != plain.ids
     finally: config.repetition_penalty = before
+
+def test_layers_on_several_devices(saved, tiny, samples, tmp_path):
+    "accelerate decides where layers lie; some lie on disk here, and maps, edits and answers are those of the whole model"
+    from fusion_notebooks.hooks import capture, edit
+    where = {n: 'cpu' for n, _ in tiny.model.named_parameters()} | {'lm_head': 'cpu'} | {f'model.language_model.layers.{i}': 'disk' for i in (2, 5)}
+    where = {k: v for k, v in where.items() if not any(k.startswith(f'model.language_model.layers.{i}.') for i in (2, 5))}
+    s = samples[0]
+    for device_map, kw in (('auto', {}), (where, dict(offload_folder=str(tmp_path)))):
+        m = MLLM.load(str(saved), device_map=device_map, **kw)
+        p, q = m.prompt(s.image, s.question), tiny.prompt(s.image, s.question)
+        assert m.answer(p).ids == tiny.answer(q).ids
+        for how in ('zero', 'knockout'):
+            with edit(m, 2, p.visual, how), capture(m) as a: x = m.answer(p)
+            with edit(tiny, 2, q.visual, how), capture(tiny) as b: y = tiny.answer(q)
+            assert x.ids == y.ids and abs(x.logp - y.logp) < 1e-4 and (a.attention - b.attention).abs().max() < 1e-5
