@@ -8,7 +8,7 @@ import torch, transformers as T
 import bench
 from bench import flops, picture, question, ratio, row, timed
 from fusion_notebooks import contrast, demo, masking
-from fusion_notebooks.doctor import doctor
+from fusion_notebooks.doctor import doctor, randomise
 from fusion_notebooks.hooks import capture
 from fusion_notebooks.mllm import MLLM, PlainProcessor, Sample
 
@@ -37,6 +37,35 @@ def qwen(tiny, tok):
     ip = T.Qwen2VLImageProcessor(min_pixels=side*side, max_pixels=side*side)
     return T.Qwen2_5_VLForConditionalGeneration, config, lambda m: PlainProcessor(ip, tok, m)
 
+def vipllava(tiny, tok):
+    side = clip(tiny).image_size
+    config = T.VipLlavaConfig(text_config=T.LlamaConfig(**llama(tiny)), vision_config=clip(tiny), image_token_id=tok.image_token_id, image_seq_length=(side//14)**2, vision_feature_layers=[-1, -2] if tiny else [-2, -5, -8, -11, 6])
+    ip = T.CLIPImageProcessor(size=dict(shortest_edge=side), crop_size=dict(height=side, width=side))
+    return T.VipLlavaForConditionalGeneration, config, lambda m: T.LlavaProcessor(ip, tok, 14, 'default', demo.CHAT, '<image>', 1)
+
+def llava_onevision(tiny, tok):
+    tower = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14) if tiny else dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16, image_size=384, patch_size=14)
+    text = llama(True, num_key_value_heads=2) if tiny else dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064)
+    side = tower['image_size']
+    grid = [[side*i, side*j] for i in (1, 2) for j in (1, 2)]
+    config = T.LlavaOnevisionConfig(text_config=T.Qwen2Config(**text), vision_config=T.SiglipVisionConfig(**tower, vision_use_head=False), image_token_id=tok.image_token_id, image_grid_pinpoints=grid)
+    return T.LlavaOnevisionForConditionalGeneration, config, lambda m: PlainProcessor(T.LlavaOnevisionImageProcessor(size=dict(height=side, width=side), image_grid_pinpoints=grid), tok, m)
+
+def instructblip(tiny, tok):
+    side = 56 if tiny else 224
+    small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    bare = lambda: T.PreTrainedTokenizerFast(tokenizer_object=demo.make_tokenizer().backend_tokenizer, bos_token='<s>', eos_token='</s>', pad_token='<pad>')
+    config = T.InstructBlipConfig(text_config=T.LlamaConfig(**llama(tiny)).to_dict(), vision_config=(small if tiny else {}) | dict(image_size=side, patch_size=14),
+                                  qformer_config=(small | dict(encoder_hidden_size=32) if tiny else {}), num_query_tokens=32, image_token_id=tok.image_token_id)
+    return T.InstructBlipForConditionalGeneration, config, lambda m: T.InstructBlipProcessor(T.BlipImageProcessor(size=dict(height=side, width=side)), bare(), bare(), 32)
+
+def qwen2(tiny, tok):
+    _, c, _ = qwen(tiny, tok)
+    tower = dict(depth=2, embed_dim=32, hidden_size=64, num_heads=2) if tiny else dict(hidden_size=3584)
+    config = T.Qwen2VLConfig(text_config=c.get_text_config().to_dict() | dict(model_type='qwen2_vl_text'), vision_config=tower, image_token_id=tok.image_token_id, vision_start_token_id=5, vision_end_token_id=6, video_token_id=7)
+    side = 112 if tiny else 1036
+    return T.Qwen2VLForConditionalGeneration, config, lambda m: PlainProcessor(T.Qwen2VLImageProcessor(min_pixels=side*side, max_pixels=side*side), tok, m)
+
 def build(make, tiny, device):
     "Random weights of the real shapes, made on the device in bfloat16"
     tok = demo.make_tokenizer()
@@ -62,15 +91,19 @@ def rates(device, n):
     s = timed(5, copy=sync(lambda r: a.clone()), matmul=sync(lambda r: a @ a))
     return 2*a.nbytes/min(s['copy']), 2*n**3/min(s['matmul'])
 
+def self_checks(make, tiny, device):
+    "The doctor on a model of the real size; small weights are enlarged so that the picture matters"
+    mllm = build(make, tiny, device)
+    report = doctor(MLLM(randomise(mllm.model), mllm.processor, mllm.name))
+    row(f'{mllm.name}: self-checks that hold, of {len(report.checks)}', sum(c.ok for c in report.checks))
+    for c in report.checks:
+        if not c.ok: print(f'{mllm.name}: {c.name}: {c.reason}')
+
 def one_model(make, tiny, device, repeats):
     mllm = build(make, tiny, device)
     name, ask = mllm.name, question(mllm, 40)
     p, L = mllm.prompt(picture(0), ask), mllm.n_layers
     tail = p.length - int(p.visual[-1]) - 1
-    report = doctor(mllm)
-    row(f'{name}: self-checks that hold, of {len(report.checks)}', sum(c.ok for c in report.checks))
-    for c in report.checks:
-        if not c.ok: print(f'{name}: {c.name}: {c.reason}')
     forward = bench.plain(mllm, ask)
     count = flops(forward)
     read, multiply = rates(device, 256 if tiny else 8192)
@@ -108,6 +141,9 @@ def main():
     bench.CLOCK = time.perf_counter
     if not (torch.cuda.is_available() or a.tiny): print('No GPU here: run this where there is one, or with --tiny.', file=sys.stderr); return 2
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    for make in (llava, llava_next, vipllava, llava_onevision, instructblip, qwen2, qwen):
+        self_checks(make, a.tiny, device)
+        if device.type == 'cuda': torch.cuda.empty_cache()
     for make in (llava, llava_next, qwen):
         one_model(make, a.tiny, device, 2 if a.tiny else 5)
         if device.type == 'cuda': torch.cuda.empty_cache()
