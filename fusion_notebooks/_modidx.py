@@ -340,6 +340,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fusion_notebooks/masking.py'),
                                           'fusion_notebooks.masking._follow': ('masking.html#_follow', 'fusion_notebooks/masking.py'),
                                           'fusion_notebooks.masking._forced': ('masking.html#_forced', 'fusion_notebooks/masking.py'),
+                                          'fusion_notebooks.masking._foreign': ('masking.html#_foreign', 'fusion_notebooks/masking.py'),
                                           'fusion_notebooks.masking._key': ('masking.html#_key', 'fusion_notebooks/masking.py'),
                                           'fusion_notebooks.masking._last_states': ( 'masking.html#_last_states',
                                                                                      'fusion_notebooks/masking.py'),

@@ -559,6 +559,10 @@ def _outcomes(mllm, variants, exact, limit):
         for k, g in zip(ks, got): out[k] = (*g, path[k])
     return out
 
+def _foreign(layer):
+    "Hooks on a layer that are not transformers' own (these stay after a call with output_attentions)"
+    return [h for h in (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()) if not str(getattr(getattr(h, 'func', h), '__module__', '')).startswith('transformers.')]
+
 def sweep(
     mllm:MLLM, # the model
     samples:list, # of `Sample`
@@ -580,7 +584,7 @@ def sweep(
     if bad := [h for h in hows if h not in STATE_EDITS + ATTENTION_EDITS]: raise ValueError(f"No edit '{bad[0]}': choose from {', '.join(STATE_EDITS + ATTENTION_EDITS)}.")
     scoped(mllm, 0, scope, width)
     if 'mean' in hows and mean is None: raise ValueError("'mean' needs mean=: the states that masking.mean_states makes from calibration samples.")
-    if any(layer._forward_pre_hooks or layer._forward_hooks for layer in mllm.layers): raise ValueError('The layers carry hooks: end the edit or capture around this call first.')
+    if any(map(_foreign, mllm.layers)): raise ValueError('The layers carry hooks: end the edit or capture around this call first.')
     rows, bar = [], tqdm(total=len(samples), desc='sweep', disable=not progress, mininterval=2)
     keys = [(h, i, scope if h in ATTENTION_EDITS else 'single') for h in hows for i in layers]
     for first in range(0, len(samples), batch):
