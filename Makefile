@@ -1,6 +1,6 @@
 # make demo   the quick slice of the study, findings and figures      make study   all of settings.ini
 # make test   notebook examples and pytest                            make lab     JupyterLab on the notebooks
-# make bench  what things cost here, against naive (≤ 10 minutes)
+# make bench  what things cost here, against naive (meant to take ≤ 10 minutes)
 # make docs   the site, in docs/_build/html/index.html
 .PHONY: demo test study lab docs readme bench
 .DELETE_ON_ERROR:

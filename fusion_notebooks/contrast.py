@@ -163,7 +163,7 @@ def beside(
         if rest is not None:
             ladder = Ladder(mllm, [Row(0)], [seen.stem.head(n)], [one.visual])
             return ladder.greedy(ladder.forward(rest.pop('input_ids'), **rest)[:, -1], limit)[0], 'reused'
-    return mllm.generate(two, max_new_tokens=limit)[0], 'two passes'
+    return mllm.generate(two, max_new_tokens=limit)[0], two.path or 'two passes'
 
 def refine(
     mllm:MLLM, # the model

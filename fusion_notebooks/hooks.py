@@ -49,7 +49,7 @@ class Tape:
         self.valid = torch.arange(n, device=seen.device) < seen.sum(1, keepdim=True)
         self._columns = None if cross else (~seen).to(torch.int8).sort(dim=1, stable=True).indices[:, :n]
         rows = [-1] if self.rows == 'last' else range(seen.shape[1]) if self.rows == 'all' else self.rows
-        self._rows = self._columns if self.rows == 'visual' else torch.tensor([[r % seen.shape[1] for r in rows]], device=seen.device).expand(len(seen), -1)
+        self._rows = torch.tensor([[r % seen.shape[1] for r in rows]], device=seen.device).expand(len(seen), -1)
         self._maps, self._states, self.listening = {}, {}, True
 
     listening = False
@@ -125,14 +125,13 @@ def _listening(mllm, tape):
 @contextmanager
 def capture(
     mllm:MLLM, # the model
-    rows='last', # 'last', 'all', 'visual' (the visual tokens' own), or row numbers of the prompt (negative ones count from the end)
+    rows='last', # 'last', 'all', or row numbers of the prompt (negative ones count from the end)
     heads:str='mean', # 'mean' or 'all'
     layers=None, # decoder layers; None for all
     hidden:bool=False, # also keep hidden states of these rows at every layer
 ): # yields a `Tape`
     "Record attention to the visual tokens during a forward over a prompt; decoding steps of `generate` are not recorded"
     if heads not in ('mean', 'all'): raise ValueError(f"heads is 'mean' or 'all', not {heads!r}.")
-    if mllm.cross and rows == 'visual': raise ValueError(f'{mllm.name} reads its picture through cross-attention: its visual tokens are keys and have no rows; see `mllm.entering`.')
     tape, announced = Tape(check_layers(mllm, layers), rows, heads), []
     def begin(ids):
         seen = None if ids is None else ids == mllm.image_token_id

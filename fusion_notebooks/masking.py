@@ -412,7 +412,8 @@ def exits(
     layers = check_layers(mllm, layers)
     if seen.stem is None: return [_exit_alone(mllm, seen.prompt, i, limit) for i in layers]
     rows = Ladder(mllm, [Row(0)], [seen.stem], [seen.prompt.visual])
-    with leaving(mllm, torch.tensor(layers, device=mllm.device)): return rows.pick([0]*len(layers)).greedy(lens(mllm, seen.hidden[1:][layers]), limit)
+    first = lens(mllm, seen.hidden[1:][layers])
+    with leaving(mllm, torch.tensor(layers, device=mllm.device)): return rows.pick([0]*len(layers)).greedy(first, limit)
 
 def _exit_alone(mllm, p, layer, limit):
     with early_exit(mllm, layer): return mllm.generate(p, max_new_tokens=limit)[0]

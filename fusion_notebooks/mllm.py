@@ -109,12 +109,14 @@ def token_boxes(
     return np.stack([x[cols], y[rows], x[cols + 1], y[rows + 1]], 1).clip(0, [*size, *size])
 
 # %% ../nbs/00_mllm.ipynb #c013
+def _is_row(v, n): "Does a tensor of a prompt of n rows describe rows of text, not pictures?"; return v.ndim > 1 and v.shape[1] == n and not v.is_floating_point()
+
 def image_inputs(
     inputs:dict, # tensors of a prompt
 )->dict: # those that describe pictures, not rows of text
     "The part of a prompt's tensors that goes to the vision tower"
     n = inputs['input_ids'].shape[1] if 'input_ids' in inputs else -1
-    return {k: v for k, v in inputs.items() if k != 'input_ids' and not (v.ndim > 1 and v.shape[1] == n and not v.is_floating_point())}
+    return {k: v for k, v in inputs.items() if not _is_row(v, n)}
 
 def image_features(
     model, # a Hugging Face image-text model
@@ -244,7 +246,7 @@ class MLLM:
         for what in ('layers', 'head', 'image_token_id'):
             if getattr(self, what) is None: raise ValueError(f'{self.name} ({type(model).__name__}): no {what} found on its decoder, config or processor, so its layers cannot be read.')
         if self.image_token_id != getattr(config, 'image_token_id', self.image_token_id): config.image_token_id = self.image_token_id
-        self._shared, self._views = {}, {}                                               # geometry of the tokens, by sizes of the pictures
+        self._shared, self._views = {}, {}                             # what was measured: who may share a batch; geometry, by sizes of the pictures
 
     @classmethod
     def load(cls,
@@ -305,7 +307,7 @@ def _process(self, images, question, dtype=None):
         got = self.processor(images=some, text=text, return_tensors='pt', add_special_tokens=not (bos and text.startswith(bos)))
         return {k: v.to(self.device, dtype or self.dtype) if v.is_floating_point() else v.to(self.device) for k, v in got.items() if k in known and torch.is_tensor(v)}
     if not self.takes_one or len(images) == 1: return run(images), ''
-    parts, tokens = [run([im]) for im in images], None
+    parts = [run([im]) for im in images]
     ids = parts[0]['input_ids'][0]
     at = (ids == self.image_token_id).nonzero()[:, 0]
     def longer(v): return torch.cat([v[:, :at[-1] + 1]] + [v[:, at]]*(len(images) - 1) + [v[:, at[-1] + 1:]], 1)
@@ -516,14 +518,15 @@ def _query_grids(mllm, p):
         skip, h, w = _shape(weights.shape[-1], H, W)
         size = p.images[k].size
         boxes = token_boxes(h, w, size, (1/(ax*size[0]), 1/(ay*size[1])), (bx/ax, by/ay), (W, H)).round(1)
-        out.append(Grid(np.arange(i*n, (i + 1)*n), h, w, boxes, size, 1., k, weights[i, -n:, skip:].double().cpu().numpy()))
+        kept = float(np.prod(boxes[:, 2:] - boxes[:, :2], 1).sum()/(size[0]*size[1]))
+        out.append(Grid(np.arange(i*n, (i + 1)*n), h, w, boxes, size, kept, k, weights[i, -n:, skip:].double().cpu().numpy()))
     return out
 
 # %% ../nbs/00_mllm.ipynb #c022
 def _sees_there(mllm, p, grids):
     "Is a token changed more than the others where its own box is disturbed? (Mean rank at five places; 0.5 would be chance.)"
     rng, ranks = np.random.default_rng(0), []
-    g = max(grids, key=lambda g: (round(g.kept, 2), -len(g.boxes)))
+    g = whole_view([g for g in grids if g.image == 0])
     noise = [Image.fromarray(rng.integers(90, 160, (im.height, im.width, 3), dtype='uint8')) for im in p.images]
     view = lambda ims: entering(mllm, replace(p, inputs=_process(mllm, ims, p.question)[0])).float()
     before = view(noise)
@@ -546,15 +549,14 @@ def find_views(
         if mllm.takes_one: return _query_grids(mllm, p)
         boxes, valid, sure = _boxes_of_tokens(mllm, p)
         got = _as_grids(boxes, valid, sizes)
-        if '_placed' not in mllm.__dict__: mllm._placed = sure or _sees_there(mllm, p, got)
-        if not mllm._placed: raise ValueError('disturbing a place in the picture does not change the tokens that should lie there most')
+        if not sure and '_placed' not in mllm.__dict__: mllm._placed = _sees_there(mllm, p, got)
+        if not (sure or mllm._placed): raise ValueError('disturbing a place in the picture does not change the tokens that should lie there most')
     except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as e:
         raise ValueError(f'No token of {mllm.name} can be given a place in the picture ({str(e).splitlines()[0][:160]}). Masking works without it, maps on the picture do not.') from e
     mllm._views[sizes, len(p.visual)] = got
     return got
 
 # %% ../nbs/00_mllm.ipynb #c024
-def _is_row(v, n): return v.ndim > 1 and v.shape[1] == n and not v.is_floating_point()
 def _is_strip(k, inputs): "All pictures side by side in one strip, cut by `target_sizes`?"; return k.startswith('pixel_values') and 'target_sizes' in inputs and inputs[k].shape[0] == 1
 
 def copies(self:MLLM,
