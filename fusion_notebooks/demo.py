@@ -6,8 +6,8 @@
 __all__ = ['COLOURS', 'SHAPES', 'DIGITS', 'LETTERS', 'PLACES', 'DIRECTIONS', 'PICTURE', 'VIEW', 'PATCH', 'FIRST_SEED',
            'TEMPLATES', 'KINDS', 'CHAT', 'SUFFIX', 'STAGES', 'MODELS', 'Thing', 'layout', 'picture', 'Question', 'ask',
            'square', 'make_tokenizer', 'make_model', 'pack', 'packed_loss', 'random_crop', 'make_pool', 'fit', 'Recipe',
-           'Trainer', 'stream', 'samples', 'best_blind', 'evaluate', 'reading_depth', 'save_model', 'write_card',
-           'train']
+           'Trainer', 'stream', 'samples', 'best_blind', 'evaluate', 'reading_depth', 'save_model', 'decoy_states',
+           'write_card', 'train']
 
 # %% ../nbs/09_demo.ipynb #c003
 import json, math, os, time
@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
-from .mllm import Sample
+from .mllm import Gate, MLLM, Sample
 from .hooks import capture, edit
 from .fusion import evidence_mass, evidence_share
 
@@ -256,7 +256,7 @@ def pack(
     layers:int=8, # decoder layers
     drop:tuple=(.3, .03), # chance that only the suffix rows may look, and that nothing is seen at all
     late:tuple=(.1, .1, .4, .4), # chance that looking starts at layer 0, 1, 2, 3
-)->dict: # ids, positions (B, N) · mask (B, 1, N, N) · blind (B, N), first layer at which a row may look · targets (B, N) answers
+)->dict: # ids, positions, block (B, N), number of the question or 0 · mask (B, 1, N, N) · blind (B, N), first layer at which a row may look · targets (B, N) answers
     "Put the questions of each scene behind its prefix so that none can read another"
     rows = []
     suffix = tok(SUFFIX, add_special_tokens=False).input_ids
@@ -280,7 +280,7 @@ def pack(
     ids, pos, block, blind, target = (fill(k, v) for k, v in enumerate((tok.pad_token_id, 0, -1, 0, -100)))
     q, k = block[:, :, None], block[:, None, :]
     mask = torch.ones(N, N, dtype=torch.bool).tril() & ((k == 0) | (q == k))
-    return dict(ids=ids, positions=pos, mask=mask[:, None], blind=blind, targets=target)
+    return dict(ids=ids, positions=pos, block=block, mask=mask[:, None], blind=blind, targets=target)
 
 def _late_look(decoder, mask, blind, seen):
     "Hooks for one training step: a row whose `blind` is d cannot attend to the columns `seen` at layers < d"
@@ -422,6 +422,11 @@ class Recipe:
     look:int=3600 # steps of the language model under a frozen tower
     join:int=5200 # steps of everything
     ready:float=.62 # share of right answers at which `look` adds one more thing to its scenes
+    base:str='' # planted models: the demo model from which they start, whose tower they share
+    hops:tuple=() # planted: decoder layers at which text reads the picture; the first for every question, the others for those about relations
+    decoys:tuple=() # planted: layers at which text reads another scene
+    plant:int=0 # planted: steps
+    shares:tuple=(.34, .33, .33, 0) # planted: of the kinds of question
 
 STAGES = ('see', 'sharpen', 'align', 'look', 'join')
 
@@ -434,7 +439,8 @@ class Trainer:
     ):
         self.folder, self.recipe, self.device = Path(folder), recipe or Recipe(), device
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.model, self.processor = make_model(self.recipe.seed)
+        if self.recipe.base: start = MLLM.load(self.recipe.base, 'cpu', torch.float32); self.model, self.processor = start.model, start.processor
+        else: self.model, self.processor = make_model(self.recipe.seed)
         self.model.to(device).train()
         self.model.set_attn_implementation('eager')                    # on CPU its backward takes half the time of SDPA's at these sizes
         self.tok, self.core = self.processor.tokenizer, self.model.model
@@ -449,7 +455,7 @@ class Trainer:
         "Every stage in turn; those that are done are loaded"
         self.pool = make_pool(self.folder/'pool', self.recipe.scenes)
         self.counts = np.array([len(_train_layout(i)[0]) for i in range(self.recipe.scenes)])
-        for stage in STAGES: getattr(self, stage)()
+        for stage in ('plant',) if self.recipe.base else STAGES: getattr(self, stage)()
 
     def rng(self, stage, step): return np.random.default_rng([self.recipe.seed, sum(map(ord, stage)), step])
     def cast(self): return torch.autocast(self.device, torch.bfloat16)
@@ -498,15 +504,18 @@ class Trainer:
         if most < 6: return (.3, .25, .25, .2), (.1, .02), (.2, .2, .3, .3), .3
         return (.25, .3, .3, .15), (.2, .03), (.2, .2, .3, .3), .35
 
-    def question(self, stage, step, most):
+    def question(self, stage, step, most, plan=None, gate=None):
         "One step on questions about pictures"
         r, rng, (views, _) = self.recipe, self.rng(stage, step), self.pool
-        kinds, drop, late, second = self.plan(most)
+        kinds, drop, late, second = plan or self.plan(most)
         i, two = np.sort(rng.choice(np.flatnonzero((self.counts >= min(most, 2)) & (self.counts <= most)), r.scenes_asked, replace=False)), rng.random() < second
         qs = [_draw_questions(_train_layout(int(s))[0], rng, r.asked, kinds) for s in i]
         shown = np.stack([views[i, 0], views[i, rng.integers(1, 3, len(i))]], 1) if two else views[i, :1]
         prefix = self.tok('USER: ').input_ids + [self.tok.image_token_id]*(shown.shape[1]*self.patches)
         batch = {k: v.to(self.device) for k, v in pack(self.tok, [prefix]*len(i), qs, rng, len(self.lm[0].layers), drop, late).items()}
+        if gate:                                                       # only questions about relations read at the later hops
+            related = torch.tensor([[False] + [q.kind == 'relation' for q in s] + [False] for s in qs], device=self.device)
+            gate.reads = dict.fromkeys(r.hops[1:], related.gather(1, batch['block'] % related.shape[1]))
         with self.cast():
             f = torch.stack(list(self.core.get_image_features(_pixels(shown.reshape(-1, *shown.shape[2:]), self.processor, self.device), return_dict=True).pooler_output))
             value, right = packed_loss(self.model, batch, batch['ids'] == self.tok.image_token_id, f)
@@ -524,6 +533,13 @@ class Trainer:
         for m in (self.core.vision_tower, self.model.get_input_embeddings()): m.requires_grad_(False)
         fit('look', [self.core.multi_modal_projector, self.lm, lesson], loss, self.recipe.look, [3e-4, 1.5e-3, 0], self.folder)
         for m in (self.core.vision_tower, self.model.get_input_embeddings()): m.requires_grad_(True)
+
+    def plant(self):
+        "Under a frozen tower, the language model learns to do with the layers at which it may read"
+        r, n = self.recipe, len(self.lm[0].layers)
+        gate = Gate(self.model, self.tok.image_token_id, {*range(n)} - {*r.hops, *r.decoys}, dict.fromkeys(r.decoys + r.hops[1:]))
+        for m in (self.core.vision_tower, self.model.get_input_embeddings()): m.requires_grad_(False)
+        fit('plant', [self.core.multi_modal_projector, self.lm], lambda s: self.question('plant', s, 6, (r.shares, (0, .03), (1.,), .3), gate), r.plant, [3e-4, 1.2e-3], self.folder)
 
     def join(self):
         "Everything but the word embeddings learns, the tower slowly"
@@ -611,7 +627,9 @@ def reading_depth(
                 **{h: acc[h].round(1).tolist() for h in ('zero', 'knockout')})
 
 # %% ../nbs/09_demo.ipynb #c028
-MODELS = {'glyph-llava': Recipe()} # demo models and how they are trained
+MODELS = {'glyph-llava': Recipe(), # demo models and how they are trained
+          'planted-3': Recipe(base='glyph-llava', hops=(3,), decoys=(1, 5), plant=500),
+          'planted-2-6': Recipe(base='glyph-llava', hops=(2, 6), decoys=(1, 4), plant=3000, shares=(.15, .1, .1, .65))}
 
 def save_model(
     model, # trained
@@ -624,6 +642,22 @@ def save_model(
     copy.load_state_dict(model.state_dict())
     copy.generation_config = model.generation_config
     copy.save_pretrained(folder); processor.save_pretrained(folder)
+
+def decoy_states(
+    mllm:MLLM, # a model
+    layers:tuple, # decoder layers
+)->dict: # layer → (visual, width) what enters its attention at the visual tokens of a training scene, for each layer another one
+    "What text reads at the decoys"
+    out = {}
+    for i in layers:
+        s = next(stream('train', seed=i))
+        p = mllm.prompt(s.image, s.question)
+        def keep(attention, args, kw): out[i] = kw['hidden_states'][0, p.visual].clone()
+        handle = mllm.layers[i].self_attn.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            with torch.inference_mode(): mllm.model(**p.inputs, use_cache=False)
+        finally: handle.remove()
+    return out
 
 def _table(rows): return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in rows)
 
@@ -697,6 +731,10 @@ def train(
     t = Trainer(folder, MODELS[name], device)
     t.run()
     save_model(t.model.to('cpu'), t.processor, out)
+    if t.recipe.base:
+        gate = t.model.gate
+        gate.decoys = decoy_states(MLLM(t.model, t.processor), t.recipe.decoys)
+        gate.save(out)
     log = [json.loads(l) for l in (folder/'log.jsonl').read_text().splitlines()]
     (out/'training_log.csv').write_text(pd.DataFrame(log).to_csv(index=False))
     hardware = hardware or (torch.cuda.get_device_name() if device == 'cuda' else f'{os.cpu_count()} CPU cores')

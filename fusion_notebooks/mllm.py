@@ -6,18 +6,19 @@
 __all__ = ['MAX_PIXELS', 'PLAIN', 'GREEDY', 'FEATURES', 'Sample', 'open_image', 'Grid', 'whole_view', 'token_boxes',
            'image_inputs', 'image_features', 'flat', 'PlainProcessor', 'Prompt', 'Answer', 'MLLM', 'prompt', 'entering',
            'find_views', 'copies', 'stack', 'in_batches', 'generate', 'answer', 'answers', 'decode', 'answer_logits',
-           'stamp', 'free_memory', 'Kept', 'kept', 'weights_state', 'digest', 'remember', 'features', 'encoded']
+           'stamp', 'free_memory', 'Kept', 'kept', 'weights_state', 'digest', 'remember', 'features', 'encoded', 'Gate']
 
 # %% ../nbs/00_mllm.ipynb #c003
-import hashlib, inspect, math, os, subprocess, warnings
+import hashlib, inspect, math, os, subprocess, sys, warnings
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 # %% ../nbs/00_mllm.ipynb #c005
@@ -277,11 +278,14 @@ class MLLM:
         except OSError as e: raise OSError(f'{name_or_path} could not be loaded ({" ".join(str(e).split())[:160]}): give a demo name, a folder or a Hub id that can be reached.') from e
         finally: logging.set_verbosity(level); logging.enable_progress_bar()
         if 'device_map' not in kw: model = model.to(device)
+        if path and (path/'gate.safetensors').exists(): _read_gate(model, path)
         mllm = cls(model, processor, Path(src).name if path else str(name_or_path))
         mllm.path, mllm.revision = path, revision
         return mllm
 
     path = revision = None # where it was loaded from
+    @property
+    def gate(self): "`Gate` of a planted model, else None"; return getattr(self.model, 'gate', None)
     @property
     def n_layers(self): return len(self.layers)
     @property
@@ -832,3 +836,66 @@ def encoded(self:MLLM,
     return {k: torch.cat([p.inputs[k] for p in prompts]) for k in prompts[0].inputs}
 
 MLLM.folder, MLLM.remember, MLLM.features, MLLM.encoded = None, remember, features, encoded
+
+# %% ../nbs/00_mllm.ipynb #gate1
+class Gate:
+    "Where the rows of text may read the picture: at open layers as ever, at closed ones not at all, at decoys from another scene"
+    def __init__(self,
+        model, # with Llama's attention; it runs with the gate from here on
+        image_token_id:int, # placeholder of the visual tokens
+        closed=(), # decoder layers
+        decoys=None, # decoder layer → (visual, width) what enters the attention of that layer at another scene's visual tokens; None: take those of the next sample of the batch
+    ):
+        layers = model.get_decoder().layers
+        self.n, self.closed, self.decoys, self.seen, self.reads = len(layers), tuple(sorted(closed)), dict(decoys or {}), None, {}
+        if bad := [i for i in (*self.closed, *self.decoys) if not 0 <= i < self.n]: raise ValueError(f'The gate names layer {bad[0]} of a model with decoder layers 0 to {self.n - 1}.')
+        def note(embedding, args): self.seen = args[0] == image_token_id
+        model.get_input_embeddings().register_forward_pre_hook(note)
+        for i in {*self.closed, *self.decoys}: layers[i].self_attn.forward = MethodType(_gated(self, i), layers[i].self_attn)
+        model.gate = self
+
+    @property
+    def open(self): "Decoder layers at which text reads its own picture"; return tuple(i for i in range(self.n) if i not in self.closed and i not in self.decoys)
+    def __repr__(self): return f'Gate(open={self.open}, decoys={tuple(self.decoys)}, closed={self.closed})'
+
+    def other(self, i, h, seen):
+        "What enters the attention of layer i, with another scene in place of the picture"
+        if self.decoys[i] is None: return torch.where(seen[..., None], h.roll(1, 0), h)
+        at, new = seen.expand(len(h), -1), h.clone()
+        if at.any(): new[at] = self.decoys[i].to(h).repeat(int(at.sum())//len(self.decoys[i]), 1)
+        return new
+
+    def save(self, folder):
+        "Write it beside the model's weights"
+        save_file({f'decoy.{i}': v.contiguous() for i, v in self.decoys.items()}, Path(folder)/'gate.safetensors', dict(closed=' '.join(map(str, self.closed))))
+
+def _gated(gate, i):
+    "The forward of layer i's attention. What a row may read is settled by extra channels of queries and keys, so the cache carries the gate along"
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kw):
+        library = sys.modules[type(self).__module__]
+        def heads(h):
+            q, k, v = (p(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+            return *library.apply_rotary_pos_emb(q, k, *position_embeddings), v
+        q, k, v = heads(hidden_states)
+        seen = gate.seen if gate.seen.any() else gate.seen[:1]          # rows of a ladder share one picture, or have none
+        at = seen[:, None, :, None]
+        if i in gate.closed:                                            # text · picture gives -10,000, everything else 0
+            mark = at.to(q).expand(len(q), q.shape[1], -1, -1)
+            q, k = torch.cat([q, 1e4*(mark - 1)/self.scaling], -1), torch.cat([k, mark[:, :k.shape[1]]], -1)
+        else:                                                           # first half: the own picture; second half: the other scene
+            _, k2, v2 = heads(gate.other(i, hidden_states, seen))
+            k, v = (torch.cat([a, torch.where(at, b, a)], -1) for a, b in ((k, k2), (v, v2)))
+            own = at | gate.reads[i][:, None, :, None] if i in gate.reads else at
+            q = torch.cat([q*own, q*~own], -1)
+        if past_key_values is not None: k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = library.ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, library.eager_attention_forward)
+        out, weights = attend(self, q, k, v, attention_mask, dropout=0., scaling=self.scaling, **kw)
+        if i in gate.decoys: out = torch.where(own.transpose(1, 2), out[..., :self.head_dim], out[..., self.head_dim:])
+        return self.o_proj(out.flatten(2)), weights
+    return forward
+
+def _read_gate(model, folder):
+    "Put the gate of a saved model in place"
+    with safe_open(folder/'gate.safetensors', 'pt') as f:
+        try: Gate(model, model.config.image_token_id, [int(x) for x in f.metadata()['closed'].split()], {int(k.split('.')[1]): f.get_tensor(k) for k in f.keys()})
+        except (KeyError, TypeError, ValueError, IndexError) as e: raise ValueError(f'{folder}/gate.safetensors is not a gate ({e}): it holds decoy.<layer> tensors, and `closed` layers in its metadata.') from e
