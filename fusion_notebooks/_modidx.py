@@ -151,6 +151,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fusion_notebooks.demo.picture': ('demo.html#picture', 'fusion_notebooks/demo.py'),
                                        'fusion_notebooks.demo.random_crop': ('demo.html#random_crop', 'fusion_notebooks/demo.py'),
                                        'fusion_notebooks.demo.reading_depth': ('demo.html#reading_depth', 'fusion_notebooks/demo.py'),
+                                       'fusion_notebooks.demo.reads_at': ('demo.html#reads_at', 'fusion_notebooks/demo.py'),
                                        'fusion_notebooks.demo.samples': ('demo.html#samples', 'fusion_notebooks/demo.py'),
                                        'fusion_notebooks.demo.save_model': ('demo.html#save_model', 'fusion_notebooks/demo.py'),
                                        'fusion_notebooks.demo.square': ('demo.html#square', 'fusion_notebooks/demo.py'),

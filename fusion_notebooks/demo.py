@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'DIGITS', 'LETTERS', 'PLACES', 'DIRECTIONS', 'PICTURE', 'VIEW', 'PATCH', 'FIRST_SEED',
-           'TEMPLATES', 'KINDS', 'CHAT', 'SUFFIX', 'STAGES', 'MODELS', 'Thing', 'layout', 'picture', 'Question', 'ask',
-           'square', 'make_tokenizer', 'make_model', 'pack', 'packed_loss', 'random_crop', 'make_pool', 'fit', 'Recipe',
-           'Trainer', 'stream', 'samples', 'best_blind', 'evaluate', 'reading_depth', 'save_model', 'decoy_states',
-           'write_card', 'train']
+           'TEMPLATES', 'KINDS', 'LESSONS', 'CHAT', 'SUFFIX', 'STAGES', 'MODELS', 'Thing', 'layout', 'picture',
+           'Question', 'ask', 'square', 'make_tokenizer', 'make_model', 'pack', 'packed_loss', 'random_crop',
+           'make_pool', 'fit', 'Recipe', 'reads_at', 'Trainer', 'stream', 'samples', 'best_blind', 'evaluate',
+           'reading_depth', 'save_model', 'decoy_states', 'write_card', 'train']
 
 # %% ../nbs/09_demo.ipynb #c003
 import json, math, os, time
@@ -125,16 +125,18 @@ def picture(
 TEMPLATES = dict(
     char=('Which {a} is on the {np}?', 'What {a} does the {np} carry?', 'Read the {a} on the {np}.', 'There is a {a} on the {np}. Which one?', 'Look at the {np}. Which {a} is on it?'),
     colour=('What color is the {np}?', 'Which color does the {np} have?', 'Name the color of the {np}.', 'The {np} has a color. Which one?', 'Look at the {np}. What color is it?'),
-    shape=('What shape is the {np}?', 'Which shape does the {np} have?', 'Name the shape of the {np}.', 'The {np} has a shape. Which one?', 'Look at the {np}. What shape is it?'))
+    shape=('What shape is the {np}?', 'Which shape does the {np} have?', 'Name the shape of the {np}.', 'The {np} has a shape. Which one?', 'Look at the {np}. What shape is it?'),
+    place=('Where is the {np}?', 'At which place is the {np}?', 'Name the place of the {np}.', 'There is the {np}. Where is it?', 'Look at the {np}. Where is it?'))
 KINDS = ('fine', 'colour', 'shape', 'relation')
+LESSONS = (*KINDS, 'where', 'beyond') # `where`: the place of a thing; `beyond`: of a thing's neighbour. Planted models learn from them
 
 @dataclass(frozen=True)
 class Question:
     "A question about a scene, its answer and where in the picture the evidence lies"
-    kind:str # one of `KINDS`
+    kind:str # one of `LESSONS`
     template:str # attribute and index of the template; blind answers are counted per template
     text:str # the question
-    answer:str # one word or character
+    answer:str # a character, a word or a place
     box:tuple # evidence box (left, top, right, bottom), pixels
     via:tuple|None=None # relation: box of the thing that it starts from
 
@@ -142,6 +144,7 @@ def _names(thing, things, hide=None):
     "Ways to name `thing` that fit no other thing and do not give away the attribute `hide`"
     only = lambda **kw: sum(all(getattr(t, k) == v for k, v in kw.items()) for t in things) == 1
     names = [f'object at the {PLACES[thing.cell]}']
+    if hide == 'place': names = []
     if hide not in ('colour', 'shape'): names += [f'{thing.colour} {thing.shape}']*3
     if hide != 'shape' and only(shape=thing.shape): names.append(thing.shape)
     if hide != 'colour' and only(colour=thing.colour): names.append(f'{thing.colour} object')
@@ -155,29 +158,29 @@ def _neighbour(thing, things, direction):
 
 def ask(
     things:list, # the scene's things
-    kind:str, # one of `KINDS`
+    kind:str, # one of `LESSONS`
     rng:np.random.Generator, # chooses thing, name and template
 )->Question|None: # None where the scene has no such question
     "One question of a kind about a scene"
     pick = lambda xs: xs[rng.integers(len(xs))]
     via = None
-    if kind == 'relation':
+    if kind in ('relation', 'beyond'):
         pairs = [(a, d, b) for a in things for d in DIRECTIONS if (b := _neighbour(a, things, d))]
         if not pairs: return
         anchor, direction, thing = pick(pairs)
-        attribute = pick(('char', 'colour', 'shape'))
+        attribute = 'place' if kind == 'beyond' else pick(('char', 'colour', 'shape'))
         via = anchor.box
         named = [n for n in _names(anchor, things) if 'object at' not in n]
         np_ = f'object {direction} the {pick(named)}' if named else None
     else:
-        attribute = dict(fine='char').get(kind, kind)
+        attribute = dict(fine='char', where='place').get(kind, kind)
         thing = pick(things)
         np_ = pick(_names(thing, things, attribute))
     if np_ is None: return
     k = int(rng.integers(5))
     text = TEMPLATES[attribute][k].format(np=np_, a=thing.sort)
     sort = thing.sort if attribute == 'char' else attribute
-    return Question(kind, f'{sort}-{k}', text, getattr(thing, attribute), thing.box, via)
+    return Question(kind, f'{sort}-{k}', text, PLACES[thing.cell] if attribute == 'place' else getattr(thing, attribute), thing.box, via)
 
 # %% ../nbs/09_demo.ipynb #c011
 def square(
@@ -243,7 +246,7 @@ SUFFIX = '\nASSISTANT:'
 def _draw_questions(things, rng, n, shares=(.3, .15, .15, .4)):
     got = []
     while len(got) < n:
-        q = ask(things, KINDS[rng.choice(4, p=shares)], rng)
+        q = ask(things, LESSONS[rng.choice(len(shares), p=shares)], rng)
         if q is None: q = ask(things, 'fine', rng)
         got.append(q)
     return got
@@ -305,7 +308,7 @@ def packed_loss(
     finally: [k.remove() for k in hooks]
     at = batch['targets'] != -100
     logits, gold = model.get_output_embeddings()(h[at]).float(), batch['targets'][at]
-    first = gold != model.config.text_config.eos_token_id
+    first = (batch['targets'].roll(1, 1) == -100)[at]
     return nn.functional.cross_entropy(logits, gold), (logits.argmax(-1) == gold)[first]
 
 # %% ../nbs/09_demo.ipynb #c017
@@ -423,10 +426,17 @@ class Recipe:
     join:int=5200 # steps of everything
     ready:float=.62 # share of right answers at which `look` adds one more thing to its scenes
     base:str='' # planted models: the demo model from which they start, whose tower they share
-    hops:tuple=() # planted: decoder layers at which text reads the picture; the first for every question, the others for those about relations
+    hops:tuple=() # planted: decoder layers at which text reads the picture; with two, see `reads_at`
     decoys:tuple=() # planted: layers at which text reads another scene
     plant:int=0 # planted: steps
-    shares:tuple=(.34, .33, .33, 0) # planted: of the kinds of question
+    shares:tuple=(.34, .33, .33, 0) # planted: of `LESSONS`
+
+def reads_at(
+    q:Question, # a question
+    hops:tuple, # layers
+)->tuple: # at which of them it needs the picture
+    "With two hops, the first finds a thing by what it looks like, the second by its place; relations need both"
+    return hops if len(hops) < 2 or q.kind == 'relation' else hops[1:] if 'object at' in q.text else hops[:1]
 
 STAGES = ('see', 'sharpen', 'align', 'look', 'join')
 
@@ -513,9 +523,9 @@ class Trainer:
         shown = np.stack([views[i, 0], views[i, rng.integers(1, 3, len(i))]], 1) if two else views[i, :1]
         prefix = self.tok('USER: ').input_ids + [self.tok.image_token_id]*(shown.shape[1]*self.patches)
         batch = {k: v.to(self.device) for k, v in pack(self.tok, [prefix]*len(i), qs, rng, len(self.lm[0].layers), drop, late).items()}
-        if gate:                                                       # only questions about relations read at the later hops
-            related = torch.tensor([[False] + [q.kind == 'relation' for q in s] + [False] for s in qs], device=self.device)
-            gate.reads = dict.fromkeys(r.hops[1:], related.gather(1, batch['block'] % related.shape[1]))
+        if gate:                                                       # at a hop that a question does not need, it reads another scene
+            needs = lambda hop: torch.tensor([[False] + [hop in reads_at(q, r.hops) for q in s] + [False] for s in qs], device=self.device)
+            gate.reads = {hop: n.gather(1, batch['block'] % n.shape[1]) for hop in r.hops for n in [needs(hop)]}
         with self.cast():
             f = torch.stack(list(self.core.get_image_features(_pixels(shown.reshape(-1, *shown.shape[2:]), self.processor, self.device), return_dict=True).pooler_output))
             value, right = packed_loss(self.model, batch, batch['ids'] == self.tok.image_token_id, f)
@@ -537,7 +547,7 @@ class Trainer:
     def plant(self):
         "Under a frozen tower, the language model learns to do with the layers at which it may read"
         r, n = self.recipe, len(self.lm[0].layers)
-        gate = Gate(self.model, self.tok.image_token_id, {*range(n)} - {*r.hops, *r.decoys}, dict.fromkeys(r.decoys + r.hops[1:]))
+        gate = Gate(self.model, self.tok.image_token_id, {*range(n)} - {*r.hops, *r.decoys}, dict.fromkeys(r.decoys + r.hops if len(r.hops) > 1 else r.decoys))
         for m in (self.core.vision_tower, self.model.get_input_embeddings()): m.requires_grad_(False)
         fit('plant', [self.core.multi_modal_projector, self.lm], lambda s: self.question('plant', s, 6, (r.shares, (0, .03), (1.,), .3), gate), r.plant, [3e-4, 1.2e-3], self.folder)
 
@@ -629,7 +639,7 @@ def reading_depth(
 # %% ../nbs/09_demo.ipynb #c028
 MODELS = {'glyph-llava': Recipe(), # demo models and how they are trained
           'planted-3': Recipe(base='glyph-llava', hops=(3,), decoys=(1, 5), plant=500),
-          'planted-2-6': Recipe(base='glyph-llava', hops=(2, 6), decoys=(1, 4), plant=3000, shares=(.15, .1, .1, .65))}
+          'planted-2-6': Recipe(base='glyph-llava', hops=(2, 6), decoys=(1, 4), plant=2200, shares=(.15, .1, .1, .35, .1, .2))}
 
 def save_model(
     model, # trained
