@@ -3,7 +3,7 @@
 FLOPs are counted by torch and decide; times are CPU times, medians of pairs with their quartiles; peak memory is that of fresh processes.
 Models have random weights and the proportions of real ones; answers have one token, so that the sweep and not the decoding is measured.
 """
-import argparse, platform, resource, statistics, subprocess, sys, time
+import argparse, os, platform, resource, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 import numpy as np, pandas as pd, torch, transformers
 from PIL import Image
@@ -151,22 +151,30 @@ def capture_bench(side, layers, repeats):
     row('eager with output_attentions: extra peak memory', (most['eager'] - most['plain'])/1024, unit='MiB')
     row("capture: extra peak memory, share of eager's", max(0, most['capture'] - most['plain'])/(most['eager'] - most['plain']), limit=.02)
 
-def refine_bench(layers, side, repeats):
-    mllm = build(layers, side)
+def crop_floor(mllm, one, two):
+    "FLOPs of the least that a crop asks for, in plain answers: the picture's pass, then the crop's and the question's rows, which attend to the picture's as well"
+    c, m = mllm.model.config.get_text_config(), two.length - int(one.visual[-1]) - 1
+    linear, attention = 2*(4*c.hidden_size**2 + 3*c.hidden_size*c.intermediate_size), lambda rows, keys: 4*rows*keys*c.hidden_size
+    return 1 + (m*linear + attention(m, two.length))/(one.length*linear + attention(one.length, one.length))
+
+def refine_bench(layers, side, repeats, **kw):
+    mllm = build(layers, side, **kw)
     ask = question(mllm, 40)
     answer = lambda r: mllm.answer(picture(r), ask)
     mask = lambda r: contrast.refine(mllm, picture(r), ask, how='mask')
     crop = lambda r: contrast.refine(mllm, picture(r), ask, how='crop', base=48)
     def twice(r): one = contrast.look(mllm, picture(r), ask); mllm.answer([picture(r), picture(r).crop((0, 0, 48, 48))], ask); return one
     for w in (answer, mask, crop): w(0)
-    base = flops(lambda: answer(1))
-    row(f'refine at {side**2} tokens: FLOPs of mask over a plain answer', flops(lambda: mask(1))/base, limit=1.1)
-    row(f'refine at {side**2} tokens: FLOPs of crop over a plain answer', flops(lambda: crop(1))/base, limit=2.2)
-    row(f'refine at {side**2} tokens: FLOPs of crop with two whole passes', flops(lambda: twice(2))/base)
+    base, name = flops(lambda: answer(1)), f'refine at {side**2} tokens, {mllm.model.config.get_text_config().hidden_size} wide'
+    row(f'{name}: least FLOPs that a crop asks for, over a plain answer', crop_floor(mllm, mllm.prompt(picture(1), ask), mllm.prompt([picture(1)]*2, ask)))
+    if not repeats: return row(f'{name}: FLOPs of crop over a plain answer', flops(lambda: crop(1))/base)
+    row(f'{name}: FLOPs of mask over a plain answer', flops(lambda: mask(1))/base, limit=1.1)
+    row(f'{name}: FLOPs of crop over a plain answer', flops(lambda: crop(1))/base, limit=2.2)
+    row(f'{name}: FLOPs of crop with two whole passes', flops(lambda: twice(2))/base)
     seconds = timed(repeats, plain=lambda r: answer(10 + r), mask=lambda r: mask(100 + r), crop=lambda r: crop(200 + r), twice=lambda r: twice(300 + r))
-    row(f'refine at {side**2} tokens: time of mask over a plain answer', *ratio(seconds, 'mask'), limit=1.1)
-    row(f'refine at {side**2} tokens: time of crop over a plain answer', *ratio(seconds, 'crop'), limit=2.2)
-    row(f'refine at {side**2} tokens: time of crop with two whole passes', *ratio(seconds, 'twice'))
+    row(f'{name}: time of mask over a plain answer', *ratio(seconds, 'mask'), limit=1.1)
+    row(f'{name}: time of crop over a plain answer', *ratio(seconds, 'crop'), limit=2.2)
+    row(f'{name}: time of crop with two whole passes', *ratio(seconds, 'twice'))
 
 def demo_bench(n):
     "The masking analysis of the study, and the budgets of other parts"
@@ -186,6 +194,22 @@ def demo_bench(n):
     row('demo: an answer with some tokens masked', statistics.median(seconds['masked']), limit=1, unit='s')
     start = time.perf_counter(); subprocess.run([sys.executable, '-c', 'import fusion_notebooks'], check=True)
     row('import fusion_notebooks, python included', time.perf_counter() - start, limit=.3, unit='s')
+
+def engine_bench(units, samples):
+    "The command `fusion` over an analysis without a model (tests/fake_study.py): what the engine adds to units that wait for a second, and how soon a finished study is over"
+    def study(folder, samples, wait, runs, unit):
+        (folder/'model').mkdir(parents=True)
+        (folder/'model/config.json').write_text('{"num_hidden_layers": 4}'); (folder/'model/model.safetensors').write_bytes(b'weights')
+        (folder/'settings.ini').write_text(f'[study]\nmodels = {folder}/model\nanalyses = early_exit\nresults = results\nruns = runs\nfigures = figures\nunit = {unit}\n[limits]\ncalibration = {samples}\nevaluation = {samples}\n')
+        for _ in range(runs):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, HERE.parent/'tests/fake_study.py', 'study', '--rows', '--settings', folder/'settings.ini'], cwd=folder, check=True, capture_output=True,
+                           env=os.environ | dict(PYTHONPATH=str(HERE.parent), FAKE_LOG=str(folder/'log'), FAKE_SECONDS=str(wait)))
+        return time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        more = study(Path(folder)/'one', 8*units, 1, 1, 16) - units
+        row(f'study: what the engine adds to units of 10 s, its start shared by {units}', more/units/10, limit=.05, unit='')
+        row(f'study: a finished one of {8*samples:,} rows, from start to end', study(Path(folder)/'two', samples, 0, 2, 32), limit=3, unit='s')
 
 def hardware():
     kind = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.machine()} CPU'
@@ -212,14 +236,14 @@ def main():
     start = time.perf_counter()
     if a.quick:
         sweep_bench('8 layers, 144 + 24', 8, 12, 24, 3, width=128, loop=8)
-        capture_bench(40, 4, 3); refine_bench(6, 12, 3); demo_bench(8)
+        capture_bench(40, 4, 3); refine_bench(6, 12, 3); demo_bench(8); engine_bench(8, 100)
     else:
         sweep_bench('24 layers, 576 + 40', 24, 24, 40, 3, limit_time=2.2, loop=3, width=512, heads=8, kv=8)
         sweep_bench('LLaVA-1.5, 32 layers, 576 + 40', 32, 24, 40, 2)
         sweep_bench('12 layers, 2025 + 40', 12, 45, 40, 3, limit_time=1.4)
         sweep_bench('LLaVA-NeXT, 16 layers, 2916 + 40', 16, 54, 40, 2, width=128)
         sweep_bench('Qwen2-VL, 28 layers, 1369 + 40, grouped queries', 28, 37, 40, 2, width=128, kv=1)
-        growth_bench(3); capture_bench(54, 6, 5); refine_bench(12, 24, 5); demo_bench(24)
+        growth_bench(3); capture_bench(54, 6, 5); refine_bench(6, 24, 3, width=1024, heads=16, kv=16); refine_bench(6, 24, 0); demo_bench(24); engine_bench(12, 1250)
     row('this benchmark', time.perf_counter() - start, limit=600, unit='s')
     if not a.quick: write('cpu', 'Costs on a CPU')
     return int(any(r['holds'] == 'no' and 'FLOPs' in r['what'] for r in rows))

@@ -69,15 +69,17 @@ class _Layer(DynamicLayer):
     def __init__(self, stems, room): # per row (keys, values), each (heads, n, width), or no stems at all; memory to put them together in, {} at first
         super().__init__()
         self.stems, self.room = stems, room
+        self.rows = None # where the order has changed: which of the keys kept here are whose, (rows,)
     def get_seq_length(self): return (self.stems[0][0].shape[1] if self.stems else 0) + super().get_seq_length()
     def update(self, key, value, *args, **kw):
+        if self.rows is not None: self.keys, self.values, self.rows = self.keys[self.rows], self.values[self.rows], None
         own = super().update(key, value)
         return tuple(self._beside(k, [s[k] for s in self.stems[:len(key)]], own[k]) for k in (0, 1)) if self.stems else own
 
     def _beside(self, k, shared, own):
-        "Each row's stem, then its own, (rows, heads, n + own, width); one layer after the other uses the same memory"
+        "Each row's stem, then its own, (rows, heads, n + own, width); one layer after the other uses the same memory, taken once for all rows and some tokens more"
         n, shape = shared[0].shape[1], (*own.shape[:2], shared[0].shape[1] + own.shape[2], own.shape[3])
-        if k not in self.room or self.room[k].numel() < math.prod(shape): self.room[k] = own.new_empty(math.prod(shape)*5//4)
+        if k not in self.room or self.room[k].numel() < math.prod(shape): self.room[k] = own.new_empty(len(self.stems)*math.prod(shape[1:])*5//4)
         out = self.room[k][:math.prod(shape)].view(shape)
         torch.stack(shared, out=out[:, :, :n])
         out[:, :, n:] = own
@@ -180,8 +182,7 @@ class Ladder:
         "After the first forward: below the layer where it entered, a row shares the keys and values of its plain row"
         of = torch.tensor([r.of for r in self.rows])
         for j, layer in enumerate(self.cache.layers):
-            source = torch.tensor([k if r.enter <= j else r.of for k, r in enumerate(self.rows)], device=layer.keys.device)
-            layer.batch_select_indices(source)
+            layer.rows = torch.tensor([k if r.enter <= j else r.of for k, r in enumerate(self.rows)], device=layer.keys.device)
         self.seen, self.position, self.entering = self.seen[of], self.position[of], False
 
     def pick(self,
@@ -198,7 +199,8 @@ class Ladder:
             if layer.is_initialized:
                 own = layer.keys.shape[2] - drop
                 copy.lazy_initialization(layer.keys, layer.values)
-                copy.keys, copy.values = layer.keys[which, :, :own], layer.values[which, :, :own]
+                copy.keys, copy.values = layer.keys[:, :, :own], layer.values[:, :, :own]
+                copy.rows = which.to(layer.keys.device) if layer.rows is None else layer.rows[which.to(layer.keys.device)]
             new.cache.layers.append(copy)
         return new
 
