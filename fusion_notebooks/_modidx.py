@@ -558,6 +558,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'fusion_notebooks.results._numbers': ('results.html#_numbers', 'fusion_notebooks/results.py'),
                                           'fusion_notebooks.results._packed': ('results.html#_packed', 'fusion_notebooks/results.py'),
                                           'fusion_notebooks.results._parquet': ('results.html#_parquet', 'fusion_notebooks/results.py'),
+                                          'fusion_notebooks.results._places': ('results.html#_places', 'fusion_notebooks/results.py'),
                                           'fusion_notebooks.results._read': ('results.html#_read', 'fusion_notebooks/results.py'),
                                           'fusion_notebooks.results._whole': ('results.html#_whole', 'fusion_notebooks/results.py'),
                                           'fusion_notebooks.results._write': ('results.html#_write', 'fusion_notebooks/results.py'),
