@@ -464,6 +464,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fusion_notebooks.mllm._ramp': ('mllm.html#_ramp', 'fusion_notebooks/mllm.py'),
                                        'fusion_notebooks.mllm._read_gate': ('mllm.html#_read_gate', 'fusion_notebooks/mllm.py'),
                                        'fusion_notebooks.mllm._reads_features': ('mllm.html#_reads_features', 'fusion_notebooks/mllm.py'),
+                                       'fusion_notebooks.mllm._said': ('mllm.html#_said', 'fusion_notebooks/mllm.py'),
                                        'fusion_notebooks.mllm._sees_there': ('mllm.html#_sees_there', 'fusion_notebooks/mllm.py'),
                                        'fusion_notebooks.mllm._shape': ('mllm.html#_shape', 'fusion_notebooks/mllm.py'),
                                        'fusion_notebooks.mllm._shares_vision': ('mllm.html#_shares_vision', 'fusion_notebooks/mllm.py'),
