@@ -313,12 +313,6 @@ def test_a_cluster_loses_a_worker(tmp_path, want):
     compare(s.table(), want)
     count(**{'cluster workers killed': 1})
 
-@pytest.mark.parametrize('address', ['tcp://10.1.2.3:8786', 'tcp://127.0.0.1.example.org:8786', 'tcp://127.0.0.1:1@example.org:8786', 'nonsense'])
-@often
-def test_a_scheduler_elsewhere_needs_tls(fake, address):
-    from fusion_notebooks import study
-    with pytest.raises(ValueError, match='without encryption'): study.on_cluster(study.choose(fake.ini), address)
-
 # workers and models
 
 def test_a_worker_that_always_dies(fake, want):
