@@ -53,7 +53,7 @@ def open_image(
         except Image.DecompressionBombError: raise ValueError(f'{path} has far more than the {MAX_PIXELS:,} pixels allowed: resize it first.') from None
     w, h = image.size
     if w*h > MAX_PIXELS: raise ValueError(f'{name} has {w} × {h} pixels, more than the {MAX_PIXELS:,} allowed: resize it first.')
-    if min(w, h) < 2: raise ValueError(f'{name} has {w} × {h} pixels: a picture needs at least 2 × 2.')
+    if min(w, h) < 2 or max(w, h) > 200*min(w, h): raise ValueError(f'{name} has {w} × {h} pixels: a picture needs at least 2 × 2, and no side 200 times the other.')
     if image.mode not in ('RGB', 'RGBA', 'L'): raise ValueError(f"{name} has mode {image.mode}: convert it yourself first, e.g. Image.open(path).convert('RGB'), and look at the result.")
     try: image.load()
     except (OSError, SyntaxError, ValueError) as e: raise ValueError(f'{name} is damaged or truncated ({str(e).splitlines()[0][:80]}): save it again.') from None
@@ -201,6 +201,8 @@ class Answer:
 
 def _data(): return Path(__file__).parents[1]/'data'/'models' if '__file__' in globals() else Path('../data/models')
 
+def _said(e): return (('' if isinstance(e, OSError) else f'{type(e).__name__}: ') + ' '.join(str(e).split()))[:160]
+
 def _check_folder(path):
     "Say what is missing in a local model folder"
     if not (path/'config.json').exists(): raise ValueError(f'{path} holds no config.json: give the folder of a saved Hugging Face model.')
@@ -275,7 +277,9 @@ class MLLM:
                 raise ValueError(f"{name_or_path} is a '{config.model_type}' model without an image tower: give an image-text model.")
             model = AutoModelForImageTextToText.from_pretrained(src, dtype=dtype, use_safetensors=True, **common, **kw)
             processor = _processor(src, model, common)
-        except OSError as e: raise OSError(f'{name_or_path} could not be loaded ({" ".join(str(e).split())[:160]}): give a demo name, a folder or a Hub id that can be reached.') from e
+        except Exception as e:
+            if type(e) is ValueError or isinstance(e, (ImportError, MemoryError, torch.OutOfMemoryError)): raise       # not the files' fault, or said well enough
+            raise OSError(f'{name_or_path} could not be loaded ({_said(e)}): give a demo name, a folder or a Hub id that can be reached.') from e
         finally: logging.set_verbosity(level); logging.enable_progress_bar()
         if 'device_map' not in kw: model = model.to(device)
         if path and (path/'gate.safetensors').exists(): _read_gate(model, path)
@@ -301,7 +305,8 @@ def _chat(self, k, question):
     "The model's chat template around k pictures and a question; the question alone where the family has none"
     if not self.has_template: return question
     content = [dict(type='image')]*k + [dict(type='text', text=question)]
-    return self.processor.apply_chat_template([dict(role='user', content=content)], add_generation_prompt=True, tokenize=False)
+    try: return self.processor.apply_chat_template([dict(role='user', content=content)], add_generation_prompt=True, tokenize=False)
+    except Exception as e: raise ValueError(f'The chat template of {self.name} cannot be filled in ({_said(e)}): repair it in the folder that the model comes from.') from e
 
 def _process(self, images, question, dtype=None):
     "Tensors for pictures and a question, and 'appended' where the family takes one picture at a time"

@@ -106,6 +106,11 @@ def _packed(path, *identity):
     except MemoryError: raise
     except (pa.ArrowException, OSError) as e: _damaged(path, e); return []
 
+def _places(keys, texts):
+    "Where the key of each row stands among `texts`, -1 where it does not; a key is long, and never written out once per row"
+    keys = keys.unify_dictionaries().combine_chunks()
+    return pc.fill_null(pc.index_in(keys.dictionary, pa.array(texts, keys.dictionary.type)), -1).to_numpy()[keys.indices]
+
 def _fits(value, wanted): return value in wanted if isinstance(wanted, (list, tuple, set)) else value == wanted
 
 # %% ../nbs/08_results.ipynb #c012
@@ -171,8 +176,7 @@ class Store:
         for pack, texts in self.packs().items() if rest else ():   # looked up after the parts, for `compact` makes the pack before it removes them
             here = [text for text in texts if text in rest]
             if not here or (t := _read(pack, filters=pc.field('_key').isin(here), page_checksum_verification=True)) is None: continue
-            at = pc.index_in(t['_key'].cast(pa.string()), pa.array(here)).to_numpy()
-            ends = np.searchsorted(at, np.arange(len(here) + 1))   # units of a pack stand one after another
+            ends = np.searchsorted(_places(t['_key'], here), np.arange(len(here) + 1))   # units of a pack stand one after another
             found |= {text: t.slice(a, b - a).drop_columns('_key') for text, a, b in zip(here, ends, ends[1:])}
         return {text: found[text] for text in wanted if text in found}
 
@@ -271,17 +275,17 @@ def compact(self:Store)->int: # parts that were merged
             tables = lambda: (t.append_column(schema.field('_key'), pa.array([text]*n).dictionary_encode()) for text, p, n, _ in some for t in [_read(p)])
             name = hashlib.sha256(''.join(sorted(text for text, *_ in some)).encode()).hexdigest()[:16]
             pack = _write(self.folder/f'pack-{name}.parquet', _parquet(_batches(tables()), schema, dict(pack=name)))
-            counts = pd.Series(pq.read_table(pack, partitioning=None, columns=['_key'], page_checksum_verification=True)['_key'].cast(pa.string()).to_pandas()).value_counts()
-            for text, p, n, _ in some:
-                if counts.get(text) == n: p.unlink(missing_ok=True); merged += 1
+            there = pq.read_table(pack, partitioning=None, columns=['_key'], page_checksum_verification=True)['_key']
+            for (_, p, n, _), kept in zip(some, np.bincount(_places(there, [text for text, *_ in some]), minlength=len(some))):
+                if kept == n: p.unlink(missing_ok=True); merged += 1
     return merged
 
 def _batches(tables, size=64e6):
     "The same rows in tables of about `size` bytes"
-    held = []
+    held, total = [], 0
     for t in tables:
-        held.append(t)
-        if sum(x.nbytes for x in held) > size: yield pa.concat_tables(held).unify_dictionaries(); held = []
+        held.append(t); total += t.nbytes
+        if total > size: yield pa.concat_tables(held).unify_dictionaries(); held, total = [], 0
     if held: yield pa.concat_tables(held).unify_dictionaries()
 
 def summary(self:Store,
@@ -300,7 +304,7 @@ def summary(self:Store,
         words = [c for c in by if schema.field(c).type in (pa.string(), pa.large_string())]
         for b in pq.ParquetFile(p, page_checksum_verification=True, read_dictionary=words).iter_batches(1 << 20, columns=[*by, value] + ['_key']*bool(twice)):
             t = pa.Table.from_batches([b])
-            if twice: t = t.filter(pc.invert(pc.is_in(t['_key'].cast(pa.string()), pa.array(twice))))
+            if twice: t = t.filter(_places(t['_key'], twice) < 0)
             sums.append(t.group_by(by).aggregate([(value, 'sum'), (value, 'count')]).to_pandas())
     if not sums: return pd.DataFrame(columns=[*by, 'mean', 'n'])
     total = pd.concat(sums).groupby(by, observed=True, dropna=False)[[f'{value}_sum', f'{value}_count']].sum()
