@@ -463,7 +463,7 @@ def _one_origin(rows, analysis, s):
 class Calibration:
     "Where vision meets language, found on the calibration split"
     fusion:dict # semantic → `Layers`
-    reviews:dict # semantic → `Layers` with at most one layer
+    reviews:dict # semantic → `Layers`, the deepest late dip first
     n:int # samples
     n_layers:int # decoder layers
 
@@ -486,7 +486,7 @@ def calibrate(
     from fusion_notebooks import fusion
     curves = {how: fusion.masked(rows, how) for how in HOWS}
     return Calibration({how: fusion.fusion_layers(*c, how=how) for how, c in curves.items()},
-                       {how: fusion.review_layer(*c, how=how) for how, c in curves.items()}, rows['sample'].nunique(), int(rows.layer.max()) + 1)
+                       {how: fusion.review_layer(*fusion.masked(rows, {how, 'knockout', 'swap'}), how=how) for how in HOWS}, rows['sample'].nunique(), int(rows.layer.max()) + 1)
 
 # %% ../nbs/11_study.ipynb #c032
 def findings(
