@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOST', 'LATE', 'normalise', 'hellinger', 'profile', 'evidence_share', 'evidence_mass', 'noise_share', 'Layers',
-           'resample', 'fusion_layers', 'review_layer', 'masked']
+           'resample', 'fusion_layers', 'review_layer', 'masked', 'agreement']
 
 # %% ../nbs/03_fusion.ipynb #c003
 import warnings
@@ -298,3 +298,14 @@ def masked(
     if bad := [h for h in (*hows, 'none') if not ((base if h == 'none' else rows).how == h).any()]: raise ValueError(f'masked: no rows with how={bad[0]!r}; the table has {sorted(table.how.unique())}')
     keep = [c for c in ('dataset', 'sample', 'image', 'layer', 'how', 'scope', value) if c in table]
     return tuple(t[keep].rename(columns={value: 'accuracy'}).reset_index(drop=True) for t in (rows, base.drop(columns='scope', errors='ignore').assign(scope='')))
+
+# %% ../nbs/03_fusion.ipynb #agree1
+def agreement(
+    found, # `Layers` or layer numbers that an estimator names
+    opened, # layers at which the picture is read
+    decoys, # layers at which something else is read
+)->dict: # precision (NaN where none of the two sorts is named), recall, exact (1: every open layer and no decoy)
+    "Precision and recall over open and decoy layers"
+    found, opened, decoys = set(getattr(found, 'layers', found)), set(opened), set(decoys)
+    hits, wrong = len(found & opened), len(found & decoys)
+    return dict(precision=hits/(hits + wrong) if hits + wrong else np.nan, recall=hits/len(opened) if opened else np.nan, exact=float(hits == len(opened) and not wrong))
