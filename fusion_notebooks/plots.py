@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HOWS', 'REACH', 'FAMILIES', 'EVIDENCE', 'CHOSEN', 'FUSION', 'REVIEW', 'SMALL', 'LARGE', 'HEAT', 'SIGNED', 'masking',
-           'attention_maps', 'evidence', 'hellinger', 'noise', 'early_exit', 'refine', 'refine_examples', 'ask', 'save']
+           'attention_maps', 'evidence', 'hellinger', 'noise', 'early_exit', 'known_answers', 'refine',
+           'refine_examples', 'ask', 'save']
 
 # %% ../nbs/10_plots.ipynb #c003
 import io, json, os, textwrap
@@ -202,6 +203,21 @@ def early_exit(
         if column in rows: _band(ax, _percent(metrics.curve(rows, column), 'accuracy' if column == 'score' else column), 'accuracy' if column == 'score' else column, *HOWS[how], label=label)
     _flat(ax, _percent(metrics.curve(base)).iloc[0], 'accuracy', 'whole model')
     ax.set(ylabel='accuracy (%)', ylim=(-3, 103)); _title(ax, table, 'answer read after each layer'); _layers(ax, rows.layer, 'exit after decoder layer (0-based)'); _legend(ax)
+    return fig
+
+# %% ../nbs/10_plots.ipynb #known1
+def known_answers(
+    table:pd.DataFrame, # one row per draw of samples: how, scope, n, precision, recall [, model]
+)->plt.Figure:
+    "Precision and recall of every estimator by the number of samples"
+    fig, axes = _figure(1, 2, 4.2, 3.2, sharey=True)
+    for ax, column in zip(axes[0], ('recall', 'precision')):
+        for (how, scope), part in table.groupby(['how', 'scope'], sort=False):
+            per = 100*part.groupby('n')[column].mean()
+            ax.plot(per.index, per, color=HOWS[how][0], ls=REACH[scope][1] if how in ('knockout', 'soft') else HOWS[how][1], marker='o', ms=3, lw=1.4, label=how if how in ('zero', 'mean', 'swap') else f'{how}, {REACH[scope][0]}')
+        ax.set(xscale='log', xlabel='samples', ylabel=f'{column} (%)', ylim=(-3, 103), xticks=sorted(table.n.unique()), xticklabels=sorted(table.n.unique())); ax.minorticks_off(); sns.despine(ax=ax)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=SMALL, frameon=False)
+    fig.suptitle(_model(table) + f"layers named, of those planted\nmean of {table.groupby(['how', 'scope', 'n']).size().min()} draws per point", fontsize=LARGE)
     return fig
 
 # %% ../nbs/10_plots.ipynb #c025

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'BENCHMARKS', 'FOLDERS', 'KEYS', 'Job', 'HOWS', 'SOFT', 'RANKED', 'METHODS', 'Analysis', 'ANALYSES', 'STOP',
            'ONE', 'Settings', 'find_settings', 'read_settings', 'notebooks', 'draw', 'listing', 'code_of', 'find_model',
-           'revision', 'load', 'masking_rows', 'attention_rows', 'early_exit_rows', 'refine_rows', 'jobs', 'units',
-           'compute', 'gently', 'teller', 'fill', 'failure', 'require', 'Calibration', 'calibrate', 'findings', 'stamp',
-           'work', 'on_workers', 'on_cluster', 'parameters', 'execute', 'Report', 'choose', 'run', 'status', 'verify']
+           'revision', 'load', 'masking_rows', 'known_answers_rows', 'attention_rows', 'early_exit_rows', 'refine_rows',
+           'jobs', 'units', 'compute', 'gently', 'teller', 'fill', 'failure', 'require', 'Calibration', 'calibrate',
+           'findings', 'stamp', 'work', 'on_workers', 'on_cluster', 'parameters', 'execute', 'Report', 'choose', 'run',
+           'status', 'verify']
 
 # %% ../nbs/11_study.ipynb #c003
 import ast, configparser, hashlib, inspect, json, math, multiprocessing, os, random, re, signal, sys, textwrap, threading, time, zlib
@@ -232,6 +233,13 @@ def masking_rows(mllm, samples, reference, metric, hows, strength, **_):
     asked = {s.id: s for s in samples}
     return rows.assign(score=_score(rows.prediction, [asked[i] for i in rows['sample']], metric))
 
+def known_answers_rows(mllm, samples, metric, scopes, strength, **_):
+    "Every layer under the edits of attention, in their wider scopes"
+    from fusion_notebooks import masking
+    rows = pd.concat([masking.sweep(mllm, list(samples), how=['knockout', 'soft'], scope=scope, strength=strength) for scope in scopes])
+    asked = {s.id: s for s in samples}
+    return rows.assign(score=_score(rows.prediction, [asked[i] for i in rows['sample']], metric))
+
 def _first_pass(mllm, s):
     "The prompt and the attention maps (layers, visual) of one sample"
     import torch
@@ -293,6 +301,7 @@ def _refine_options(job, s, compute):
     return dict(methods=list(METHODS), candidates=candidates, review=review)
 
 def _masking_options(*_): return dict(hows=list(HOWS), strength=SOFT)
+def _scope_options(*_): return dict(scopes=['from', 'window'], strength=SOFT)
 def _no_options(*_): return {}
 
 Analysis = namedtuple('Analysis', 'rows options modules forwards') # (mllm, samples, options) → rows; (job, s, compute) → options; names; layers → passes through the decoder per sample
@@ -300,6 +309,7 @@ ANALYSES = dict(
     masking=Analysis(masking_rows, _masking_options, 'hooks masking', lambda L: 2 + len(HOWS)*L),
     attention=Analysis(attention_rows, _no_options, 'hooks fusion', lambda L: 1),
     early_exit=Analysis(early_exit_rows, _no_options, 'hooks', lambda L: L),
+    known_answers=Analysis(known_answers_rows, _scope_options, 'hooks masking', lambda L: 2 + 4*L), # beside the rows of masking
     refine=Analysis(refine_rows, _refine_options, 'hooks fusion contrast', lambda L: 1 + len(METHODS)))
 
 # %% ../nbs/11_study.ipynb #c022
@@ -463,7 +473,7 @@ def _one_origin(rows, analysis, s):
 class Calibration:
     "Where vision meets language, found on the calibration split"
     fusion:dict # semantic → `Layers`
-    reviews:dict # semantic → `Layers` with at most one layer
+    reviews:dict # semantic → `Layers`, the deepest late dip first
     n:int # samples
     n_layers:int # decoder layers
 
@@ -486,7 +496,7 @@ def calibrate(
     from fusion_notebooks import fusion
     curves = {how: fusion.masked(rows, how) for how in HOWS}
     return Calibration({how: fusion.fusion_layers(*c, how=how) for how, c in curves.items()},
-                       {how: fusion.review_layer(*c, how=how) for how, c in curves.items()}, rows['sample'].nunique(), int(rows.layer.max()) + 1)
+                       {how: fusion.review_layer(*fusion.masked(rows, {how, 'knockout', 'swap'}), how=how) for how in HOWS}, rows['sample'].nunique(), int(rows.layer.max()) + 1)
 
 # %% ../nbs/11_study.ipynb #c032
 def findings(
