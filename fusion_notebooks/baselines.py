@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from .mllm import GREEDY, Answer, Grid, MLLM, Prompt, _pixels, _tiles, _until_end, in_batches
 from .hooks import EAGER, NAME, Tape, _as_float_mask, _hidden, _listening, _recording_attention, _recording_eager, _removing, capture, check_layers, edit
-from .masking import scoped
+from .masking import Ladder, Row, facts, fitting, scoped
 from .contrast import Look, beside, look, view_side, window_box
 
 # %% ../nbs/05_baselines.ipynb #c005
@@ -340,13 +340,17 @@ def dola(
         return Rival(_decode(mllm, mllm.copies(p), rule, max_new_tokens))
 
 # %% ../nbs/05_baselines.ipynb #c027
-def _over_trust(mllm, p, tails, scale):
+def _over_trust(mllm, first, tails, scale):
     "(batch,) penalty of answers so far, (batch, n) token ids"
-    inputs, n = mllm.copies(p, len(tails), tails[0].tolist()), tails.shape[1]
-    inputs['input_ids'] = torch.cat([p.inputs['input_ids'].expand(len(tails), -1), tails], 1)
+    p, n, stem = first.prompt, tails.shape[1], first.seen.stem if facts(mllm, first.prompt).causal else None
+    ids = torch.cat([p.inputs['input_ids'].expand(len(tails), -1), tails], 1)
     tape = Tape([mllm.n_layers - 1], range(p.length, p.length + n), 'all')
-    tape._start(torch.ones_like(inputs['input_ids'], dtype=torch.bool))                             # all columns, not the visual ones only
-    with _listening(mllm, tape): mllm.model(**inputs, use_cache=False, logits_to_keep=1)
+    tape._start(torch.ones_like(ids, dtype=torch.bool))                                             # all columns, not the visual ones only
+    with _listening(mllm, tape):
+        if stem is None: mllm.model(**mllm.copies(p, len(tails), tails[0].tolist()) | dict(input_ids=ids), use_cache=False, logits_to_keep=1)
+        else:
+            tape._rows = tape._rows - (p.length - 1)                                                # behind the prompt but its last row, so that there is a mask
+            Ladder(mllm, [Row(0)], [stem.head(p.length - 1)], [p.visual]).pick([0]*len(tails)).forward(ids[:, p.length - 1:])
     a = tape.attention[:, 0].amax(1).double()                                                       # (batch, n, keys)
     a = a/a.sum(-1, keepdim=True)
     if n <= 10: return -a[:, -1, p.visual].sum(-1).float()
@@ -366,12 +370,14 @@ def opera(
     "Beam search with OPERA's over-trust penalty. Raises `ValueError` for longer answers, and where visual tokens are no rows of the decoder."
     if max_new_tokens > 25: raise ValueError(f'opera without rollback is exact up to 25 tokens, not {max_new_tokens}: ask for a shorter answer.')
     if mllm.cross: raise ValueError(f'{mllm.name} reads its picture through cross-attention: its last layer has no attention to visual tokens that opera could weigh.')
-    p, steps = _prompt(mllm, image, question), iter(range(max_new_tokens))
+    first, steps = _look(mllm, image, question), iter(range(max_new_tokens))
+    p = first.prompt
     def punish(ids, scores):
         top, n = scores.topk(candidates), next(steps)
         alive = slice(None) if n else slice(1)                          # at first all beams are the prompt
         tried = [torch.cat([ids[:, ids.shape[1] - n:], top.indices[:, k:k + 1]], 1)[alive] for k in range(candidates)]
-        lost = torch.stack([_over_trust(mllm, p, tails, scale) for tails in tried], 1)
+        lost = in_batches(lambda tails: list(_over_trust(mllm, first, torch.stack(tails), scale)), list(torch.cat(tried)), fitting(mllm, p.length, n + 2))
+        lost = torch.stack(lost).reshape(candidates, -1).T
         return torch.full_like(scores, -torch.inf).scatter(1, top.indices, (top.values - weight*lost).log_softmax(-1))
     out = mllm.model.generate(**mllm.copies(p), **GREEDY, num_beams=beams, max_new_tokens=max_new_tokens, suppress_tokens=[mllm.image_token_id],
                               logits_processor=LogitsProcessorList([punish]), return_dict_in_generate=True, output_logits=True)
