@@ -14,7 +14,7 @@ demo: .venv/installed
 	$(BIN)/fusion study --quick
 
 study: .venv/installed
-	$(BIN)/fusion study
+	$(BIN)/fusion study --workers 2
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2

@@ -9,7 +9,7 @@ __all__ = ['GENERAL', 'METHODS', 'FLOWS', 'Cost', 'Rival', 'counting', 'vicrop_r
 # %% ../nbs/05_baselines.ipynb #c003
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import pandas as pd
 import torch
@@ -20,16 +20,19 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from .mllm import GREEDY, Answer, Grid, MLLM, Prompt, _pixels, _tiles, _until_end, in_batches
 from .hooks import EAGER, NAME, Tape, _as_float_mask, _hidden, _listening, _recording_attention, _recording_eager, _removing, capture, check_layers, edit
-from .masking import scoped
-from .contrast import view_side, window_box
+from .masking import Ladder, Row, facts, fitting, scoped
+from .contrast import Look, beside, look, view_side, window_box
 
 # %% ../nbs/05_baselines.ipynb #c005
 @dataclass
 class Cost:
     "What a method spent"
     forwards:int=0 # sequences that passed the decoder; one generated token is one more
-    rows:int=0 # rows of all these; FLOPs are about 2 × parameters × rows
-    backwards:int=0 # gradients taken, each about two forwards over the same rows
+    rows:int=0 # rows of all these
+    backwards:int=0 # gradients taken
+    back:int=0 # rows of their forwards; each costs about two forwards over them
+    def flops(self, mllm): "Of the decoder's layers: 2 per parameter and row, 4 more per row of a gradient"; return 2*sum(p.numel() for l in mllm.layers for p in l.parameters())*(self.rows + 2*self.back)
+    def __add__(self, other): return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 @dataclass
 class Rival:
@@ -47,9 +50,9 @@ def counting(
     mllm:MLLM, # the model
 ): # yields a `Cost` that grows
     "Count what passes the decoder"
-    cost = Cost()
-    def forward(layer, args, kw): h = _hidden(args, kw); cost.forwards += len(h); cost.rows += len(h)*h.shape[1]
-    def backward(head, grads): cost.backwards += 1
+    cost, last = Cost(), [0]
+    def forward(layer, args, kw): h = _hidden(args, kw); last[0] = len(h)*h.shape[1]; cost.forwards += len(h); cost.rows += last[0]
+    def backward(head, grads): cost.backwards += 1; cost.back += last[0]
     with _removing([mllm.layers[0].register_forward_pre_hook(forward, with_kwargs=True), mllm.head.register_full_backward_pre_hook(backward)]): yield cost
 
 # %% ../nbs/05_baselines.ipynb #c009
@@ -70,10 +73,13 @@ def _attention(mllm, p, layers, rows='last', ids=()):
     with capture(mllm, rows, layers=layers) as tape: mllm.model(**mllm.copies(p, 1, list(ids)), use_cache=False, logits_to_keep=1)
     return tape.attention[0].double().cpu().numpy()
 
-def _with_crop(mllm, p, grid, values, base, max_new_tokens):
+def _look(mllm, image, question): return image if isinstance(image, Look) else look(mllm, image, question)
+def _prompt(mllm, image, question): return image.prompt if isinstance(image, Look) else mllm.prompt(image, question)
+
+def _with_crop(mllm, first, grid, values, base, max_new_tokens):
     box = window_box(values, grid, base or view_side(mllm))
-    crop = p.images[0].crop(box)
-    return Rival(mllm.answer([p.images[0], crop], p.question, max_new_tokens), map=values, grid=grid, box=box, crop=crop)
+    crop = first.prompt.images[0].crop(box)
+    return Rival(beside(mllm, first.seen, crop, max_new_tokens)[0], map=values, grid=grid, box=box, crop=crop)
 
 def vicrop_rel(
     mllm:MLLM, # the model
@@ -85,9 +91,9 @@ def vicrop_rel(
     max_new_tokens:int=32, # of the answer
 )->Rival:
     "ViCrop by relative attention"
-    l, asked, plain = _at(mllm, layer, 14/32), mllm.prompt(image, question), mllm.prompt(image, general)
-    a, b = (p.grids[0].of(_attention(mllm, p, [l])[0, 0]) for p in (asked, plain))
-    return _with_crop(mllm, asked, asked.grids[0], _ratio(a, b), base, max_new_tokens)
+    l, first = _at(mllm, layer, 14/32), _look(mllm, image, question)
+    plain, grid = mllm.prompt(first.prompt.images, general), first.prompt.grids[0]
+    return _with_crop(mllm, first, grid, _ratio(grid.of(first.maps[l]), plain.grids[0].of(_attention(mllm, plain, [l])[0, 0])), base, max_new_tokens)
 
 # %% ../nbs/05_baselines.ipynb #c012
 _kept = {} # attention module → (its output, its values) while a gradient is wanted
@@ -131,9 +137,9 @@ def vicrop_grad(
     max_new_tokens:int=32, # of the answer
 )->Rival:
     "ViCrop by gradient-weighted attention"
-    p = mllm.prompt(image, question)
-    a, slope = _attention_slope(mllm, p, _at(mllm, layer, 14/32))
-    return _with_crop(mllm, p, p.grids[0], p.grids[0].of((a*slope.relu()).mean(0).double().cpu().numpy()), base, max_new_tokens)
+    first = _look(mllm, image, question)
+    (a, slope), grid = _attention_slope(mllm, first.prompt, _at(mllm, layer, 14/32)), first.prompt.grids[0]
+    return _with_crop(mllm, first, grid, grid.of((a*slope.relu()).mean(0).double().cpu().numpy()), base, max_new_tokens)
 
 # %% ../nbs/05_baselines.ipynb #c015
 def _apart(mllm, p):
@@ -188,16 +194,17 @@ def vicrop_pure(
     max_new_tokens:int=32, # of the answer
 )->Rival:
     "ViCrop by pixel gradients"
-    asked, plain = mllm.prompt(image, question), mllm.prompt(image, general)
+    first = _look(mllm, image, question)
+    asked, plain = first.prompt, mllm.prompt(first.prompt.images, general)
     grid, apart = asked.grids[0], _apart(mllm, asked)
     kept = _seen_as(mllm, asked, _detail(asked.images[0], view_side(mllm)), apart) > .5
     values = _ratio(*(_pixel_slope(mllm, p, apart) for p in (asked, plain)))*kept
-    return _with_crop(mllm, asked, grid, _on_grid(mllm, asked, grid, values), base, max_new_tokens)
+    return _with_crop(mllm, first, grid, _on_grid(mllm, asked, grid, values), base, max_new_tokens)
 
 # %% ../nbs/05_baselines.ipynb #c018
 def _steps(mllm, p, layers, max_new_tokens):
     "(steps, layers, cells) attention of every step of the greedy answer, on the picture"
-    ids = mllm.answer(p, max_new_tokens=max_new_tokens).ids
+    ids = mllm.generate(p, 1, max_new_tokens)[0].ids
     a = _attention(mllm, p, layers, range(p.length - 1, p.length - 1 + len(ids)), ids[:-1])
     return p.grids[0].of(a).swapaxes(0, 1)
 
@@ -221,7 +228,8 @@ def carve(
     "CARVE: mask, crop and enlarge what the question looks at more than a description does"
     if layers is None: first = round(20/32*mllm.n_layers); layers = range(first, max(first + 1, round(26/32*mllm.n_layers)))
     layers = [i for i in check_layers(mllm, layers) if not mllm.cross or i in mllm.cross] or [_at(mllm, None, 20/32)]
-    asked, plain = mllm.prompt(image, question), mllm.prompt(image, general)
+    first = _look(mllm, image, question)
+    asked, plain = first.prompt, mllm.prompt(first.prompt.images, general)
     pair = [_steps(mllm, p, layers, max_new_tokens) for p in (asked, plain)]
     n, grid, im = min(map(len, pair)), asked.grids[0], asked.images[0]
     values = (np.arange(1, n + 1)[:, None, None]*pair[0][:n]/(pair[1][:n] + lam)).sum((0, 1))
@@ -234,7 +242,7 @@ def carve(
     crop = Image.fromarray(np.asarray(im)*np.uint8(kept)[..., None]).crop(box)
     scale = min(max(w/crop.width, h/crop.height), 2*math.sqrt(w*h/(crop.width*crop.height)))
     crop = crop.resize([max(2, int(scale*v)) for v in crop.size], Image.Resampling.LANCZOS)
-    return Rival(mllm.answer([im, crop], question, max_new_tokens), map=values, grid=grid, box=box, crop=crop)
+    return Rival(beside(mllm, first.seen, crop, max_new_tokens)[0], map=values, grid=grid, box=box, crop=crop)
 
 # %% ../nbs/05_baselines.ipynb #c021
 @torch.inference_mode()
@@ -259,7 +267,7 @@ def cd(
     max_new_tokens:int=32, # of the answer
 )->Rival:
     "Contrastive decoding against the same model without the picture"
-    p = mllm.prompt(image, question)
+    p = _prompt(mllm, image, question)
     rows = torch.arange(p.length, device=p.visual.device)
     text = 0 if mllm.cross else int(rows[~torch.isin(rows, p.visual)].min())                        # its first row: some families let text in front of the picture read it
     def rule(scores): e, a = scores.log_softmax(-1).split(1); return _plausible(e - alpha*a, e, beta)
@@ -287,7 +295,7 @@ def vcd(
     max_new_tokens:int=32, # of the answer
 )->Rival:
     "Visual contrastive decoding: against the picture under noise"
-    p = mllm.prompt(image, question)
+    p = _prompt(mllm, image, question)
     noisy = replace(p, inputs={k: diffuse(v, step, seed) if k.startswith('pixel_values') else v for k, v in p.inputs.items()})
     def rule(scores): e, a = scores.split(1); return _plausible((1 + alpha)*e - alpha*a, e, beta)
     return Rival(_decode(mllm, mllm.copies(mllm.stack([p, noisy])), rule, max_new_tokens))
@@ -324,7 +332,7 @@ def dola(
     if isinstance(layers, str):
         if layers not in ('high', 'low'): raise ValueError(f"layers is 'high', 'low' or a list of decoder layers, not {layers!r}.")
         layers = [i for i in range(mllm.n_layers) if i % 2 == 0 and (i >= half) == (layers == 'high')]
-    layers, p = check_layers(mllm, layers), mllm.prompt(image, question)
+    layers, p = check_layers(mllm, layers), _prompt(mllm, image, question)
     with _early(mllm, layers) as said:
         def rule(scores):
             last, early = said['last'].log_softmax(-1), said['early'].log_softmax(-1)
@@ -332,13 +340,17 @@ def dola(
         return Rival(_decode(mllm, mllm.copies(p), rule, max_new_tokens))
 
 # %% ../nbs/05_baselines.ipynb #c027
-def _over_trust(mllm, p, tails, scale):
+def _over_trust(mllm, first, tails, scale):
     "(batch,) penalty of answers so far, (batch, n) token ids"
-    inputs, n = mllm.copies(p, len(tails), tails[0].tolist()), tails.shape[1]
-    inputs['input_ids'] = torch.cat([p.inputs['input_ids'].expand(len(tails), -1), tails], 1)
+    p, n, stem = first.prompt, tails.shape[1], first.seen.stem if facts(mllm, first.prompt).causal else None
+    ids = torch.cat([p.inputs['input_ids'].expand(len(tails), -1), tails], 1)
     tape = Tape([mllm.n_layers - 1], range(p.length, p.length + n), 'all')
-    tape._start(torch.ones_like(inputs['input_ids'], dtype=torch.bool))                             # all columns, not the visual ones only
-    with _listening(mllm, tape): mllm.model(**inputs, use_cache=False, logits_to_keep=1)
+    tape._start(torch.ones_like(ids, dtype=torch.bool))                                             # all columns, not the visual ones only
+    with _listening(mllm, tape):
+        if stem is None: mllm.model(**mllm.copies(p, len(tails), tails[0].tolist()) | dict(input_ids=ids), use_cache=False, logits_to_keep=1)
+        else:
+            tape._rows = tape._rows - (p.length - 1)                                                # behind the prompt but its last row, so that there is a mask
+            Ladder(mllm, [Row(0)], [stem.head(p.length - 1)], [p.visual]).pick([0]*len(tails)).forward(ids[:, p.length - 1:])
     a = tape.attention[:, 0].amax(1).double()                                                       # (batch, n, keys)
     a = a/a.sum(-1, keepdim=True)
     if n <= 10: return -a[:, -1, p.visual].sum(-1).float()
@@ -358,12 +370,14 @@ def opera(
     "Beam search with OPERA's over-trust penalty. Raises `ValueError` for longer answers, and where visual tokens are no rows of the decoder."
     if max_new_tokens > 25: raise ValueError(f'opera without rollback is exact up to 25 tokens, not {max_new_tokens}: ask for a shorter answer.')
     if mllm.cross: raise ValueError(f'{mllm.name} reads its picture through cross-attention: its last layer has no attention to visual tokens that opera could weigh.')
-    p, steps = mllm.prompt(image, question), iter(range(max_new_tokens))
+    first, steps = _look(mllm, image, question), iter(range(max_new_tokens))
+    p = first.prompt
     def punish(ids, scores):
         top, n = scores.topk(candidates), next(steps)
         alive = slice(None) if n else slice(1)                          # at first all beams are the prompt
         tried = [torch.cat([ids[:, ids.shape[1] - n:], top.indices[:, k:k + 1]], 1)[alive] for k in range(candidates)]
-        lost = torch.stack([_over_trust(mllm, p, tails, scale) for tails in tried], 1)
+        lost = in_batches(lambda tails: list(_over_trust(mllm, first, torch.stack(tails), scale)), list(torch.cat(tried)), fitting(mllm, p.length, n + 2))
+        lost = torch.stack(lost).reshape(candidates, -1).T
         return torch.full_like(scores, -torch.inf).scatter(1, top.indices, (top.values - weight*lost).log_softmax(-1))
     out = mllm.model.generate(**mllm.copies(p), **GREEDY, num_beams=beams, max_new_tokens=max_new_tokens, suppress_tokens=[mllm.image_token_id],
                               logits_processor=LogitsProcessorList([punish]), return_dict_in_generate=True, output_logits=True)
@@ -376,8 +390,8 @@ METHODS = {'vicrop-rel': vicrop_rel, 'vicrop-grad': vicrop_grad, 'vicrop-pure': 
 
 def answer(
     mllm:MLLM, # the model
-    image, # path or PIL image
-    question:str, # about it
+    image, # path, PIL image, or a `contrast.Look` at it, whose recorded pass is then not done again
+    question:str|None=None, # not needed with a `Look`
     method:str='vicrop-rel', # vicrop-rel, vicrop-grad, vicrop-pure, carve, cd, vcd, dola or opera
     **kw, # further arguments of that method
 )->Rival: # with its cost

@@ -134,7 +134,7 @@ def parser()->argparse.ArgumentParser:
         c = command(sub, name, f)
         c.add_argument('--quick', action='store_true', help='a few samples, everything under data/runs/quick')
         for what in ('models', 'benchmarks', 'analyses'): c.add_argument(f'--{what}', nargs='+', metavar=what[0].upper(), help='instead of those in the settings')
-        c.add_argument('--limit', type=_count, metavar='N', help='at most N samples per kind of question; figures go to data/runs/limit-N')
+        c.add_argument('--limit', type=_count, metavar='N', help='N samples per kind of question (of a benchmark: in all); figures go to data/runs/limit-N')
         c.add_argument('--settings', default='settings.ini', metavar='F')
         return c
     c = of_study('study', study)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOWS', 'REACH', 'FAMILIES', 'EVIDENCE', 'CHOSEN', 'FUSION', 'REVIEW', 'SMALL', 'LARGE', 'HEAT', 'SIGNED', 'masking',
-           'attention_maps', 'evidence', 'hellinger', 'noise', 'early_exit', 'known_answers', 'refine',
+           'attention_maps', 'evidence', 'hellinger', 'noise', 'early_exit', 'known_answers', 'refine', 'pareto',
            'refine_examples', 'ask', 'save']
 
 # %% ../nbs/10_plots.ipynb #c003
@@ -246,6 +246,28 @@ def refine(
         ax.xaxis.set_major_locator(MaxNLocator(4)); sns.despine(ax=ax)
     fig.supxlabel('accuracy (%), bar: 95 % interval of the paired difference to the base', fontsize=SMALL)
     fig.suptitle(_text(f'{_model(table)}answers refined', 28*len(panels) + 30), fontsize=LARGE)
+    return fig
+
+# %% ../nbs/10_plots.ipynb #r002
+def pareto(
+    table:pd.DataFrame, # refine rows of the store: sample, method, score, flops [, image]
+)->plt.Figure:
+    "Accuracy of every method against what it costs, relative to the plain answer"
+    rows = table[table.score.notna()]
+    cost = rows.groupby('method', sort=False).flops.mean()
+    cost, score = cost/cost['base'], {m: metrics.interval(g.score, g['image' if 'image' in g else 'sample']) for m, g in rows.groupby('method', sort=False)}
+    fig, axes = _figure(width=6.4, height=4.2); ax = axes[0, 0]
+    best, front = -np.inf, []
+    for m in cost.sort_values(kind='stable').index:
+        if score[m][0] > best: best = score[m][0]; front.append(m)
+    ax.plot([cost[m] for m in front], [100*score[m][0] for m in front], color='.6', lw=1.2, zorder=1)
+    for m in cost.index:
+        mean, low, high = (100*v for v in score[m])
+        colour = FAMILIES.get(m.split('-')[0], HOWS['swap'][0])
+        ax.errorbar(cost[m], mean, [[mean - low], [high - mean]], fmt='o', color=colour, mfc='white' if '-' in m else colour, ms=5, lw=1, zorder=2)
+        ax.annotate(m, (cost[m], mean), xytext=(4, 3), textcoords='offset points', fontsize=SMALL - 1)
+    ax.set(xscale='log', xlabel='FLOPs of the decoder, multiples of the plain answer', ylabel='accuracy (%), 95 % interval'); sns.despine(ax=ax)
+    _title(ax, rows, 'accuracy against cost')
     return fig
 
 # %% ../nbs/10_plots.ipynb #c028

@@ -313,10 +313,11 @@ def summary(self:Store,
 Store.tidy, Store.compact, Store.summary = tidy, compact, summary
 
 # %% ../nbs/08_results.ipynb #c023
+def _pictures(rows): return rows['image' if 'image' in rows else 'sample'] # what the intervals are clustered by
 def _mean(rows, value='score'):
     from fusion_notebooks import metrics
-    return dict(zip(('value', 'low', 'high'), metrics.interval(rows[value], rows['sample']))) | dict(n=rows['sample'].nunique())
-def _kinds(rows): return [('all', rows), *rows.groupby('kind', sort=False)]
+    return dict(zip(('value', 'low', 'high'), metrics.interval(rows[value], _pictures(rows)))) | dict(n=rows['sample'].nunique())
+def _kinds(rows): return [('all', rows), *rows[rows.kind != ''].groupby('kind', sort=False)]
 def _numbers(layers): return ' '.join(map(str, layers)) or 'none'
 
 def masking_findings(rows, c):
@@ -327,6 +328,8 @@ def masking_findings(rows, c):
 
 def attention_findings(rows, c):
     "Where the last prompt token looks"
+    rows = rows[rows.evidence.notna()]                             # questions whose evidence is known
+    if rows.empty: return []
     per = [dict(layers=str(l), chance=g.chance.mean()) | _mean(g, 'evidence') for l, g in rows.groupby('layer')]
     best = max(per, key=lambda r: r['value'])
     return [dict(finding='attention on the evidence above twice chance', kind='all', layers=_numbers(r['layers'] for r in per if r['low'] > 2*r['chance']), n=best['n']),
@@ -339,19 +342,21 @@ def early_exit_findings(rows, c):
     enough, last = per.index[per >= .9*per.iloc[-1]][0], per.index[-1]
     return [dict(finding=f, kind='all', layers=str(l)) | _mean(rows[rows.layer == l]) for f, l in (('first exit with 90 % of the last', enough), ('last exit', last))]
 
-COMPARE = [('mask', 'mask-late'), ('mask', 'mask-random'), ('crop', 'crop-late'), ('crop', 'crop-random'), ('crop', 'crop-centre')] # beside every method against base
+COMPARE = [('mask', m) for m in ('mask-late', 'mask-random', 'mask-highest')] + [('crop', m) for m in ('crop-random', 'crop-centre', 'crop-late', 'vicrop-rel', 'crop-oracle')] # beside every method against base
 
 def refine_findings(rows, c):
     "Accuracy of every method, paired differences with p-values (Holm within a kind), and how much of the evidence each crop holds"
     from fusion_notebooks import metrics
+    rows = rows[rows.score.notna()]                                # what a model cannot do is not there
     out = [dict(finding=m, kind=k) | _mean(g) for m, some in rows.groupby('method', sort=False) for k, g in _kinds(some)]
-    pairs = [(m, 'base') for m in rows.method.unique() if m != 'base'] + COMPARE
+    known = rows.method.unique()
+    pairs = [(m, 'base') for m in known if m != 'base'] + [(a, b) for a, b in COMPARE if {a, b} <= {*known}]
     for kind, g in _kinds(rows):
-        wide = g.pivot(index='sample', columns='method', values='score')
-        tests = [metrics.paired(wide[a], wide[b], wide.index) for a, b in pairs]
+        wide, image = g.pivot(index='sample', columns='method', values='score'), _pictures(g).groupby(g['sample']).first()
+        tests = [metrics.paired(wide[a], wide[b], image.reindex(wide.index)) for a, b in pairs]
         ps = metrics.holm([t[-1] for t in tests])
         out += [dict(finding=f'{a} − {b}', kind=kind, value=v, low=low, high=high, p=p, n=len(wide)) for (a, b), (v, low, high, _), p in zip(pairs, tests, ps)]
-    crops = rows[rows.method.str.startswith('crop')]
+    crops = rows[rows.hit.notna()]
     return out + [dict(finding=f'{m}: evidence inside', kind=k) | _mean(g, 'hit') for (m, k), g in crops.groupby(['method', 'kind'], sort=False)]
 
 FINDINGS = dict(masking=masking_findings, attention=attention_findings, early_exit=early_exit_findings, refine=refine_findings)

@@ -5,9 +5,9 @@ from PIL import Image
 from scipy import ndimage
 from fusion_notebooks import baselines
 from fusion_notebooks.baselines import FLOWS, GENERAL, METHODS, Rival, answer, counting, flow, question_rows
-from fusion_notebooks.contrast import view_side, window_box
+from fusion_notebooks.contrast import look, view_side, window_box
 from fusion_notebooks.hooks import early_exit, edit
-from fusion_notebooks.masking import scoped
+from fusion_notebooks.masking import facts, scoped
 from fusion_notebooks.mllm import Answer, Sample
 from conftest import noise_image
 from twins import family
@@ -19,6 +19,8 @@ N = 4                                                                           
 
 @pytest.fixture(params=NAMES)
 def any_mllm(request): return request.getfixturevalue('tiny') if request.param == 'tiny' else family(request.param)
+
+def close(a, b): return a.ids == b.ids and abs(a.logp - b.logp) < 1e-3*max(1, abs(b.logp))     # the second picture is put behind the keys and values of the first
 
 def picture(mllm): return noise_image(0, (96, 48) if mllm.name == 'llava_next' else (96, 96) if mllm.name != 'tiny' else (384, 384))
 
@@ -57,7 +59,7 @@ def test_relative_attention(any_mllm):
     grid = p.grids[0]
     want = np.divide(a, b, out=np.zeros_like(a), where=b > 1e-30)[grid.index]
     assert np.allclose(r.map, want, rtol=1e-4) and r.box == window_box(want, grid, view_side(mllm))
-    assert r.answer == mllm.answer([im, im.crop(r.box)], ASK, 3)
+    assert close(r.answer, mllm.answer([im, im.crop(r.box)], ASK, 3))
 
 def test_gradient_attention(any_mllm):
     mllm, im = any_mllm, picture(any_mllm)
@@ -153,7 +155,7 @@ def test_carve_by_hand(tiny):
         if scale**2*(box[2] - box[0])*(box[3] - box[1]) <= 4*384**2:
             crop = Image.fromarray(black).crop(r.box).resize((int((box[2] - box[0])*scale), int((box[3] - box[1])*scale)), Image.Resampling.LANCZOS)
             assert r.crop.size == crop.size and np.abs(np.asarray(crop, int) - np.asarray(r.crop, int)).mean() < 1
-    assert r.answer == tiny.answer([im, r.crop], ASK, 4)
+    assert close(r.answer, tiny.answer([im, r.crop], ASK, 4))
 
 def test_contrastive_decoding_by_hand(any_mllm):
     mllm, im = any_mllm, picture(any_mllm)
@@ -228,7 +230,10 @@ def test_over_trust_by_hand(any_mllm, n):
     mllm, p = any_mllm, any_mllm.prompt(picture(any_mllm), ASK)
     tails = torch.from_numpy(np.random.default_rng(n).integers(10, 30, (3, n)))
     want = [over_trust(mllm, p, t.tolist()) for t in tails]
-    assert np.allclose(baselines._over_trust(mllm, p, tails, 50.), want, rtol=1e-3) and np.ptp(want)
+    first = look(mllm, p.images[0], ASK)
+    shared = baselines._over_trust(mllm, first, tails, 50.)
+    first.seen.stem = None                                                       # and every trial by itself
+    assert np.allclose(shared, want, rtol=1e-3) and np.allclose(baselines._over_trust(mllm, first, tails, 50.), want, rtol=1e-3) and np.ptp(want)
 
 @pytest.mark.parametrize('weight', [0., 1., 30.])
 def test_opera_by_hand(any_mllm, weight):
@@ -264,7 +269,9 @@ def test_one_plausible_token_is_the_plain_answer(tiny):
 
 def test_costs_are_counted(tiny):
     im, n = noise_image(0), 3
-    S, G = tiny.prompt(im, ASK).length, tiny.prompt(im, GENERAL).length
+    p, G = tiny.prompt(im, ASK), tiny.prompt(im, GENERAL).length
+    S, cut = p.length, int(p.visual.max()) + 1
+    facts(tiny, p)                                                               # probed once per model
     for method in METHODS:
         kw = dict(beams=2, candidates=2) if method == 'opera' else {}
         calls = []
@@ -273,13 +280,25 @@ def test_costs_are_counted(tiny):
         finally: handle.remove()
         assert (r.cost.forwards, r.cost.rows) == (sum(b for b, _ in calls), sum(b*k for b, k in calls)), method
         T = len(r.answer.ids)
-        two = tiny.prompt([im, r.crop], ASK).length if r.crop else 0
+        two = tiny.prompt([im, r.crop], ASK).length - cut + T - 1 if r.crop else 0   # rows behind the first picture, and the answer's
         if method in ('cd', 'vcd'): assert (r.cost.forwards, r.cost.rows) == (2*T, 2*(S + T - 1))
         if method == 'dola': assert (r.cost.forwards, r.cost.rows) == (T, S + T - 1)
-        if method == 'vicrop-rel': assert (r.cost.forwards, r.cost.rows) == (2 + T, S + G + two + T - 1)
-        if method == 'vicrop-grad': assert (r.cost.forwards, r.cost.rows, r.cost.backwards) == (1 + T, S + two + T - 1, 1)
-        if method == 'vicrop-pure': assert (r.cost.forwards, r.cost.rows, r.cost.backwards) == (2 + T, S + G + two + T - 1, 2)
-        if method == 'opera': assert r.cost.forwards == 2*n + 2*(1 + 2*(n - 1))   # beams decode, candidates are tried; no answer ends before n here
+        if method == 'vicrop-rel': assert (r.cost.forwards, r.cost.rows) == (2 + T, S + G + two)
+        if method == 'vicrop-grad': assert (r.cost.forwards, r.cost.rows, r.cost.backwards) == (2 + T, 2*S + two, 1)
+        if method == 'vicrop-pure': assert (r.cost.forwards, r.cost.rows, r.cost.backwards) == (3 + T, 2*S + G + two, 2)
+        assert r.cost.back == dict([('vicrop-grad', S), ('vicrop-pure', S + G)]).get(method, 0)
+        if method == 'opera': assert r.cost.forwards == 1 + 2*n + 2*(1 + 2*(n - 1))   # beams decode, candidates are tried; no answer ends before n here
+
+def test_every_method_starts_from_a_look(tiny):
+    im = noise_image(1)
+    first = look(tiny, im, ASK)
+    for method in METHODS:
+        kw = dict(beams=2, candidates=2) if method == 'opera' else {}
+        a, b = answer(tiny, im, ASK, method, max_new_tokens=2, **kw), answer(tiny, first, method=method, max_new_tokens=2, **kw)
+        saved = a.cost.forwards - b.cost.forwards
+        assert a.answer == b.answer and a.box == b.box and saved == (method.startswith('vicrop') or method in ('carve', 'opera'))
+    N = sum(v.numel() for k, v in tiny.model.named_parameters() if '.language_model.layers.' in k)
+    assert baselines.Cost(1, 10, 1, 3).flops(tiny) == 2*N*(10 + 2*3) and baselines.Cost(1, 10) + baselines.Cost(2, 5, 1, 3) == baselines.Cost(3, 15, 1, 3)
 
 def test_flow_by_hand(any_mllm):
     mllm, im = any_mllm, picture(any_mllm)

@@ -24,10 +24,10 @@ figures = runs/quick/figures
 
 @pytest.fixture(scope='session')
 def model_folder(tmp_path_factory):
-    "A saved model of four layers in which every token ends the answer"
+    "A saved model of four layers in which every token but one ends the answer (a beam search wants one that does not)"
     from fusion_notebooks import demo
     model, processor = demo.make_model(layers=4)
-    model.generation_config.eos_token_id = list(range(model.config.text_config.vocab_size))
+    model.generation_config.eos_token_id = list(range(1, model.config.text_config.vocab_size))
     folder = tmp_path_factory.mktemp('models')/'tiny'
     model.save_pretrained(folder); processor.save_pretrained(folder)
     return folder
@@ -168,6 +168,82 @@ def test_findings_come_with_interval_and_n(shared, model_folder):
     assert set(found.analysis) == set(study.FINDINGS) <= set(study.ANALYSES) and numbers[['low', 'high', 'n']].notna().all(axis=None)
     assert ((numbers.low <= numbers.value) & (numbers.value <= numbers.high)).all()
     assert found.finding.eq('crop − crop-late').any() and len(study.say(found).splitlines()) < 40
+
+def test_refine_rows_are_enough_for_every_figure(shared, model_folder):
+    "Method by method as asked for alone, with its cost"
+    from fusion_notebooks import baselines, contrast
+    from fusion_notebooks.masking import facts
+    rows = study.require('refine', str(model_folder), settings=shared)
+    mllm, asked = study.load(str(model_folder)), {x.id: x for x in study.questions(str(model_folder), shared)}
+    assert {*study.RIVALS} == {*baselines.METHODS} <= {*study.METHODS} and (rows.why == '').all() and rows[['score', 'lenient', 'forwards', 'flops', 'seconds']].notna().all(axis=None)
+    i = rows['sample'].iloc[0]
+    mine, s = rows[rows['sample'] == i].set_index('method'), asked[i]
+    assert set(mine.before) == {mine.prediction['base']} and json.loads(mine.answers['base']) == [*s.answers]
+    assert mine[mine.box.notna()].index.tolist() == [m for m in study.METHODS if m.startswith(('crop', 'vicrop', 'carve'))] and mine.hit.notna().equals(mine.box.notna())
+    facts(mllm, mllm.prompt(s.image, s.question))
+    for m in ('base', 'crop', 'vicrop-rel', 'carve', 'dola'):
+        with baselines.counting(mllm) as cost:
+            if m == 'base': a = mllm.answer(s.image, s.question)
+            elif m == 'crop': a = contrast.refine(mllm, s.image, s.question, candidates=study.units(study.Job('refine', str(model_folder), 'glyph', 'evaluation'), shared)[0]['candidates']).answer
+            else: a = baselines.answer(mllm, s.image, s.question, m).answer
+        assert (mine.prediction[m], mine.forwards[m], mine.rows[m], mine.flops[m]) == (a.text, cost.forwards, cost.rows, cost.flops(mllm)), m
+        assert abs(mine.logp[m] - a.logp) < 1e-4
+
+def test_what_a_model_cannot_do_is_said(shared, model_folder, monkeypatch):
+    from fusion_notebooks import baselines, results
+    def refuses(*a, **kw): raise ValueError('no such thing here')
+    monkeypatch.setitem(baselines.METHODS, 'opera', refuses)
+    rows = study.refine_rows(study.load(str(model_folder)), study.questions(str(model_folder), shared)[:2], 'gqa', ['base', 'dola', 'opera'], None, None)
+    odd = rows[rows.method == 'opera']
+    assert (odd.why == 'no such thing here').all() and odd.score.isna().all() and rows[rows.method != 'opera'].score.notna().all()
+    found = pd.DataFrame(results.refine_findings(rows.assign(kind='fine', group=rows['sample']), None))
+    assert not found.finding.str.contains('opera').any() and found.finding.eq('dola − base').any()
+
+FIXTURES = ROOT/'tests/fixtures/vqa'
+
+@pytest.fixture
+def official(ini):
+    "The same settings, with official files at hand"
+    ini.write_text(ini.read_text().replace('[limits]', f'annotations = {FIXTURES}\n[limits]'))
+    return study.read_settings(ini)
+
+def test_rotations_count_together(official, model_folder, monkeypatch):
+    "The model always says A; the rows are those of first rotations, with the score of all"
+    from fusion_notebooks import metrics, vqa
+    mllm, s = study.load(str(model_folder)), study.replace(official, evaluation=3)
+    monkeypatch.setattr(type(mllm), 'decode', lambda self, ids: 'A')
+    rows = study.require('early_exit', str(model_folder), 'mmbench', settings=s)
+    asked = vqa.load('mmbench', 'evaluation', 3, 'random', 0, FIXTURES, family='llava')
+    want = metrics.circular(metrics.score('mmbench', ['A']*len(asked), [a.answers for a in asked]), [a.group for a in asked])
+    got = rows[rows.layer == 3].set_index('group').score
+    assert len(asked) > 3 == len(want) and got.reindex(want.index).tolist() == want.tolist() and rows['sample'].str.endswith('.0').all() and len(rows) == 3*4
+
+def test_several_benchmarks_in_one_run(official, model_folder):
+    "Each with its official metric and figures of its own; without evidence boxes no figure on evidence, said in words"
+    s = study.replace(study.choose(official.file, benchmarks=['glyph', 'pope'], analyses=['attention']), models=(str(model_folder),))
+    report = study.run(s)
+    assert report.code == 0 and report.done == [('tiny', 'attention'), ('tiny/pope', 'attention')]
+    assert (s.figures/'tiny/attention-evidence.png').exists() and (s.figures/'tiny/pope/attention-hellinger.png').exists() and not (s.figures/'tiny/pope/attention-evidence.png').exists()
+    assert 'come without evidence boxes' in (s.runs/'tiny/pope/attention.ipynb').read_text() and 'come without evidence boxes' not in json.dumps([c['outputs'] for c in json.loads((s.runs/'tiny/attention.ipynb').read_text())['cells'] if c['cell_type'] == 'code'])
+    rows = study.require('attention', str(model_folder), 'pope', settings=s)
+    assert set(rows.metric) == {'pope'} and rows.evidence.isna().all() and rows.noise.isna().all() and rows.image.str.startswith('COCO').all()
+    assert {j.benchmark for j in study.jobs(s)} == {'glyph', 'pope'} and study.place(rows, s) == s.figures/'tiny/pope'
+
+def test_the_real_checkpoints_layout(official, tmp_path, capsys):
+    "fusion study --models llava-hf/llava-1.5-7b-hf --benchmarks textvqa --limit 1000, on a tiny folder with that checkpoint's files; every token ends the answer, or it would take long"
+    from fusion_notebooks.cli import main
+    from twins import checkpoint
+    folder = tmp_path/'models/llava-1.5-7b-hf'
+    checkpoint(folder)
+    end = json.loads((folder/'generation_config.json').read_text()) | dict(eos_token_id=list(range(1, 32064)))
+    (folder/'generation_config.json').write_text(json.dumps(end))
+    assert main(['study', '--settings', str(official.file), '--models', str(folder), '--benchmarks', 'textvqa', '--limit', '2']) == 0
+    s = study.choose(official.file, models=[str(folder)], benchmarks=['textvqa'], limit=2)
+    rows, masking = study.require('refine', str(folder), settings=s, compute=False), study.require('masking', str(folder), settings=s, compute=False)
+    assert set(rows.metric) == {'vqa-evalai'} and rows['sample'].nunique() == 2 and set(rows.method) == {*study.METHODS} - {'crop-oracle'} and (rows.why == '').all() and rows.hit.isna().all()
+    assert set(masking.how) == {'none', *study.HOWS} and not set(rows.image) & set(study.require('masking', str(folder), 'textvqa', 'calibration', settings=s).image)
+    figures = s.figures/'llava-1.5-7b-hf/textvqa'
+    assert all((figures/f'{name}.png').exists() for name in ('masking', 'attention-hellinger', 'early_exit', 'refine', 'refine-pareto')) and 'on textvqa' in capsys.readouterr().out
 
 # run
 

@@ -102,3 +102,44 @@ def family(name, dtype=torch.float32):
     model.generation_config.update(bos_token_id=0, eos_token_id=1, pad_token_id=2)
     return MLLM(randomise(model).to(dtype), processor, name)
 
+
+def checkpoint(folder, layers=4):
+    "A tiny random model in the file layout of llava-hf/llava-1.5-7b-hf: its config's keys, its names of weights, float16 shards with an index, its processor and tokenizer files"
+    import json
+    from safetensors.torch import save_file
+    folder.mkdir(parents=True)
+    write = lambda name, **kw: (folder/name).write_text(json.dumps(kw, indent=2))
+    write('config.json', architectures=['LlavaForConditionalGeneration'], ignore_index=-100, image_seq_length=576, image_token_index=32000, model_type='llava', pad_token_id=32001, projector_hidden_act='gelu', tie_word_embeddings=False,
+          text_config=dict(_name_or_path='lmsys/vicuna-7b-v1.5', architectures=['LlamaForCausalLM'], max_position_embeddings=4096, model_type='llama', rms_norm_eps=1e-5, torch_dtype='float16', vocab_size=32064,
+                           hidden_size=48, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4),
+          torch_dtype='float16', transformers_version='4.36.0.dev0', vision_feature_layer=-2, vision_feature_select_strategy='default',
+          vision_config=dict(hidden_size=32, image_size=336, intermediate_size=48, model_type='clip_vision_model', num_attention_heads=2, num_hidden_layers=3, patch_size=14, projection_dim=32, vocab_size=32000))
+    write('generation_config.json', _from_model_config=True, bos_token_id=1, eos_token_id=2, pad_token_id=32001, transformers_version='4.36.0.dev0')
+    write('preprocessor_config.json', crop_size=dict(height=336, width=336), do_center_crop=True, do_convert_rgb=True, do_normalize=True, do_rescale=True, do_resize=True, image_mean=[.48145466, .4578275, .40821073],
+          image_processor_type='CLIPImageProcessor', image_std=[.26862954, .26130258, .27577711], processor_class='LlavaProcessor', resample=3, rescale_factor=1/255, size=dict(shortest_edge=336))
+    write('processor_config.json', image_token='<image>', num_additional_image_tokens=1, patch_size=14, processor_class='LlavaProcessor', vision_feature_select_strategy='default')
+    write('chat_template.json', chat_template="{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}"
+          "{% endfor %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+    words = ['<unk>', '<s>', '</s>'] + [f'<0x{k:02X}>' for k in range(256)] + ['▁'] + [chr(k) for k in range(33, 127)]
+    words += [f'piece{k}' for k in range(32000 - len(words))]
+    special = lambda k, text: dict(id=k, content=text, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    write('tokenizer.json', version='1.0', truncation=None, padding=None, added_tokens=[special(k, t) for k, t in ((0, '<unk>'), (1, '<s>'), (2, '</s>'), (32000, '<image>'), (32001, '<pad>'))],
+          normalizer=dict(type='Sequence', normalizers=[dict(type='Prepend', prepend='▁'), dict(type='Replace', pattern=dict(String=' '), content='▁')]), pre_tokenizer=None,
+          post_processor=dict(type='TemplateProcessing', single=[dict(SpecialToken=dict(id='<s>', type_id=0)), dict(Sequence=dict(id='A', type_id=0))],
+                              pair=[dict(Sequence=dict(id='A', type_id=0)), dict(Sequence=dict(id='B', type_id=0))], special_tokens={'<s>': dict(id='<s>', ids=[1], tokens=['<s>'])}),
+          decoder=dict(type='Sequence', decoders=[dict(type='Replace', pattern=dict(String='▁'), content=' '), dict(type='ByteFallback'), dict(type='Fuse'), dict(type='Strip', content=' ', start=1, stop=0)]),
+          model=dict(type='BPE', dropout=None, unk_token='<unk>', continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=True, byte_fallback=True, vocab={w: k for k, w in enumerate(words)}, merges=[]))
+    write('tokenizer_config.json', add_bos_token=True, add_eos_token=False, bos_token='<s>', clean_up_tokenization_spaces=False, eos_token='</s>', legacy=False, model_max_length=1000000000000000019884624838656, pad_token='<pad>',
+          padding_side='left', processor_class='LlavaProcessor', tokenizer_class='LlamaTokenizer', unk_token='<unk>', use_default_system_prompt=False)
+    write('special_tokens_map.json', bos_token='<s>', eos_token='</s>', pad_token='<pad>', unk_token='<unk>')
+    model = randomise(T.LlavaForConditionalGeneration(T.AutoConfig.from_pretrained(folder)))
+    old = {'model.language_model.': 'language_model.model.', 'lm_head.': 'language_model.lm_head.', 'model.vision_tower.': 'vision_tower.', 'model.multi_modal_projector.': 'multi_modal_projector.'}
+    weights = {next(new + k[len(start):] for start, new in old.items() if k.startswith(start)): v.half().contiguous() for k, v in model.state_dict().items()}
+    names, index = sorted(weights), {}
+    for n in range(3):
+        shard = f'model-0000{n + 1}-of-00003.safetensors'
+        some = names[n*len(names)//3:(n + 1)*len(names)//3]
+        save_file({k: weights[k] for k in some}, folder/shard, metadata=dict(format='pt'))
+        index |= dict.fromkeys(some, shard)
+    write('model.safetensors.index.json', metadata=dict(total_size=sum(v.nbytes for v in weights.values())), weight_map=index)
+    return model
