@@ -41,7 +41,19 @@ def status(a)->int:
 def figures(a)->int:
     "Draw the figures again, from the rows that are there"
     from fusion_notebooks.study import run
+    if a.card: return _cards(_chosen(a))
     return run(_chosen(a), rows=False).code
+
+def _cards(s):
+    "One page per model: HTML, PDF and PNG"
+    from fusion_notebooks import plots, study
+    for model in s.models:
+        cards = {b: study.card(model, b, s) for b in s.benchmarks}
+        folder = s.figures/study.find_model(model, s)[1]
+        for b, c in cards.items(): plots.save(plots.card(**c), folder, 'card' + f'-{b}'*(len(cards) > 1), c['stamp'])
+        (folder/'card.html').write_text(plots.card_page(list(cards.values())))
+        print(os.path.relpath(folder/'card.html'))
+    return 0
 
 def verify(a)->int:
     "Compute a random share of the rows again and compare"
@@ -143,7 +155,7 @@ def parser()->argparse.ArgumentParser:
     c.add_argument('--rows', action='store_true', help='rows only, no notebooks: for each task of a job array')
     c.add_argument('--dry-run', action='store_true', help='only say what there is to do')
     of_study('status', status).add_argument('--json', action='store_true')
-    of_study('figures', figures)
+    of_study('figures', figures).add_argument('--card', action='store_true', help='one page per model instead: where it fuses, whether it reviews, what refinement gains or costs')
     c = of_study('verify', verify)
     c.add_argument('--share', type=float, default=.01, help='of the samples (default: 0.01)')
     c.add_argument('--seed', type=int, help='which samples; default: others every time')

@@ -7,7 +7,7 @@ __all__ = ['PACKAGE', 'BENCHMARKS', 'FOLDERS', 'KEYS', 'Job', 'HOWS', 'SOFT', 'R
            'ANALYSES', 'STOP', 'ONE', 'Settings', 'find_settings', 'read_settings', 'notebooks', 'draw', 'questions',
            'listing', 'code_of', 'find_model', 'revision', 'load', 'masking_rows', 'known_answers_rows',
            'attention_rows', 'early_exit_rows', 'refine_rows', 'jobs', 'units', 'compute', 'gently', 'teller', 'fill',
-           'failure', 'require', 'Calibration', 'calibrate', 'findings', 'place', 'stamp', 'work', 'on_workers',
+           'failure', 'require', 'Calibration', 'calibrate', 'findings', 'place', 'stamp', 'card', 'work', 'on_workers',
            'on_cluster', 'parameters', 'execute', 'Report', 'choose', 'run', 'status', 'verify']
 
 # %% ../nbs/11_study.ipynb #c003
@@ -571,6 +571,18 @@ def stamp(
     "What produced the rows: goes into the figure's files"
     known = ('model', 'revision', 'dataset', 'split', 'seed', 'package', 'transformers', 'torch', 'code', 'settings', 'dtype', 'attention', 'pixels', 'device', 'commit')
     return {c: ', '.join(map(str, rows[c].unique())) for c in known if c in rows} | dict(n=int(rows['sample'].nunique()))
+
+# %% ../nbs/11_study.ipynb #card1
+def card(
+    model:str, # demo name, local folder or Hub id
+    benchmark:str='glyph', # one of `BENCHMARKS`
+    settings='settings.ini', # path or `Settings`
+)->dict: # rows, found, stamp: what `plots.card` takes
+    "What a model's fusion card says, from rows that are there. Raises `ValueError` where there are none."
+    s = settings if isinstance(settings, Settings) else read_settings(settings)
+    rows = {a: r for a in FINDINGS if a in ANALYSES and len(r := require(a, model, benchmark, settings=s, compute=False))}
+    if not rows: raise ValueError(f'No rows of {model} on {benchmark} in {s.results}: run fusion study --models {model} --benchmarks {benchmark} first.')
+    return dict(rows=rows, found=findings(model, list(rows), benchmark, s), stamp=stamp(next(iter(rows.values()))))
 
 # %% ../nbs/11_study.ipynb #c035
 def _failed_before(s): return {f['id'] for f in Store(s.results).failures().values()}

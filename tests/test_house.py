@@ -87,3 +87,17 @@ def test_settings_hold_the_study():
     ini = configparser.ConfigParser(default_section='', interpolation=None)
     ini.read(ROOT/'settings.ini')
     assert set(ini.sections()) == {'DEFAULT', 'study', 'limits', 'quick'}
+
+def test_workflows_run_what_the_readme_says():
+    "The systems and versions that are promised, with commands that the Makefile has"
+    import yaml
+    makefile, readme = (ROOT/'Makefile').read_text(), (ROOT/'README.md').read_text()
+    ci, docs = (yaml.safe_load((ROOT/f'.github/workflows/{name}.yml').read_text()) for name in ('ci', 'docs'))
+    assert ci['jobs']['test']['strategy']['matrix'] == dict(os=['ubuntu-latest', 'macos-latest'], python=['3.11', '3.12', '3.13'])
+    runs = {name: [s['run'] for job in w['jobs'].values() for s in job['steps'] if 'run' in s] for name, w in dict(ci=ci, docs=docs).items()}
+    assert any(r.startswith('make test ') for r in runs['ci']) and 'make test ' in readme and any(r.startswith('make docs ') for r in runs['docs'])
+    for target in {t for r in sum(runs.values(), []) for t in re.findall(r'make ([\w./-]+)', r)}: assert re.search(rf'^{re.escape(target)}:', makefile, re.M), target
+    publish = docs['jobs']['publish']
+    assert publish['needs'] == 'build' and 'refs/heads/main' in publish['if'] and docs['permissions'] == ci['permissions'] == dict(contents='read')
+    text = (ROOT/'CHANGELOG.md').read_text()
+    assert f'## {fusion_notebooks.__version__}' in text and (ROOT/'.binder/postBuild').stat().st_mode & 0o100

@@ -106,3 +106,66 @@ def test_save_leaves_equal_pixels_alone(tmp_path):
     assert state() == first                                                          # half a file is written again
     plots.save(draw(masked(hows=('zero',))), tmp_path, 'masking', stamp | dict(commit='c'), table)
     assert all(state()[f'masking.{e}'] != first[f'masking.{e}'] for e in ('png', 'pdf', 'json'))
+
+# the card
+
+NAMES = ['analysis', 'finding', 'kind', 'value', 'low', 'high', 'p', 'layers', 'n']
+
+def findings(rows):
+    nan = np.nan
+    return pd.DataFrame([('masking', 'fusion layers', 'zero', nan, nan, nan, nan, '1 3', 20), ('masking', 'fusion layers', 'knockout', nan, nan, nan, nan, 'none', 20),
+                         ('masking', 'review layer', 'zero', nan, nan, nan, nan, '5', 20), ('masking', 'review layer', 'knockout', nan, nan, nan, nan, 'none', 20),
+                         ('attention', 'most attention on the evidence', 'all', .5, .4, .6, nan, '2', 9), ('attention', 'chance', 'all', .25, nan, nan, nan, nan, 9),
+                         ('attention', 'attention on the evidence above twice chance', 'all', nan, nan, nan, nan, 'none', 9), ('attention', 'bright tokens without evidence', 'all', .01, 0, .02, nan, nan, 9),
+                         ('early_exit', 'first exit with 90 % of the last', 'all', .7, .6, .8, nan, '4', 9), ('early_exit', 'last exit', 'all', .8, .7, .9, nan, '5', 9),
+                         ('refine', 'mask − base', 'all', -.05, -.09, -.01, .01, nan, 9), ('refine', 'crop − base', 'all', .02, -.01, .05, .3, nan, 9), ('refine', 'crop-late − base', 'all', .1, .05, .15, .001, nan, 9),
+                         ('refine', 'crop − base', 'fine', .2, .1, .3, .001, nan, 9)], columns=NAMES)[lambda t: t.analysis.isin(rows)]
+
+@pytest.fixture
+def carded():
+    attention = pd.DataFrame([dict(model='m', sample=s, layer=i, evidence=rng.random(), chance=.25, hellinger=rng.random(), noise=0.) for s in range(9) for i in range(6)])
+    rows = dict(masking=masked(), attention=attention, early_exit=attention, refine=attention)
+    return dict(rows=rows, found=findings(rows), stamp=dict(model='m', dataset='glyph', split='evaluation', n=9))
+
+def test_the_card_says_what_was_found(carded):
+    said = dict(plots.statements(carded['found']))
+    assert said['Where do vision and language meet?'] == 'Layers 1, 3 (zero), none under knockout; n = 20 calibration questions.'
+    assert said['Does it review the image late?'].startswith('Layer 5 (zero), none under knockout')
+    assert '50.0 % [40.0, 60.0]' in said['How much does it look at the evidence?'] and 'chance is 25.0 %' in said['How much does it look at the evidence?'] and 'n = 9 questions' in said['How much does it look at the evidence?']
+    gains = said['What does refinement gain or cost?']
+    assert 'mask -5.0 points [-9.0, -1.0], a cost (p = 0.01)' in gains and 'crop +2.0 points [-1.0, +5.0], no difference found (p = 0.3)' in gains and '20.0' not in gains
+    found = carded['found']
+    assert 'cannot be said' in dict(plots.statements(found.assign(value=found.value.where(found.analysis != 'attention'))))['How much does it look at the evidence?']
+    nothing = found.assign(layers=found.layers.where(found.analysis != 'masking', 'none'))
+    assert dict(plots.statements(nothing))['Does it review the image late?'] == 'None found under any semantic; n = 20 calibration questions.'
+    assert all('Not computed yet' in a for _, a in plots.statements(found[:0]))
+
+def test_the_card_draws_the_rows(carded):
+    fig = plots.card(**carded)
+    panels = {a.get_title().split(' (')[0]: a for a in fig.findobj(plt.Axes)}
+    assert len(panels) == 4 and inside(fig) and all(' (n = ' in a.get_title() for a in panels.values())
+    looks, taken, gains = panels['attention inside the evidence box'], panels['the image taken away'], panels['refined answers against the base']
+    assert np.allclose(looks.lines[0].get_ydata(), carded['rows']['attention'].groupby('layer').evidence.mean()) and looks.lines[1].get_ydata()[0] == .25
+    assert {l.get_label() for l in taken.lines} >= {'zero (from the layer on)', 'knockout (at the layer)', 'unmasked'}
+    assert [t.get_text() for t in gains.get_yticklabels()] == ['mask', 'crop', 'crop-late'] and np.allclose(gains.lines[0].get_xdata(), [-9, -1])
+    tiles = [r.get_xy() for r in panels['found: F fusion, R review'].patches]
+    assert tiles == [(.5, -.5), (2.5, -.5), (4.5, -.5)]                              # fusion layers 1 and 3, review layer 5, all of the first line
+    boxless = carded['rows'] | dict(attention=carded['rows']['attention'].assign(evidence=np.nan))
+    assert "distance to the last layer's map (n = 9)" in texts(plots.card(**carded | dict(rows=boxless), words=False))
+    some = dict(masking=carded['rows']['masking'])
+    fig = plots.card(some, findings(some), carded['stamp'])
+    assert inside(fig) and 'refine: not computed' in texts(fig) and 'attention: not computed' in texts(fig)
+
+def test_the_card_is_one_file_of_text(carded):
+    "Whatever a model, a dataset or a kind is called: nothing of it is HTML or mathematics, nothing is loaded"
+    from html.parser import HTMLParser
+    bad = '<script>alert(1)</script> $\\frac{1$ "\' & <img src=http://x.example/a.png>'
+    class Tags(HTMLParser):
+        def __init__(self, text): super().__init__(); self.tags, self.loads = set(), []; self.feed(text)
+        def handle_starttag(self, tag, attrs): self.tags.add(tag); self.loads += [v for k, v in attrs if k in ('src', 'href')]
+    hostile = carded | dict(stamp=dict.fromkeys(carded['stamp'], bad) | dict(n=9), found=carded['found'].assign(kind=lambda t: t.kind.replace('fine', bad)))
+    page = plots.card_page([hostile, carded])
+    got = Tags(page)
+    assert 'script' not in got.tags and len(got.loads) == 2 and all(l.startswith('data:image/svg+xml;base64,') for l in got.loads)
+    assert "default-src 'none'" in page and '&lt;script&gt;' in page and page == plots.card_page([hostile, carded])
+    assert inside(plots.card(**carded | dict(stamp=hostile['stamp'])))

@@ -1,5 +1,5 @@
 "The study on a tiny untrained model: what is there is never computed again, what breaks is said and stops nothing else"
-import json, shutil
+import json, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from fusion_notebooks import study
@@ -349,3 +349,15 @@ def test_verify_and_status(shared, model_folder):
 
 def test_nothing_but_bad_input_is_exit_code_two(ini):
     assert study.run(ini, models=['nosuch']).code == 2
+
+def test_a_card_needs_rows_and_no_torch(shared, model_folder):
+    from fusion_notebooks import plots
+    for analysis, split in (('masking', 'calibration'), ('masking', 'evaluation'), ('attention', 'evaluation')): study.require(analysis, str(model_folder), split=split, settings=shared)
+    code = f"import sys; from fusion_notebooks.cli import main; sys.exit(main(['figures', '--card', '--settings', {str(shared.file)!r}]) or 10*('torch' in sys.modules))"
+    subprocess.run([sys.executable, '-c', code], check=True, cwd=shared.root)
+    folder = shared.figures/'tiny'
+    assert {'card.html', 'card.pdf', 'card.png', 'card.json'} <= {f.name for f in folder.iterdir()} and (folder/'card.pdf').read_bytes().startswith(b'%PDF')
+    page, c = (folder/'card.html').read_text(), study.card(str(model_folder), settings=shared)
+    assert page == plots.card_page([c]) and set(c['rows']) == {'masking', 'attention'} and 'Not computed yet' in page and json.loads((folder/'card.json').read_text())['model'] == 'tiny'
+    from dataclasses import replace
+    with pytest.raises(ValueError, match='No rows of .* on glyph'): study.card(str(model_folder), settings=replace(shared, results=shared.root/'none'))
