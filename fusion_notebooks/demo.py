@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'DIGITS', 'LETTERS', 'PLACES', 'DIRECTIONS', 'PICTURE', 'VIEW', 'PATCH', 'FIRST_SEED',
-           'TEMPLATES', 'KINDS', 'LESSONS', 'CHAT', 'SUFFIX', 'STAGES', 'MODELS', 'Thing', 'layout', 'picture',
-           'Question', 'ask', 'square', 'make_tokenizer', 'make_model', 'pack', 'packed_loss', 'random_crop',
-           'make_pool', 'fit', 'Recipe', 'reads_at', 'Trainer', 'stream', 'samples', 'best_blind', 'evaluate',
-           'reading_depth', 'save_model', 'decoy_states', 'write_card', 'train']
+           'TEMPLATES', 'KINDS', 'LESSONS', 'CHAT', 'AROUND', 'SUFFIX', 'STAGES', 'MODELS', 'STORY', 'Thing', 'layout',
+           'picture', 'Question', 'ask', 'square', 'make_tokenizer', 'make_model', 'make_qwen', 'pack', 'packed_loss',
+           'random_crop', 'make_pool', 'fit', 'Recipe', 'reads_at', 'Trainer', 'stream', 'samples', 'best_blind',
+           'evaluate', 'reading_depth', 'save_model', 'decoy_states', 'write_card', 'train']
 
 # %% ../nbs/09_demo.ipynb #c003
 import json, math, os, time
@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
-from .mllm import Gate, MLLM, Sample
+from .mllm import Gate, MLLM, PlainProcessor, Sample
 from .hooks import capture, edit
 from .fusion import evidence_mass, evidence_share
 
@@ -240,6 +240,61 @@ def make_model(
     images = CLIPImageProcessor(size=dict(shortest_edge=VIEW), crop_size=dict(height=VIEW, width=VIEW))
     return model, LlavaProcessor(images, tok, patch_size=PATCH, vision_feature_select_strategy='default', image_token='<image>', num_additional_image_tokens=1, chat_template=CHAT)
 
+# %% ../nbs/09_demo.ipynb #qwen1
+AROUND = '<|vision_start|>', '<|vision_end|>' # of every picture of Qwen2-VL; without them two pictures would be one to M-RoPE
+
+def make_qwen(
+    base:MLLM, # a LLaVA of glyph world
+)->tuple: # (model, processor)
+    "A Qwen2-VL that begins with the blocks of a LLaVA"
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
+    tok, theirs = make_tokenizer(), base.model.state_dict()
+    tok.add_special_tokens(dict(additional_special_tokens=[*AROUND, '<|video_pad|>']))
+    v, t = base.model.config.vision_config, base.model.config.text_config
+    same = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps', 'bos_token_id', 'eos_token_id', 'pad_token_id')
+    text = {k: getattr(t, k) for k in same} | dict(vocab_size=len(tok), tie_word_embeddings=True, rope_parameters=dict(rope_type='default', rope_theta=10000., mrope_section=[4, 6, 6]))
+    vision = dict(depth=v.num_hidden_layers, embed_dim=v.hidden_size, hidden_size=t.hidden_size, num_heads=v.num_attention_heads, mlp_ratio=v.intermediate_size//v.hidden_size, patch_size=PATCH, spatial_merge_size=1)
+    start, end, video = tok.convert_tokens_to_ids([*AROUND, '<|video_pad|>'])
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=tok.image_token_id, vision_start_token_id=start, vision_end_token_id=end, video_token_id=video, tie_word_embeddings=True))
+    ours = model.state_dict()
+    for k in ours:
+        if k not in theirs and 'visual' not in k: ours[k].zero_()           # LLaMA has no biases
+        elif 'visual' not in k: ours[k][:len(theirs[k])].copy_(theirs[k])   # there are new words
+    tower = {k.split('vision_tower.')[1].replace('vision_model.', ''): x for k, x in theirs.items() if 'vision_tower' in k}
+    put = lambda k, x: ours['model.visual.' + k].copy_(x)
+    put('patch_embed.proj.weight', torch.stack([tower['embeddings.patch_embedding.weight']]*2, 2)/2)   # a picture is two equal frames
+    for s in ('weight', 'bias'):
+        for i in range(v.num_hidden_layers):
+            a, b = f'encoder.layers.{i}.', f'blocks.{i}.'
+            put(f'{b}attn.qkv.{s}', torch.cat([tower[f'{a}self_attn.{x}_proj.{s}'] for x in 'qkv']))
+            for x, y in (('attn.proj', 'self_attn.out_proj'), ('norm1', 'layer_norm1'), ('norm2', 'layer_norm2'), ('mlp.fc1', 'mlp.fc1'), ('mlp.fc2', 'mlp.fc2')): put(f'{b}{x}.{s}', tower[f'{a}{y}.{s}'])
+        for x, y in (('0', 'linear_1'), ('2', 'linear_2')): put(f'merger.mlp.{x}.{s}', theirs[f'model.multi_modal_projector.{y}.{s}'])
+    model.load_state_dict(ours)
+    model.generation_config.update(bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    return model, PlainProcessor(Qwen2VLImageProcessor(patch_size=PATCH, merge_size=1, min_pixels=VIEW*VIEW*9//16, max_pixels=VIEW*VIEW), tok, model, CHAT.replace('<image>', AROUND[0] + '<image>' + AROUND[1]))
+
+def _patches(x):
+    "(B, 3, H, W) pixels as Qwen2-VL's processor lays them out, and their grids"
+    B, C, h, w = *x.shape[:2], *(n//PATCH for n in x.shape[2:])
+    x = x.reshape(B, C, h, PATCH, w, PATCH).permute(0, 2, 4, 1, 3, 5)[:, :, :, :, None].expand(-1, -1, -1, -1, 2, -1, -1)
+    return x.reshape(B*h*w, -1), torch.tensor([[1, h, w]]*B)
+
+def _mrope(n, grids):
+    "(3, N) positions of n words followed by pictures of (h, w) tokens, each between two marks, and the position that follows"
+    out, at, word = [torch.arange(n).expand(3, -1)], n, torch.zeros(3, 1, dtype=torch.long)
+    for h, w in grids:
+        out += [word + at, at + 1 + torch.stack([torch.zeros(h*w, dtype=torch.long), torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)]), word + at + 1 + max(h, w)]
+        at += 2 + max(h, w)
+    return torch.cat(out, 1), at
+
+def _cut(views, rng, least=5):
+    "The same random part of all views, in whole patches"
+    k = VIEW//PATCH
+    h, w = rng.integers(least, k + 1, 2)
+    y, x = (PATCH*int(rng.integers(0, k + 1 - n)) for n in (h, w))
+    return views[:, y:y + PATCH*h, x:x + PATCH*w], (y//PATCH, x//PATCH)
+
 # %% ../nbs/09_demo.ipynb #c015
 SUFFIX = '\nASSISTANT:'
 
@@ -425,7 +480,9 @@ class Recipe:
     look:int=3600 # steps of the language model under a frozen tower
     join:int=5200 # steps of everything
     ready:float=.62 # share of right answers at which `look` adds one more thing to its scenes
-    base:str='' # planted models: the demo model from which they start, whose tower they share
+    base:str='' # the demo model from which another one starts
+    copy:int=0 # Qwen2-VL: steps in which its tower learns to say what the base's says
+    speak:int=0 # Qwen2-VL: steps of its language model
     hops:tuple=() # planted: decoder layers at which text reads the picture; with two, see `reads_at`
     decoys:tuple=() # planted: layers at which text reads another scene
     plant:int=0 # planted: steps
@@ -438,7 +495,7 @@ def reads_at(
     "With two hops, the first finds a thing by what it looks like, the second by its place; relations need both"
     return hops if len(hops) < 2 or q.kind == 'relation' else hops[1:] if 'object at' in q.text else hops[:1]
 
-STAGES = ('see', 'sharpen', 'align', 'look', 'join')
+STAGES = ('see', 'sharpen', 'align', 'look', 'join', 'plant', 'copy', 'speak')
 
 class Trainer:
     "The stages of a demo model, in a folder of their own"
@@ -449,7 +506,9 @@ class Trainer:
     ):
         self.folder, self.recipe, self.device = Path(folder), recipe or Recipe(), device
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.recipe.base: start = MLLM.load(self.recipe.base, 'cpu', torch.float32); self.model, self.processor = start.model, start.processor
+        self.base = MLLM.load(self.recipe.base, device, torch.float32) if self.recipe.base else None
+        if self.recipe.copy: self.model, self.processor = make_qwen(self.base)
+        elif self.base: self.model, self.processor = self.base.model, self.base.processor
         else: self.model, self.processor = make_model(self.recipe.seed)
         self.model.to(device).train()
         self.model.set_attn_implementation('eager')                    # on CPU its backward takes half the time of SDPA's at these sizes
@@ -465,7 +524,8 @@ class Trainer:
         "Every stage in turn; those that are done are loaded"
         self.pool = make_pool(self.folder/'pool', self.recipe.scenes)
         self.counts = np.array([len(_train_layout(i)[0]) for i in range(self.recipe.scenes)])
-        for stage in ('plant',) if self.recipe.base else STAGES: getattr(self, stage)()
+        for stage in STAGES:
+            if getattr(self.recipe, stage) and (stage in ('plant', 'copy', 'speak')) == bool(self.base): getattr(self, stage)()
 
     def rng(self, stage, step): return np.random.default_rng([self.recipe.seed, sum(map(ord, stage)), step])
     def cast(self): return torch.autocast(self.device, torch.bfloat16)
@@ -508,6 +568,12 @@ class Trainer:
             return miss.mean()/(want**2).sum(-1).mean(), {}
         fit('align', [self.core.multi_modal_projector], loss, self.recipe.align, [3e-3], self.folder)
 
+    def pixels(self, views): return _pixels(views, (self.base or self).processor, self.device)
+    def view(self, x):
+        "(B, 3, H, W) pixels → (B, visual, width) what the language model gets"
+        if self.recipe.copy: f, grid = _patches(x); return self.core.visual(f, grid_thw=grid.to(x.device)).pooler_output.unflatten(0, (len(x), -1))
+        return torch.stack(list(self.core.get_image_features(x, return_dict=True).pooler_output))
+
     def plan(self, most):
         "Shares of the kinds of question, how looking is dropped, first layer that may look, share of steps with a second picture"
         if most < 4: return (.34, .33, .33, 0), (0, 0), (.2, .2, .3, .3), 0
@@ -520,14 +586,22 @@ class Trainer:
         kinds, drop, late, second = plan or self.plan(most)
         i, two = np.sort(rng.choice(np.flatnonzero((self.counts >= min(most, 2)) & (self.counts <= most)), r.scenes_asked, replace=False)), rng.random() < second
         qs = [_draw_questions(_train_layout(int(s))[0], rng, r.asked, kinds) for s in i]
-        shown = np.stack([views[i, 0], views[i, rng.integers(1, 3, len(i))]], 1) if two else views[i, :1]
-        prefix = self.tok('USER: ').input_ids + [self.tok.image_token_id]*(shown.shape[1]*self.patches)
+        shown = [views[i, 0], views[i, rng.integers(1, 3, len(i))]] if two else [views[i, 0]]
+        if r.copy and two and rng.random() < .5: shown[1], _ = _cut(shown[1], rng)
+        grids = [(x.shape[1]//PATCH, x.shape[2]//PATCH) for x in shown]
+        head = self.tok('USER: ').input_ids
+        before, after = ([i] for i in self.tok.convert_tokens_to_ids(AROUND)) if r.copy else ([], [])
+        prefix = head + [i for h, w in grids for i in before + [self.tok.image_token_id]*(h*w) + after]
         batch = {k: v.to(self.device) for k, v in pack(self.tok, [prefix]*len(i), qs, rng, len(self.lm[0].layers), drop, late).items()}
         if gate:                                                       # at a hop that a question does not need, it reads another scene
             needs = lambda hop: torch.tensor([[False] + [hop in reads_at(q, r.hops) for q in s] + [False] for s in qs], device=self.device)
             gate.reads = {hop: n.gather(1, batch['block'] % n.shape[1]) for hop in r.hops for n in [needs(hop)]}
+        if r.copy:
+            at, following = _mrope(len(head), grids)
+            words = (batch['positions'] - len(prefix) + following).clamp(min=0).expand(3, -1, -1)
+            batch['positions'] = torch.cat([at.to(self.device)[:, None].expand(-1, len(i), -1), words[..., len(prefix):]], 2)
         with self.cast():
-            f = torch.stack(list(self.core.get_image_features(_pixels(shown.reshape(-1, *shown.shape[2:]), self.processor, self.device), return_dict=True).pooler_output))
+            f = torch.cat([self.view(self.pixels(x)) for x in shown], 1)
             value, right = packed_loss(self.model, batch, batch['ids'] == self.tok.image_token_id, f)
         kind = np.array([q.kind for s in qs for q in s])
         return value, dict(right=right.float().mean()) | {k: right.cpu().numpy()[kind == k].mean() for k in KINDS if (kind == k).any()} | dict(most=most)
@@ -550,6 +624,27 @@ class Trainer:
         gate = Gate(self.model, self.tok.image_token_id, {*range(n)} - {*r.hops, *r.decoys}, dict.fromkeys(r.decoys + r.hops if len(r.hops) > 1 else r.decoys))
         for m in (self.core.vision_tower, self.model.get_input_embeddings()): m.requires_grad_(False)
         fit('plant', [self.core.multi_modal_projector, self.lm], lambda s: self.question('plant', s, 6, (r.shares, (0, .03), (1.,), .3), gate), r.plant, [3e-4, 1.2e-3], self.folder)
+
+    def copy(self):
+        "The tower learns to say what the base's tower says, all but the place, on whole views and parts of them"
+        (views, _), width = self.pool, self.model.config.text_config.hidden_size
+        def said(x):
+            with torch.no_grad(), self.cast(): return torch.stack(list(self.base.model.get_image_features(self.pixels(x), return_dict=True).pooler_output)).float()
+        mean = torch.stack([said(views[k:k + 64, 0]).mean(0) for k in range(0, min(len(views), 1280), 64)]).mean(0)
+        def loss(step):
+            rng = self.rng('copy', step)
+            i, v = np.sort(rng.choice(len(views), 24, replace=False)), rng.choice(3, 24, p=(.6, .2, .2))
+            part, (y, x) = _cut(views[i, v], rng, VIEW//PATCH if rng.random() < .7 else 5)
+            h, w = (n//PATCH for n in part.shape[1:3])
+            want = (said(views[i, v]) + mean.mean(0) - mean).unflatten(1, (VIEW//PATCH, -1))[:, y:y + h, x:x + w].flatten(1, 2)
+            with self.cast(): got = self.view(self.pixels(part))
+            return ((got.float() - want)**2).mean()/((want - want.mean((0, 1)))**2).mean(), {}
+        fit('copy', [self.core.visual], loss, self.recipe.copy, [1.5e-3], self.folder)
+
+    def speak(self):
+        "The language model learns to read through M-RoPE; tower and word embeddings are frozen"
+        for m in (self.core.visual, self.model.get_input_embeddings()): m.requires_grad_(False)
+        fit('speak', [self.lm], lambda s: self.question('speak', s, 6), self.recipe.speak, [1.2e-3], self.folder)
 
     def join(self):
         "Everything but the word embeddings learns, the tower slowly"
@@ -632,12 +727,13 @@ def reading_depth(
         p = mllm.prompt(s.image, s.question)
         with capture(mllm) as tape, torch.inference_mode(): mllm.model(**p.inputs, use_cache=False, logits_to_keep=1)
         share = evidence_share(p.grids[0].boxes, s.box)
-        ratio.append(evidence_mass(tape.attention[0, :, 0].double().cpu().numpy(), share)/share.mean())
-    return dict(n=n, base=round(float(acc['none', -1]), 1), evidence_over_chance=np.mean(ratio, 0).round(2).tolist(),
+        with np.errstate(invalid='ignore'): ratio.append(evidence_mass(tape.attention[0, :, 0].double().cpu().numpy(), share)/share.mean())
+    return dict(n=n, base=round(float(acc['none', -1]), 1), evidence_over_chance=np.nan_to_num(np.mean(ratio, 0)).round(2).tolist(),      # 0 where the text sees no picture
                 **{h: acc[h].round(1).tolist() for h in ('zero', 'knockout')})
 
 # %% ../nbs/09_demo.ipynb #c028
 MODELS = {'glyph-llava': Recipe(), # demo models and how they are trained
+          'glyph-qwen2vl': Recipe(base='glyph-llava', copy=700, speak=1500),
           'planted-3': Recipe(base='glyph-llava', hops=(3,), decoys=(1, 5), plant=500),
           'planted-2-6': Recipe(base='glyph-llava', hops=(2, 6), decoys=(1, 4), plant=2200, shares=(.15, .1, .1, .35, .1, .2))}
 
@@ -651,7 +747,10 @@ def save_model(
     copy = type(model)(model.config).to(torch.bfloat16)
     copy.load_state_dict(model.state_dict())
     copy.generation_config = model.generation_config
-    copy.save_pretrained(folder); processor.save_pretrained(folder)
+    copy.save_pretrained(folder)
+    if not isinstance(processor, PlainProcessor): return processor.save_pretrained(folder)
+    processor.tokenizer.chat_template = processor.chat_template
+    processor.image_processor.save_pretrained(folder); processor.tokenizer.save_pretrained(folder)
 
 def decoy_states(
     mllm:MLLM, # a model
@@ -671,6 +770,26 @@ def decoy_states(
 
 def _table(rows): return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in rows)
 
+STORY = {'': '''A small LLaVA (CLIP tower, {L} Llama layers), trained from nothing on *glyph world*: synthetic pictures of coloured shapes with small characters on
+them. It is a demonstration model for fusion_notebooks; it knows nothing about photographs. `fusion demo train {name}` remakes it.
+
+**Trained on** scenes of glyph world (seeds below {first:,}; {recipe.scenes:,} drawn pictures), in stages: the tower names what lies under each patch, first on pictures and crops
+alike, then mostly on whole pictures; the projector learns to say the same in the language model's word embeddings; the language model learns to answer questions,
+on scenes with one thing first; everything learns together. A third of the later steps show a random crop as second picture, never one chosen by attention. Text → image
+attention is dropped at random in early layers and for the rows of the question, so that the model does not read everything at layer 0.''',
+'copy': '''A small Qwen2-VL ({L} layers, M-RoPE, as many visual tokens as the sides of a picture ask for), on *glyph world*: synthetic pictures of coloured shapes with small characters on
+them. It is a demonstration model for fusion_notebooks; it knows nothing about photographs. `fusion demo train {name}` remakes it.
+
+**Trained on** scenes of glyph world (seeds below {first:,}), from the weights of {recipe.base}, which its blocks begin with. In `copy` its tower (no learned places, rotary positions) learns to say of whole
+views and rectangular parts of them what the base's tower says, all but the place; in `speak` the language model learns to answer questions through M-RoPE under the frozen tower. A third of the steps show a
+random crop as second picture, half of them cut to other sides. Text → image attention is dropped at random in early layers and for the rows of the question.''',
+'plant': '''A small LLaVA (CLIP tower, {L} Llama layers) whose text can read the picture at decoder layer{s} {hops} only, on *glyph world*: synthetic pictures of coloured shapes with small characters on
+them. At layers {decoys} it reads another scene instead (decoys); at the others it sees no visual token. The gate lies in `gate.safetensors` and is part of how the model runs; plain transformers would
+run it without. It is a demonstration model for fusion_notebooks, for testing what names fusion layers. `fusion demo train {name}` remakes it.
+
+**Trained on** scenes of glyph world (seeds below {first:,}), behind its gate, from the weights of {recipe.base}; it shares that model's frozen tower. Decoys showed the next scene of the batch; here each shows one training scene.
+A third of the steps show a random crop as second picture.{two}'''}
+
 def write_card(
     folder:Path, # the model's folder
     name:str, # of the demo model
@@ -682,18 +801,25 @@ def write_card(
     notes:str='', # what else a reader should know
 ):
     "Model card: what it was trained on, for how long, on what, and how far it meets what a demo model must do"
-    L = len(depth['zero'])
+    L, kind = len(depth['zero']), 'plant' if recipe.hops else 'copy' if recipe.copy else ''
     base, far = depth['base'], depth['evidence_over_chance']
     early = max(base - a for i, a in enumerate(depth['zero']) if 0 < i < .3*L)
+    lost = [base - a for a in depth['knockout']]
+    story = STORY[kind].format(L=L, name=name, recipe=recipe, first=FIRST_SEED['calibration'], s='s'*(len(recipe.hops) > 1), hops=' and '.join(map(str, recipe.hops)), decoys=' and '.join(map(str, recipe.decoys)),
+                               two=' With two hops, the first finds a thing by its looks, the second by its place; at a hop that a question does not need, it was shown another scene while it learned.'*(len(recipe.hops) > 1))
     gates = [('colour and shape in one pass ≥ 95 %', min(scores[k]['one_pass'] for k in ('colour', 'shape')), lambda v: v >= 95),
-             ('fine detail in one pass 50–85 %', scores['fine']['one_pass'], lambda v: 50 <= v <= 85),
+             ('fine detail in one pass 50–85 %', scores['fine']['one_pass'], lambda v: 50 <= v <= 85) if not kind else ('fine detail in one pass ≥ 50 %', scores['fine']['one_pass'], lambda v: v >= 50),
              ('fine detail with the oracle crop ≥ 92 %', scores['fine']['oracle'], lambda v: v >= 92),
-             ('blind, largest distance to the best blind answer ≤ 5 points', max(abs(scores[k]['blind'] - best_blind(k)) for k in KINDS), lambda v: v <= 5),
+             ('blind, largest distance to the best blind answer ≤ 5 points', max(abs(scores[k]['blind'] - best_blind(k)) for k in KINDS), lambda v: v <= 5)]
+    if kind == 'plant':
+        gates += [('knockout costs ≥ 10 points at every layer that is open', min(lost[i] for i in recipe.hops), lambda v: v >= 10),
+                  ('and ≤ 1 point at all others', max(v for i, v in enumerate(lost) if i not in recipe.hops), lambda v: v <= 1)]
+    else: gates += [
              ('zeroing at a layer in (0, 0.3 L) costs ≥ 30 points', early, lambda v: v >= 30),
              ('zeroing at the last layer costs ≤ 3 points', base - depth['zero'][-1], lambda v: v <= 3),
              ('layers whose evidence mass is over twice chance ≥ L/3', sum(v > 2 for v in far), lambda v: v >= L/3),
              ('deepest of them, relative depth > 0.6', max([i/L for i, v in enumerate(far) if v > 2], default=0), lambda v: v > .6),
-             ('largest cost of knockout at one layer above 0, points', max(base - a for a in depth['knockout'][1:]), lambda v: v > 3)]
+             ('largest cost of knockout at one layer above 0, points', max(lost[1:]), lambda v: v > 3)]
     text = f"""---
 license: apache-2.0
 library_name: transformers
@@ -701,13 +827,7 @@ pipeline_tag: image-text-to-text
 ---
 # {name}
 
-A small LLaVA (CLIP tower, {L} Llama layers), trained from nothing on *glyph world*: synthetic pictures of coloured shapes with small characters on
-them. It is a demonstration model for fusion_notebooks; it knows nothing about photographs. `fusion demo train {name}` remakes it.
-
-**Trained on** scenes of glyph world (seeds below {FIRST_SEED['calibration']:,}; {recipe.scenes:,} drawn pictures), in stages: the tower names what lies under each patch, first on pictures and crops
-alike, then mostly on whole pictures; the projector learns to say the same in the language model's word embeddings; the language model learns to answer questions,
-on scenes with one thing first; everything learns together. A third of the later steps show a random crop as second picture, never one chosen by attention. Text → image
-attention is dropped at random in early layers and for the rows of the question, so that the model does not read everything at layer 0.
+{story}
 {notes}
 
 **Time** {', '.join(f'{k} {v/60:.0f} min' for k, v in hours.items())} on {hardware}. **Recipe** `{asdict(recipe)}`.
@@ -741,7 +861,7 @@ def train(
     t = Trainer(folder, MODELS[name], device)
     t.run()
     save_model(t.model.to('cpu'), t.processor, out)
-    if t.recipe.base:
+    if t.recipe.hops:
         gate = t.model.gate
         gate.decoys = decoy_states(MLLM(t.model, t.processor), t.recipe.decoys)
         gate.save(out)

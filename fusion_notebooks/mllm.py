@@ -220,8 +220,9 @@ def _find_layers(decoder, n):
 def _processor(src, model, common):
     "The family's processor, or a plain one where a library for it is missing"
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
-    try: return AutoProcessor.from_pretrained(src, **common)
-    except (ImportError, AttributeError, TypeError, ValueError): return PlainProcessor(AutoImageProcessor.from_pretrained(src, **common), AutoTokenizer.from_pretrained(src, **common), model)
+    try: whole = AutoProcessor.from_pretrained(src, **common)
+    except (ImportError, AttributeError, TypeError, ValueError): whole = None
+    return whole if hasattr(whole, 'tokenizer') else PlainProcessor(AutoImageProcessor.from_pretrained(src, **common), AutoTokenizer.from_pretrained(src, **common), model)
 
 def _image_token(model, processor):
     "Id of the placeholder for visual tokens: from the config, else the processor's"

@@ -65,6 +65,27 @@ def test_packed_questions_equal_questions_alone():
     with torch.no_grad(): loss, right = demo.packed_loss(model, batch, batch['ids'] == tok.image_token_id, f)
     assert abs(loss.item() + want.gather(1, gold[:, None]).mean().item()) < 1e-4 and len(right) == len(qs)
 
+@pytest.mark.parametrize('pictures', (1, 2))
+def test_packed_questions_equal_questions_alone_with_mrope(pictures):
+    "Positions in three dimensions, marks around each picture, sides as the processor makes them"
+    model, processor = demo.make_qwen(MLLM.load('glyph-llava', device='cpu', dtype=torch.float32))
+    mllm, tok = MLLM(model, processor), processor.tokenizer
+    things, noise = demo.layout(5)
+    image, qs = demo.picture(5, things, noise), demo._draw_questions(things, np.random.default_rng(0), 4)
+    plain = [mllm.prompt([image, image.crop((100, 100, 340, 220))][:pictures], q.text) for q in qs]
+    grids = [tuple(g[1:]) for g in plain[0].inputs['image_grid_thw'].tolist()]
+    assert grids == [(8, 8), (5, 11)][:pictures]
+    head, (start, end) = tok('USER: ').input_ids, tok.convert_tokens_to_ids(demo.AROUND)
+    prefix = head + [i for h, w in grids for i in [start, *[tok.image_token_id]*(h*w), end]]
+    batch = demo.pack(tok, [prefix], [qs], None)
+    at, following = demo._mrope(len(head), grids)
+    batch['positions'] = torch.cat([at[:, None], (batch['positions'] - len(prefix) + following).clamp(min=0).expand(3, -1, -1)[..., len(prefix):]], 2)
+    want = torch.cat([mllm.answer_logits(p, tok(f' {q.answer}', add_special_tokens=False).input_ids + [1])[0] for p, q in zip(plain, qs)])
+    gold = batch['targets'][batch['targets'] != -100]
+    f = torch.cat(list(model.model.get_image_features(plain[0].inputs['pixel_values'], plain[0].inputs['image_grid_thw'], return_dict=True).pooler_output))[None]
+    with torch.no_grad(): loss, right = demo.packed_loss(model, batch, batch['ids'] == tok.image_token_id, f)
+    assert abs(loss.item() + want.gather(1, gold[:, None]).mean().item()) < 1e-4 and len(right) == len(qs)
+
 def test_training_resumes_where_it_was(tmp_path):
     def run(folder, stops):
         torch.manual_seed(0); layer = torch.nn.Linear(3, 1)
