@@ -253,25 +253,31 @@ def known_answers_rows(mllm, samples, metric, scopes, strength, **_):
     asked = {s.id: s for s in samples}
     return rows.assign(score=_score(rows.prediction, [asked[i] for i in rows['sample']], metric))
 
-def _first_pass(mllm, s):
-    "The prompt and the attention maps (layers, visual) of one sample"
+def _first_pass(mllm, image, question):
+    "The prompt, the attention maps (layers, visual), and which visual tokens are sinks at the input of a layer (layers, visual)"
     import torch
-    from fusion_notebooks import hooks
-    p = mllm.prompt(s.image, s.question)
-    with torch.inference_mode(), hooks.capture(mllm) as tape: mllm.model(**p.inputs, use_cache=False, logits_to_keep=1)
-    return p, tape.attention[0, :, 0].float().cpu().numpy()
+    from fusion_notebooks import fusion, hooks
+    p, sinks = mllm.prompt(image, question), []
+    def watch(layer, args, kw):
+        h = hooks._hidden(args, kw)[0]
+        sinks.append(fusion.massive(h[p.visual.to(h.device)], h[0]))
+    handles = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in mllm.layers]
+    with torch.inference_mode(), hooks._removing(handles), hooks.capture(mllm) as tape: mllm.model(**p.inputs, use_cache=False, logits_to_keep=1)
+    return p, tape.attention[0, :, 0].float().cpu().numpy(), np.stack(sinks)
 
 def attention_rows(mllm, samples, **_):
     "The last prompt token's map at every layer, and what it says about the evidence box"
     from fusion_notebooks import fusion
+    from fusion_notebooks.baselines import GENERAL
     rows = []
     for s in samples:
-        p, raw = _first_pass(mllm, s)
+        (p, raw, sinks), (_, general, _) = _first_pass(mllm, s.image, s.question), _first_pass(mllm, s.image, GENERAL)
         g = p.grids[0]
         maps, share = fusion.normalise(g.of(raw)), fusion.evidence_share(g.boxes, s.box) if s.box else np.full(len(g.boxes), np.nan)
         left, right, bottom, top = g.extent
         rows.append(pd.DataFrame(dict(sample=s.id, layer=range(len(maps)), map=list(maps.astype('float32')), h=g.h, w=g.w, extent=[[left, top, right, bottom]]*len(maps), mass=raw.sum(-1),
-                                      evidence=fusion.evidence_mass(maps, share), chance=share.mean(), hellinger=fusion.profile(maps), noise=fusion.noise_share(maps, share) if s.box else np.nan)))
+                                      evidence=fusion.evidence_mass(maps, share), chance=share.mean(), hellinger=fusion.profile(maps), noise=fusion.noise_share(maps, share) if s.box else np.nan,
+                                      sinks=sinks.mean(-1), noise_sinks=sinks.any(0)[noise].mean() if (noise := fusion.noise_tokens(maps, share)).any() and not mllm.cross else np.nan) | fusion.evidence_scores(maps, share, general)))
     return pd.concat(rows)
 
 def early_exit_rows(mllm, samples, metric, **_):
@@ -341,7 +347,7 @@ def _no_options(*_): return {}
 Analysis = namedtuple('Analysis', 'rows options modules forwards') # (mllm, samples, options) → rows; (job, s, compute) → options; names; layers → passes through the decoder per sample
 ANALYSES = dict(
     masking=Analysis(masking_rows, _masking_options, 'hooks masking', lambda L: 2 + len(HOWS)*L),
-    attention=Analysis(attention_rows, _no_options, 'hooks fusion', lambda L: 1),
+    attention=Analysis(attention_rows, _no_options, 'hooks fusion', lambda L: 2),
     early_exit=Analysis(early_exit_rows, _no_options, 'hooks', lambda L: L),
     known_answers=Analysis(known_answers_rows, _scope_options, 'hooks masking', lambda L: 2 + 4*L), # beside the rows of masking
     refine=Analysis(refine_rows, _refine_options, 'hooks masking fusion contrast baselines', lambda L: len(METHODS) - len(RIVALS) + sum(RIVALS.values())))
@@ -383,7 +389,8 @@ def compute(
     reference = _asked(job._replace(split='calibration'), replace(s, calibration=16 if job.benchmark == 'glyph' else 64)) # 64 samples
     rows = ANALYSES[job.analysis].rows(mllm, [asked[i] for i in key['samples']], reference=reference, **{k: v for k, v in key.items() if k != 'samples'})
     for c in {'logp', 'mass', 'hellinger'} & set(rows):
-        if (bad := rows[~np.isfinite(rows[c].astype(float)) & (rows.why.eq('') if 'why' in rows else True)]).size: raise ValueError(f"The model returned no number for sample {bad['sample'].iloc[0]} ({c} = {bad[c].iloc[0]}).")
+        wanted = rows.why.eq('') if 'why' in rows else rows.mass > 0 if c == 'hellinger' else True # a layer that does not look has no map
+        if (bad := rows[~np.isfinite(rows[c].astype(float)) & wanted]).size: raise ValueError(f"The model returned no number for sample {bad['sample'].iloc[0]} ({c} = {bad[c].iloc[0]}).")
     said = {c: [getattr(asked[i], a) for i in rows['sample']] for c, a in dict(kind='kind', image='picture', group='group').items() if hasattr(asked[key['samples'][0]], a)}
     return rows.assign(**said, **{k: v for k, v in mllm.stamp().items() if k not in key})
 
