@@ -37,6 +37,7 @@ export function render({ model, el }) {
   const answers = make('table'), chips = make('div'), chart = drawn('svg', { role: 'img' }), tools = make('div')
   const style = make('style', '', CSS)
   canvas.tabIndex = 0
+  root.dataset.lmSuppressShortcuts = 'true'              // JupyterLab would take arrows and escape for itself
   canvas.setAttribute('role', 'application')
   canvas.setAttribute('aria-label', 'Picture with attention map. Arrow keys move over the patches, space masks one, shift and arrows mask several, escape clears, page up and page down change the layer.')
   caption.setAttribute('aria-live', 'polite'); status.setAttribute('role', 'status')
@@ -211,7 +212,7 @@ export function render({ model, el }) {
     if (near >= 0) cursor = near
     if (!start.to) { choose(near < 0 ? [] : [near]); draw(); return say() }
     const area = [Math.min(x, start.from[0]), Math.min(y, start.from[1]), Math.max(x, start.from[0]), Math.max(y, start.from[1])]
-    choose(boxes.flatMap((b, i) => inside(area, (b[0] + b[2])/2, (b[1] + b[3])/2) ? [i] : []), still() ? true : null)
+    choose(boxes.flatMap((b, i) => b[0] < area[2] && b[2] > area[0] && b[1] < area[3] && b[3] > area[1] ? [i] : []), still() ? true : null)   // whatever it touches
     draw(); say()
   })
   canvas.addEventListener('keydown', e => {

@@ -314,10 +314,10 @@ class Explorer:
         self.head = w.Dropdown(options=['mean'], description='Head', layout=dict(width='11em'), **wide)
         self.how = w.Dropdown(options=['knockout', 'zero', 'soft'] + ['mean']*(kw.get('mean') is not None) + ['swap']*(kw.get('donor') is not None), description='Mask by', layout=dict(width='13em'), **wide)
         self.layers = w.IntRangeSlider(value=(0, n - 1), min=0, max=n - 1, description='at layers', continuous_update=False, layout=dict(flex='1 1 18em'), **wide)
-        self.way = w.Dropdown(options=['crop', 'mask'], description='Refine by', layout=dict(width='11em'), **wide)
+        self.way = w.Dropdown(options=['crop', 'mask'], description='Refine by', layout=dict(width='13em'), **wide)
         self.early = w.Dropdown(options=['fusion layers']*bool(kw['fusion']) + ['all layers', 'this layer'], description='Early from', layout=dict(width='15em'), **wide)
         self.progress = w.IntProgress(value=0, min=0, max=1, layout=dict(width='10em', visibility='hidden'))
-        lines = ((self.question, self.ask, self.stop, self.progress), (self.layer, self.kind, self.head), (self.layers, self.how), (self.way, self.early, self.refine))
+        lines = ((self.question, self.ask, self.stop, self.progress), (self.layer, self.kind, self.head), (self.how, self.layers), (self.way, self.early, self.refine))
         self.links = [w.jslink((self.canvas, k), (c, v)) for k, c, v in (('layer', self.layer, 'value'), ('kind', self.kind, 'index'), ('head', self.head, 'index'))]
         self.box = w.VBox([*(w.HBox(l, layout=dict(flex_flow='row wrap')) for l in lines), self.canvas])
         self.ask.on_click(lambda _: self.see()); self.question.observe(lambda _: self.see(), 'value'); self.refine.on_click(lambda _: self.work.ask('refine', [self.step_refine()]))
@@ -387,7 +387,7 @@ class Explorer:
         if not self.canvas.chosen: return self.show('masked', None)
         (first, last), how, plain = self.layers.value, self.how.value, self.seen.look.base
         m = masked(self.seen, self.canvas.chosen, range(first, last + 1), how)
-        self.show('masked', row(f'{len(m.tokens)} tokens masked', m.answer, f'{how}, layers {first} to {last}; “{plain.text}” keeps p = {np.exp(m.logp):.3f}'))
+        self.show('masked', row(f'{len(m.tokens)} token{"s"*(len(m.tokens) > 1)} masked', m.answer, f'{how}, layers {first} to {last}; “{plain.text}” keeps p = {np.exp(m.logp):.3f}'))
 
 def explore(
     mllm:MLLM, # the model, or its name
