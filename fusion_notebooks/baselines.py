@@ -14,14 +14,14 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from scipy.ndimage import gaussian_filter, label, median_filter
+from scipy.ndimage import gaussian_filter, median_filter
 from transformers import LogitsProcessorList
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from .mllm import GREEDY, Answer, Grid, MLLM, Prompt, _pixels, _tiles, _until_end, in_batches
 from .hooks import EAGER, NAME, Tape, _as_float_mask, _hidden, _listening, _recording_attention, _recording_eager, _removing, capture, check_layers, edit
 from .masking import Ladder, Row, facts, fitting, scoped
-from .contrast import Look, beside, look, view_side, window_box
+from .contrast import Look, beside, look, regions, view_side, window_box
 
 # %% ../nbs/05_baselines.ipynb #c005
 @dataclass
@@ -208,12 +208,6 @@ def _steps(mllm, p, layers, max_new_tokens):
     a = _attention(mllm, p, layers, range(p.length - 1, p.length - 1 + len(ids)), ids[:-1])
     return p.grids[0].of(a).swapaxes(0, 1)
 
-def _regions(values, share=.2, least=3):
-    "(height, width) of bool: the heaviest connected regions among the highest share of pixels"
-    parts, n = label(values >= np.percentile(values, 100*(1 - share)))
-    mass = np.bincount(parts.ravel(), values.ravel(), n + 1)[1:]
-    return np.isin(parts, 1 + np.argsort(-mass, kind='stable')[:max(least, int(n*share))])
-
 def carve(
     mllm:MLLM, # the model
     image, # path or PIL image
@@ -236,7 +230,7 @@ def carve(
     l, r, b, t = map(round, grid.extent)
     over = np.zeros((im.height, im.width))
     over[t:b, l:r] = Image.fromarray(np.float32(values.reshape(grid.h, grid.w))).resize((r - l, b - t), Image.Resampling.BILINEAR)
-    kept = _regions(over, share, least)
+    kept = regions(over, share, least)
     (ys, xs), (w, h) = np.nonzero(kept), im.size
     box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
     crop = Image.fromarray(np.asarray(im)*np.uint8(kept)[..., None]).crop(box)

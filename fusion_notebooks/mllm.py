@@ -643,11 +643,16 @@ def generate(self:MLLM,
     p:Prompt, # the prompt
     batch:int=1, # copies
     max_new_tokens:int=32, # answers are short
+    temperature:float=0., # above 0: sampled among the 50 likeliest tokens, as the harness of the public logs does
+    seed:int=0, # of the sampling
 )->list: # of `Answer`, one per copy
     "Greedy answers of several copies of a prompt, each perhaps under another edit"
-    out = self.model.generate(**self.copies(p, batch), **GREEDY, num_beams=1, max_new_tokens=max_new_tokens,
-                              suppress_tokens=[self.image_token_id],     # an image placeholder is no answer, and could not be fed back
-                              return_dict_in_generate=True, output_logits=True)
+    how = GREEDY | dict(do_sample=True, temperature=temperature, top_k=50, top_p=1.) if temperature else GREEDY
+    with torch.random.fork_rng([self.device] if self.device.type == 'cuda' else [], enabled=bool(temperature)):
+        if temperature: torch.manual_seed(seed)
+        out = self.model.generate(**self.copies(p, batch), **how, num_beams=1, max_new_tokens=max_new_tokens,
+                                  suppress_tokens=[self.image_token_id],     # an image placeholder is no answer, and could not be fed back
+                                  return_dict_in_generate=True, output_logits=True)
     logits = torch.stack(out.logits, 1).float().log_softmax(-1)
     rows = [_until_end(self, r) for r in out.sequences[:, -logits.shape[1]:].tolist()]
     return [Answer(self.decode(r), r, sum(logits[b, t, i].item() for t, i in enumerate(r))) for b, r in enumerate(rows)]

@@ -1,6 +1,6 @@
 "Contrast, boxes and refinement against hand-written twins"
 import numpy as np, pytest, torch
-from fusion_notebooks.contrast import CROPS, MASKS, box_around, contrastive_attention, look, lowest, refine, window_box
+from fusion_notebooks.contrast import CROPS, MASKS, PAPER, box_around, candidate_layers, contrastive_attention, crop_box, js2, look, lowest, refine, window_box
 from fusion_notebooks.hooks import capture, edit
 from fusion_notebooks.masking import facts
 from fusion_notebooks.mllm import Grid, token_boxes
@@ -16,6 +16,39 @@ def test_contrast_by_hand():
     assert c.pre == max(h, key=h.get) and np.isclose(c.distance, max(h.values()))
     assert np.allclose(c.map, p[4] - p[c.pre]) and abs(c.map.sum()) < 1e-12
     with pytest.raises(ValueError, match='No candidate'): contrastive_attention(maps, (4, 5), 4)
+
+def test_other_distance_and_raw_maps_by_hand():
+    from scipy.spatial.distance import jensenshannon
+    maps = rng.random((6, 64))*rng.random((6, 1))
+    maps[2, :40] = 0
+    p = maps/maps.sum(1, keepdims=True)
+    d = {i: jensenshannon(p[i], p[4], base=2)**2 for i in range(4)}
+    c = contrastive_attention(maps, range(4), 4, 'js2', raw=True)
+    assert c.pre == max(d, key=d.get) and np.isclose(c.distance, max(d.values())) and np.allclose(js2(maps[:4], maps[4]), list(d.values()))
+    assert np.allclose(c.map, maps[4] - maps[c.pre]) and abs(c.map.sum()) > 1e-3   # not renormalised
+    with pytest.raises(ValueError, match="distance is one of hellinger, js2, not 'l2'"): contrastive_attention(maps, range(4), 4, 'l2')
+
+def test_candidate_sets():
+    assert candidate_layers(None, 8, 5) == candidate_layers('all', 8, 5) == [0, 1, 2, 3, 4]
+    assert candidate_layers('shallow', 32, 28) == [*range(16)] and candidate_layers('deep', 32, 28) == [*range(18, 28)] and candidate_layers('deep', 8, 7) == [5, 6]
+    assert candidate_layers(3, 8, 7) == [3] and candidate_layers((6, 2, 7), 8, 7) == [6, 2]
+    with pytest.raises(ValueError, match='No candidate'): candidate_layers('deep', 8, 4)
+    with pytest.raises(ValueError, match="or one of all, shallow, deep, not 'some'"): candidate_layers('some', 8, 4)
+
+@pytest.mark.parametrize('rule', ['components', 'meanstd'])
+def test_box_rules_by_hand(rule):
+    from scipy import ndimage
+    for k in range(30):
+        m = np.random.default_rng(k).normal(size=64)
+        pos = np.maximum(m, 0).reshape(8, 8)
+        if rule == 'meanstd': kept = pos > pos.mean() + pos.std()
+        else:
+            parts, n = ndimage.label(pos >= np.quantile(pos, .8))
+            kept = np.isin(parts, sorted(range(1, n + 1), key=lambda i: -pos[parts == i].sum())[:3])
+        ys, xs = kept.any(1).nonzero()[0], kept.any(0).nonzero()[0]
+        assert crop_box(m, grid, 96, rule) == (48*xs[0], 48*ys[0], 48*(xs[-1] + 1), 48*(ys[-1] + 1))
+    assert crop_box(-np.ones(64), grid, 96, rule) == window_box(-np.ones(64), grid, 96)      # nothing stands out
+    with pytest.raises(ValueError, match='rule is one of vicrop, components, meanstd'): crop_box(m, grid, 96, 'largest')
 
 def test_lowest_is_exact_and_stable():
     v = np.array([0., -1, 0, -3, 0, 2])
@@ -71,6 +104,33 @@ def test_mask_reads_before_it_edits(tiny, seen):
     with edit(tiny, 5, seen.prompt.visual[r.tokens], 'zero'), capture(tiny) as tape: tiny.answer(seen.prompt)
     now = tape.attention[0, :, 0].numpy()
     assert np.abs(now[:5] - seen.maps[:5]).max() < 1e-6 and np.abs(now[5:] - seen.maps[5:]).max() > 1e-5
+
+def test_options_of_the_crop_by_hand(tiny, samples, seen):
+    im, ask = samples[0].image, samples[0].question
+    for kw in (dict(rule='meanstd', distance='js2'), dict(rule='components', raw=True, candidates='shallow'), dict(by='read', candidates=(1, 4))):
+        r = refine(tiny, seen, **kw)
+        p = seen.prompt.grids[0]
+        values = seen.maps[[1, 4]]/seen.maps[[1, 4]].sum(1, keepdims=True) if 'by' in kw else contrastive_attention(seen.maps, kw.get('candidates'), 7, kw.get('distance', 'hellinger'), kw.get('raw', False)).map[None]
+        assert r.box == crop_box(p.of(values.mean(0)), p, 96, kw.get('rule', 'vicrop'))
+        close(r.answer, tiny.answer([im, im.crop(r.box)], ask))
+    r = refine(tiny, seen, order='before')
+    assert r.answer == tiny.answer([r.crop, im], ask) and r.answer != refine(tiny, seen).answer and r.path == 'two passes'
+    for kw, word in ((dict(order='beside'), "order is 'after' or 'before'"), (dict(rule='x'), 'rule is one of'), (dict(candidates='x'), 'candidates are'), (dict(distance='x'), 'distance is')):
+        with pytest.raises(ValueError, match=word): refine(tiny, seen, **kw)
+
+def test_paper_mode_by_hand(tiny, seen):
+    "Raw difference, the logs' distance, all layers, λ = 1e-9, sampling at T = 0.2"
+    assert PAPER == dict(raw=True, distance='js2', candidates='all', strength=1e-9, temperature=.2)
+    r = refine(tiny, seen, how='mask', review=5, seed=3, **PAPER)
+    c = contrastive_attention(seen.maps, range(4), 4, 'js2', raw=True)
+    assert (r.contrast.pre, r.contrast.post) == (c.pre, 4) and r.tokens.tolist() == lowest(c.map, .2).tolist()
+    with edit(tiny, 5, seen.prompt.visual[r.tokens], 'zero', 1e-9): want = tiny.generate(seen.prompt, temperature=.2, seed=3)[0]
+    assert r.answer == want and r.base == tiny.generate(seen.prompt, temperature=.2, seed=3)[0]
+    state = torch.random.get_rng_state()
+    hot = [tiny.generate(seen.prompt, temperature=5., seed=k)[0].ids for k in (0, 0, 1)]
+    assert hot[0] == hot[1] != hot[2] and torch.equal(state, torch.random.get_rng_state())
+    crop = refine(tiny, seen, seed=3, **PAPER)
+    assert crop.answer == tiny.generate(tiny.prompt([seen.prompt.images[0], crop.crop], seen.prompt.question), temperature=.2, seed=3)[0]
 
 def test_crop_by_hand(tiny, samples, seen):
     r = refine(tiny, samples[0].image, samples[0].question, how='crop')
