@@ -1,6 +1,7 @@
 "The store: whole units or nothing, each unit once, readers undisturbed"
 import multiprocessing, os, signal, subprocess, sys, time
-import pandas as pd, pytest
+import numpy as np, pandas as pd, pytest
+from pathlib import Path
 from fusion_notebooks import results
 from fusion_notebooks.results import Store, canonical, digest
 
@@ -48,6 +49,7 @@ def test_damaged_part_counts_as_missing(store, damage):
 KILLED = '''
 import sys, time
 import pandas as pd
+from pathlib import Path
 from fusion_notebooks import results
 def half(f):
     f.write(b'PAR1 half a part'); f.flush()
@@ -187,3 +189,77 @@ def test_no_flipped_bit_goes_unnoticed(store):
             caught += got.empty
             assert got.empty or got.equals(want)
     assert caught > 100
+
+# tables
+
+def refine_rows(model='llava-1.5-7b-hf', dataset='gqa', right=dict(base=50, crop=70, cd=52), n=100, per=1):
+    return pd.DataFrame([dict(model=model, dataset=dataset, sample=f'{dataset}{i}', image=f'p{i//per}', kind='ab'[i % 2], method=m, score=float((i*37) % n < k), lenient=1., forwards=2, flops=2e9, seconds=.1) for m, k in right.items() for i in range(n)])
+
+def test_method_table_by_hand():
+    from fusion_notebooks import metrics
+    rows = pd.concat([refine_rows(), refine_rows(dataset='textvqa', right=dict(base=50, crop=55, cd=30))])
+    t = results.method_table(rows).set_index(['dataset', 'kind', 'method'])
+    ps = {}
+    for d, g in rows.groupby('dataset'):
+        wide = g.pivot(index='sample', columns='method', values='score')
+        for m in ('crop', 'cd'): ps[d, m] = metrics.paired(wide[m], wide.base, wide.index)
+    adjusted = dict(zip(ps, metrics.holm([p[-1] for p in ps.values()])))            # four comparisons, one family
+    for (d, m), (diff, low, high, _) in ps.items():
+        assert tuple(t.loc[(d, 'all', m), ['difference', 'dlow', 'dhigh']]) == (diff, low, high) and t.p[d, 'all', m] == adjusted[d, m]
+    assert t.accuracy['gqa', 'all', 'crop'] == .7 and t.n['gqa', 'a', 'crop'] == 50 and np.isnan(t.p['gqa', 'all', 'base']) and t.gflops['gqa', 'all', 'cd'] == 2
+
+def test_intervals_are_clustered_by_picture():
+    one, four = (results.method_table(refine_rows(per=k)).set_index(['kind', 'method']).loc[('all', 'crop')] for k in (1, 50))
+    assert one.difference == four.difference and one.dlow > four.dlow
+
+def test_published_numbers_stand_beside_ours():
+    published = pd.read_csv(Path(__file__).parents[1]/'data/reference/paper_tables.csv')
+    t = results.method_table(pd.concat([refine_rows(), refine_rows('glyph-llava', 'glyph'), refine_rows('glm', 'pope'), refine_rows(dataset='docvqa')]))
+    got = results.beside_published(t, published).set_index(['model', 'dataset', 'method'])
+    assert tuple(got.loc[('llava-1.5-7b-hf', 'gqa', 'crop'), ['accuracy', 'published']]) == (70, 69.4) and got.published['llava-1.5-7b-hf', 'gqa', 'base'] == 66.03
+    assert got.difference['llava-1.5-7b-hf', 'gqa', 'crop'] == pytest.approx(.6) and '100 questions here' in got.remark['llava-1.5-7b-hf', 'gqa', 'crop']
+    assert got.loc['glyph-llava'].published.isna().all() and 'demo model' in got.remark['glyph-llava', 'glyph', 'base'] and 'not a model of the paper' in got.remark['glm', 'pope', 'base'] and 'within the average' in got.remark['llava-1.5-7b-hf', 'docvqa', 'base']
+    seven = results.method_table(pd.concat([refine_rows(dataset=d) for d in results.SEVEN]))
+    mean = results.beside_published(seven, published).set_index(['dataset', 'method']).loc[('average of 7', 'crop')]
+    assert (mean.accuracy, mean.published, mean.n) == (pytest.approx(70), 59.16, 700)
+
+def test_tables_are_written_three_times(tmp_path):
+    t = pd.DataFrame({'method': ['a_b', 'c|d'], 'p %': [.5, float('nan')]})
+    md = results.write_table(t, tmp_path/'x', 'main', 'ρ & λ').read_text()
+    assert md.splitlines() == ['ρ & λ', '', '| method | p % |', '|---|---|', '| a_b | 0.5 |', r'| c\|d |  |']
+    tex = (tmp_path/'x/main.tex').read_text()
+    assert r'a\_b & 0.5 \\' in tex and r'p \%' in tex and r'$\rho$ \& $\lambda$' in tex and pd.read_csv(tmp_path/'x/main.csv').equals(t)
+
+def test_choices_against_their_default():
+    rows = pd.concat([refine_rows(right={'mask': 60}).assign(choice='default', value='default'), refine_rows(right={'mask': 40}).assign(choice='rho', value='0.4'), refine_rows(right={'base': 50}).assign(choice='default', value='default')])
+    t = results.choice_table(rows).set_index(['method', 'value'])
+    assert t.difference['mask', '0.4'] == pytest.approx(-.2) and t.p['mask', '0.4'] < .01 and t.loc[[('mask', 'default'), ('base', 'default')], 'difference'].isna().all()
+
+def test_tables_of_a_study_from_rows_alone(tmp_path, monkeypatch):
+    "Every cell of the notebook, on invented rows of two models: no model, no torch"
+    import builtins, json
+    from types import SimpleNamespace
+    from fusion_notebooks import study
+    made = {}
+    def refined(model, dataset):
+        t = refine_rows(model, dataset, dict(base=50, crop=70, cd=52, opera=40) | {'crop-late': 72, 'crop-random': 51, 'crop-centre': 52, 'crop-oracle': 90, 'crop-read': 80, 'vicrop-rel': 60})
+        crop = t.method.str.startswith('crop')
+        return t.assign(why='', device='cpu', pre=np.where(crop, 2., np.nan), post=np.where(crop, 7., np.nan), distance=np.where(crop, .5, np.nan), hit=np.where(crop, .4, np.nan))
+    def require(analysis, model, benchmark='', **kw):
+        made[analysis, model] = kw
+        return refined(model, benchmark) if analysis == 'refine' else pd.concat([refine_rows(model, benchmark, dict(mask=60)).assign(choice='default', value='default'), refine_rows(model, benchmark, dict(mask=50)).assign(choice='rho', value='0.4')]) if model != 'glm' else pd.DataFrame()
+    monkeypatch.setattr(study, 'require', require)
+    monkeypatch.setattr(study, 'read_settings', lambda *_: SimpleNamespace(benchmarks=('gqa', 'pope'), figures=tmp_path, analyses=('refine',)))
+    cells = [c for c in json.loads((Path(__file__).parents[1]/'nbs/analyses/tables.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
+    shown = []
+    space = dict(display=shown.append)
+    for c in cells:
+        exec(''.join(c['source']), space)
+        if 'parameters' in c['metadata'].get('tags', ()): space['models'] = ['llava-1.5-7b-hf', 'glm']
+    names = ('main', 'controls', 'published', 'lenient', 'cost', 'layers', 'choices')
+    assert {p.name for p in (tmp_path/'study').iterdir()} == {f'{n}.{e}' for n in names for e in ('md', 'csv', 'tex')} and len(shown) == len(names)
+    main = (tmp_path/'study/main.md').read_text()
+    assert '| llava-1.5-7b-hf | gqa | crop | 70.0 +20.0 [' in main and '| glm | pope | opera | 40.0 -10.0 [' in main
+    controls = (tmp_path/'study/controls.md').read_text()
+    for other in ('base', 'crop-random', 'crop-centre', 'crop-late', 'vicrop-rel', 'crop-oracle'): assert f'| crop − {other} |' in controls
+    assert not made['candidates', 'glm']['compute'] and pd.read_csv(tmp_path/'study/published.csv').published.notna().sum() == 2      # base and ours on GQA
