@@ -265,9 +265,10 @@ def _first_pass(mllm, image, question):
     def watch(layer, args, kw):
         h = hooks._hidden(args, kw)[0]
         sinks.append(fusion.massive(h[p.visual.to(h.device)], h[0]))
-    handles = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in mllm.layers]
+    handles = [] if mllm.cross else [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in mllm.layers] # a picture beside the text has no states there
     with torch.inference_mode(), hooks._removing(handles), hooks.capture(mllm) as tape: mllm.model(**p.inputs, use_cache=False, logits_to_keep=1)
-    return p, tape.attention[0, :, 0].float().cpu().numpy(), np.stack(sinks)
+    maps = tape.attention[0, :, 0].float().cpu().numpy()
+    return p, maps, np.stack(sinks) if sinks else np.full(maps.shape, np.nan)
 
 def attention_rows(mllm, samples, **_):
     "The last prompt token's map at every layer, and what it says about the evidence box"

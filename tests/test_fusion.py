@@ -75,6 +75,58 @@ def test_noise_share_naive():
         count = sum(share[t] == 0 and sum(t in sorted(range(30), key=lambda j: -maps[i, j])[:3] for i in deep) >= .8*len(deep) for t in range(30))
         assert fusion.noise_share(maps, share) == pytest.approx(count/30)
 
+def test_layers_that_do_not_look_have_no_map_and_no_noise():
+    maps = np.random.default_rng(0).random((6, 9)); maps[[1, 5]] = 0
+    seen = fusion.profile(maps)
+    assert np.isnan(seen[[1, 5]]).all() and seen[4] == 0 and np.allclose(seen[:4:2], fusion.hellinger(maps[:4:2], maps[4]))   # the last map there is
+    assert fusion.noise_share(maps, np.zeros(9)) == fusion.noise_share(maps[[0, 2, 3, 4]], np.zeros(9), after=.2) and fusion.noise_share(0*maps, np.zeros(9)) == 0
+
+def test_pointing_auroc_and_iou_equal_counting():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        maps, share = rng.integers(-3, 4, (4, 10)).astype(float), np.round(rng.random(10)*(rng.random(10) < .4), 2)        # signed, with ties
+        if not share.any(): continue
+        inside = [t for t in range(10) if share[t] >= share.max()/2]
+        for m, hit, area, overlap in zip(maps, fusion.pointing(maps, share), fusion.auroc(maps, share), fusion.iou(maps, share)):
+            best = max(range(10), key=lambda t: (m[t], -t))
+            assert hit == float(share[best] > 0)
+            assert area == pytest.approx(np.mean([(m[a] > m[b]) + .5*(m[a] == m[b]) for a in inside for b in range(10) if b not in inside]))
+            top = sorted(range(10), key=lambda t: (-m[t], t))[:len(inside)]
+            assert overlap == pytest.approx(len({*top} & {*inside})/len({*top} | {*inside}))
+
+def test_scores_of_nothing_are_nan():
+    maps = np.array([[.2, .8], [np.nan, np.nan]])
+    for f in (fusion.pointing, fusion.auroc, fusion.iou):
+        assert np.isnan(f(maps, [0, 0])).all() and np.isnan(f(maps, [np.nan]*2)).all()                                 # no evidence, no box
+        assert np.isfinite(f(maps, [0, 1])[0]) and np.isnan(f(maps, [0, 1])[1])
+    assert np.isnan(fusion.auroc(maps, [1, 1])[0])                                                                     # nothing else to tell it from
+
+def test_looks_are_the_paper_s_contrast_and_vicrop_s_ratio():
+    rng = np.random.default_rng(0)
+    maps, general, share = rng.random((5, 12)), rng.random((5, 12)), np.eye(12)[3]
+    general[:, 0] = 0
+    p, g, found = maps/maps.sum(1, keepdims=True), general/general.sum(1, keepdims=True), fusion.looks(maps, general)
+    for l in range(1, 5):
+        i = max(range(l), key=lambda i: float(fusion.hellinger(p[i], p[l])))
+        assert np.allclose(found['early'][l], p[i]) and np.allclose(found['contrast'][l], p[l] - p[i])
+    assert np.isnan(found['contrast'][0]).all() and np.allclose(found['relative'][:, 1:], (p/np.where(g, g, 1))[:, 1:]) and 'relative' not in fusion.looks(maps)
+    scores = fusion.evidence_scores(maps, share)
+    positive = np.maximum(found['contrast'][1:], 0)
+    assert np.allclose(scores['contrast mass'][1:], positive[:, 3]/positive.sum(1)) and np.isnan(scores['contrast mass'][0])
+    assert np.allclose(scores['late mass'], fusion.evidence_mass(maps, share)) and len(scores) == 3*4
+
+def test_contrast_equals_the_library_s():
+    contrast = pytest.importorskip('fusion_notebooks.contrast')
+    maps = np.random.default_rng(2).random((6, 20))
+    assert np.allclose(fusion.looks(maps)['contrast'][4], contrast.contrastive_attention(maps, range(6), 4).map)
+
+def test_sinks_share_the_first_token_s_dimension():
+    states = np.random.default_rng(0).normal(size=(6, 1024)).astype('float32')
+    first = states[0].copy(); first[5] = 300
+    states[2, 5], states[3, 9] = -300, 300
+    assert fusion.massive(states, first).tolist() == [False, False, True, False, False, False]
+    assert not fusion.massive(states, states[0]).any() and not fusion.massive(states[:, :400], first[:400]).any()      # at most the root of the width
+
 # curves known by construction
 
 @pytest.mark.parametrize('how', ['zero', 'mean', 'swap'])
@@ -107,6 +159,13 @@ def test_nothing_is_an_answer(rule, how):
         for n in (500, None):
             assert fusion_layers(curve, base, how=how, rule=rule, n=n).layers == ()
             assert review_layer(curve, base, n=n).layers == ()
+
+def test_agreement_counts_open_layers_and_decoys_only():
+    for found in ((), (0,), (2, 6), (2, 6, 7), (1, 2), fusion_layers(table(.9, .9, .2, .9), .9, n=500)):
+        named = set(getattr(found, 'layers', found)) & {1, 2, 4, 6}
+        got = fusion.agreement(found, (2, 6), (1, 4))
+        assert got['recall'] == len(named & {2, 6})/2 and got['exact'] == (named == {2, 6})
+        assert got['precision'] == len(named & {2, 6})/len(named) if named else np.isnan(got['precision'])
 
 def test_single_layer():
     assert fusion_layers(table(.1), .9, how='knockout', n=500).layers == (0,)
