@@ -24,7 +24,7 @@ from unittest.mock import patch
 import numpy as np
 import pandas as pd
 from . import vqa
-from .results import FINDINGS, Store, canonical, digest, percent, say
+from .results import FINDINGS, Store, canonical, digest, percent, say, write_whole
 
 # %% ../nbs/11_study.ipynb #c006
 PACKAGE, BENCHMARKS = Path(find_spec('fusion_notebooks').origin).parent, dict(glyph='gqa') | {name: b.metric for name, b in vqa.BENCHMARKS.items()} # benchmark → metric
@@ -763,12 +763,12 @@ def execute(
     over = {k: list(v) if isinstance(v, tuple) else v for k, v in over.items() if str(v) != str(getattr(plain, k))}
     given = parameters(nb, dict(settings=over | dict(file=str(s.file)) if over else str(s.file), quick=s.quick) | ({'models' if isinstance(where, list) else 'model': where} | more))
     out.parent.mkdir(parents=True, exist_ok=True)
-    done.unlink(missing_ok=True)
+    for old in (done, s.figures/name/'summary.csv'): old.unlink(missing_ok=True)      # who dies from here on leaves nothing that looks finished
     offline = dict(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1') if all(Path(w).is_dir() for w in ([where] if isinstance(where, str) else where)) else {}
     # waiting threads that spin make a small model ten times slower on a busy machine (measured on 2 cores)
     with patch.dict(os.environ, offline | dict(OMP_WAIT_POLICY='passive', TOKENIZERS_PARALLELISM='false', PYTHONWARNINGS='ignore:IProgress')):
         pm.execute_notebook(str(nb), str(out), given, cwd=str(nb.parent), kernel_name='python3', progress_bar=False, execution_timeout=s.timeout, stderr_file=sys.stderr, extra_arguments=['--log-level=CRITICAL'])
-    done.write_text(json.dumps(dict(inputs=inputs, outputs=_outputs(analysis, name, s))))
+    write_whole(done, lambda f: f.write(json.dumps(dict(inputs=inputs, outputs=_outputs(analysis, name, s))).encode()))
     return True
 
 # %% ../nbs/11_study.ipynb #c039
@@ -822,7 +822,7 @@ def run(
         with gently(): on_cluster(s, scheduler) if scheduler else on_workers(s, workers) if workers > 1 else work(s, wait=figures)
     whole = [a for a in s.analyses if of_all(notebooks(s)[a])]
     for where, benchmark in [(w, b) for w in names for b in s.benchmarks] if figures else ():
-        news, name, one = False, _place(names[where], benchmark), replace(s, benchmarks=(benchmark,))
+        name, one = _place(names[where], benchmark), replace(s, benchmarks=(benchmark,))
         for analysis in [a for a in s.analyses if a not in whole]:
             start, mine = time.time(), jobs(replace(one, models=(where,), analyses=(analysis,)))
             if missing := [text for job in mine if (text := failure(job, s))]:
@@ -830,10 +830,9 @@ def run(
                 if rows: fail(name, analysis, missing[0], False); continue
             try: ran = execute(analysis, where, name, one)
             except Exception as e: fail(name, analysis, *_cause(e)); continue     # whatever breaks in one notebook, the others still run
-            news |= ran
             report.done.append((name, analysis))
             print(f'{name} · {analysis}: ' + (f'{time.time() - start:.0f} s' if ran else 'done before, unchanged'), file=sys.stderr, flush=True)
-        if any(m == name for m, _ in report.done): _summarise(where, name, one, news)
+        if any(m == name for m, _ in report.done): _summarise(where, name, one)
     for analysis in whole if figures and names else ():
         try: execute(analysis, list(names), 'study', s)
         except Exception as e: fail('study', analysis, *_cause(e)); continue
@@ -842,12 +841,12 @@ def run(
     for (model, analysis), cause in report.failed.items(): print(f'FAILED {model} · {analysis}: {cause}', file=sys.stderr)
     return report
 
-def _summarise(where, name, s, news):
-    "Print what was found; it stands in `summary.csv` beside the figures"
+def _summarise(where, name, s):
+    "Print what was found; it stands in `summary.csv` beside the figures, until a notebook runs again"
     file = s.figures/name/'summary.csv'
-    if news or not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        findings(where, [a for a in FINDINGS if a in ANALYSES], settings=s).to_csv(file, index=False, float_format='%.6g')
+    if not file.exists():
+        found = findings(where, [a for a in FINDINGS if a in ANALYSES], settings=s)
+        write_whole(file, lambda f: found.to_csv(f, index=False, float_format='%.6g'))
     found = pd.read_csv(file, dtype=dict(layers=str))
     print(f"\n{Path(name).name if s.benchmarks == ('glyph',) else name.removesuffix('/' + s.benchmarks[0])} on {s.benchmarks[0]}{' (quick slice)' if s.quick else ''}\n{say(found)}\n\nfigures and summary.csv: {os.path.relpath(file.parent)}\nexecuted notebooks: {os.path.relpath(s.runs/name)}")
 

@@ -34,7 +34,7 @@ def test_the_job_script(site, want, system, tmp_path_factory):
     if system == 'PBS': tasks = [submit(site, pbs(script), tmp_path_factory.mktemp('home'), PBS_ARRAY_INDEX=i, PBS_O_WORKDIR=site.folder, FAKE_SECONDS=.2) for i in range(2)]
     else: tasks = [submit(site, script, SLURM_ARRAY_TASK_ID=i, FAKE_SECONDS=.2) for i in range(2)]
     for p in tasks:
-        out, err = p.communicate(timeout=280)
+        out, err = p.communicate(timeout=900)
         assert p.returncode == 0, err
     assert len(site.computed()) == len(set(site.computed())) == 6
     compare(site.table(), want)
@@ -44,7 +44,7 @@ def test_the_signal_before_the_time_is_up(site, want):
     p, end = submit(site, block('#SBATCH --array'), SLURM_ARRAY_TASK_ID=3, FAKE_SECONDS=.5), time.monotonic() + 200
     while not site.computed() and time.monotonic() < end: time.sleep(.05)
     os.kill(p.pid, signal.SIGTERM)                                # to the batch shell alone, whose place the command has taken
-    out, err = p.communicate(timeout=280)
+    out, err = p.communicate(timeout=900)
     assert p.returncode == 130 and 0 < len(site.store.parts()) == len(site.computed()) < 6
     one_line(err, 'what was finished is kept')
     assert site.rows()[0] == 0

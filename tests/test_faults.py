@@ -38,7 +38,7 @@ class Study:
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     def run(self, *args, **kw):
         p = self.start(*args, **kw)
-        out, err = p.communicate(timeout=280)
+        out, err = p.communicate(timeout=900)
         return p.returncode, out, err
     def rows(self, *args, **kw): return self.run('study', '--rows', '--settings', self.ini, *args, **kw)
     def table(self): return self.store.read(split='evaluation')
@@ -119,7 +119,7 @@ print(lost, torn, sum('pack-' not in p.name for p in store.folder.iterdir()))
 '''
 
 def killed_writers(folder, kills):
-    p = subprocess.run([sys.executable, '-c', NURSERY, str(folder), str(kills)], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'), timeout=280)
+    p = subprocess.run([sys.executable, '-c', NURSERY, str(folder), str(kills)], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'), timeout=900)
     assert p.returncode == 0, p.stderr
     lost, doubled, left = map(int, p.stdout.split())
     count(**{'writers killed (kill -9)': kills, 'rows lost': lost, 'rows doubled': doubled})
@@ -156,7 +156,7 @@ def killed_workers(s, kills, wait, seed=0, *args, **env):
         time.sleep(rng.uniform(.5*wait, wait))
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             if victims := workers_of(p.pid): os.kill(rng.choice(victims), signal.SIGKILL); done += 1
-    out, err = p.communicate(timeout=280)
+    out, err = p.communicate(timeout=900)
     assert p.returncode == 0 and 'Traceback' not in err and err.count('another one takes over') == done, err
     count(**{'workers killed (kill -9)': done})
     return done
@@ -211,7 +211,7 @@ def test_ctrl_c_finishes_the_unit_in_hand(fake, want, args):
     p, end = fake.start('study', '--rows', '--settings', fake.ini, *args, FAKE_SECONDS=.5), time.monotonic() + 200
     while not fake.computed() and time.monotonic() < end: time.sleep(.05)
     os.killpg(p.pid, signal.SIGINT)
-    out, err = p.communicate(timeout=280)
+    out, err = p.communicate(timeout=900)
     assert p.returncode == 130
     one_line(err, 'what was finished is kept, and the same command goes on')
     assert 0 < len(fake.store.parts()) == len(fake.computed()) and not list(fake.store.folder.glob('*.tmp')) and not list(fake.store.folder.glob('*.lock'))
@@ -246,7 +246,7 @@ def test_results_folder_vanishes(fake, want):
     p = fake.start('study', '--rows', '--settings', fake.ini, FAKE_SECONDS=.3)
     while not fake.store.folder.is_dir() or len(fake.store.parts()) < 3: time.sleep(.02)
     shutil.rmtree(fake.store.folder, ignore_errors=True)
-    p.communicate(timeout=280)
+    p.communicate(timeout=900)
     code, out, err = fake.rows()
     assert code == 0, err
     compare(fake.table(), want)
@@ -293,14 +293,14 @@ def test_damaged_parts_are_computed_again(fake, want, packed):
 def test_two_studies_on_one_store(fake, want):
     both = [fake.start('study', '--rows', '--settings', fake.ini, FAKE_SECONDS=.3) for _ in range(2)]
     for p in both:
-        out, err = p.communicate(timeout=280)
+        out, err = p.communicate(timeout=900)
         assert p.returncode == 0, err
     assert len(fake.computed()) == len(set(fake.computed())) == 6                   # none was computed twice
     compare(fake.table(), want)
 
 def test_tasks_of_an_array(fake, want):
     tasks = [fake.start('study', '--rows', '--settings', fake.ini, SLURM_ARRAY_TASK_ID=i, FAKE_SECONDS=.2) for i in range(2)]
-    assert [p.communicate(timeout=280) and p.returncode for p in tasks] == [0, 0]
+    assert [p.communicate(timeout=900) and p.returncode for p in tasks] == [0, 0]
     assert len(set(fake.computed())) == 6
     compare(fake.table(), want)
 
@@ -348,6 +348,18 @@ def test_notebooks_that_raise_or_hang(tmp_path, want):
         assert code == 1 and time.monotonic() - start < 40
         one_line(err, 'FAILED model · early_exit', said)
     compare(s.table(), want)
+
+@pytest.mark.parametrize('moment', ['write_whole', '_summarise'])
+def test_killed_between_notebook_and_summary(fake, moment):
+    "No record of a notebook and no summary of earlier rows outlives them"
+    text, summary, record = fake.ini.read_text(), fake.folder/'figures/model/summary.csv', fake.folder/'runs/model/early_exit.json'
+    fake.ini.write_text(text.replace('evaluation = 48', 'evaluation = 16'))
+    assert fake.run('study', '--settings', fake.ini)[0] == 0 and set(pd.read_csv(summary).n) == {16} and record.exists()
+    fake.ini.write_text(text)
+    assert fake.run('study', '--settings', fake.ini, FAKE_DIE=moment)[0] == -signal.SIGKILL
+    assert not summary.exists() and record.exists() == (moment == '_summarise')
+    code, out, err = fake.run('study', '--settings', fake.ini)
+    assert code == 0 and set(pd.read_csv(summary).n) == {48}, err
 
 # input
 
