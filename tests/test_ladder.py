@@ -47,6 +47,14 @@ def test_resume_equals_naive(family, mean):
     same(fast, naive)
     assert 'resume' in set(fast.path)
 
+def test_stems_that_are_read_equal_stems_that_are_copied(family, mean, monkeypatch):
+    "Attention takes them as they are on a CPU, and copies elsewhere"
+    if 'ladder' not in EXPECT[family.name][1]: return
+    read = sweep(family, SAMPLES, HOWS, layers=[1, 3], mean=mean, limit=3)
+    assert masking._can_be_apart(family)
+    monkeypatch.setattr(masking, '_can_be_apart', lambda m: False)
+    same(read, sweep(family, SAMPLES, HOWS, layers=[1, 3], mean=mean, limit=3))
+
 def test_exits_equal_early_exit(family):
     p = family.prompt(SAMPLES[0].image, SAMPLES[0].question)
     seen = record(family, p)
