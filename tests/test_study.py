@@ -206,12 +206,17 @@ def test_choices_one_at_a_time(shared, model_folder, monkeypatch):
     s = study.replace(shared, calibration=1)
     rows = study.require('candidates', str(model_folder), settings=s)
     found = study.units(study.Job('candidates', str(model_folder), 'glyph', 'calibration'), s)[0]
-    assert set(rows.split) == {'calibration'} and rows['sample'].nunique() == 4 and len(rows) == 4*(3 + 4 + 3) and (rows.why == '').all()
+    assert set(rows.split) == {'calibration'} and rows['sample'].nunique() == 4 and len(rows) == 4*(3 + 4 + 3) and (rows.why == '').mean() > .5
     mllm, x = study.load(str(model_folder)), study.questions(str(model_folder), s, split='calibration')[0]
     mine, seen = rows[rows['sample'] == x.id].set_index(['method', 'choice', 'value']), contrast.look(mllm, x.image, x.question)
     fixed = (found['candidates'] or [2])[-1]
     for key, kw in {('mask', 'default', 'default'): {}, ('mask', 'candidates', 'fixed'): dict(candidates=fixed), ('mask', 'soft', '0.1'): dict(soft=True, strength=.1), ('crop', 'rule', 'meanstd'): dict(rule='meanstd'), ('crop', 'order', 'before'): dict(order='before')}.items():
-        r = contrast.refine(mllm, seen, how=key[0], review=found['review'], seed=study.zlib.crc32(x.id.encode()), **dict(candidates=found['candidates']) | kw)
+        ask = lambda: contrast.refine(mllm, seen, how=key[0], review=found['review'], seed=study.zlib.crc32(x.id.encode()), **dict(candidates=found['candidates']) | kw)
+        if mine.why[key]:                                              # what a model of random weights cannot do, it says
+            with pytest.raises(ValueError) as e: ask()
+            assert str(e.value) == mine.why[key]
+            continue
+        r = ask()
         assert mine.prediction[key] == r.answer.text and abs(mine.logp[key] - r.answer.logp) < 1e-4 and mine.pre[key] == r.contrast.pre
     assert [j.split for j in study.jobs(study.replace(s, analyses=('candidates',)))] == ['calibration', 'calibration']
 
