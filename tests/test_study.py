@@ -199,6 +199,22 @@ def test_what_a_model_cannot_do_is_said(shared, model_folder, monkeypatch):
     found = pd.DataFrame(results.refine_findings(rows.assign(kind='fine', group=rows['sample']), None))
     assert not found.finding.str.contains('opera').any() and found.finding.eq('dola − base').any()
 
+def test_choices_one_at_a_time(shared, model_folder, monkeypatch):
+    "Each row is what `refine` says with that one thing chosen differently, on calibration pictures"
+    from fusion_notebooks import contrast
+    monkeypatch.setattr(study, 'CHOICES', dict(mask=dict(candidates=('all', 'fixed'), rho=(.4,), soft=(.1,)), crop=dict(distance=('js2',), rule=('meanstd',), order=('before',))))
+    s = study.replace(shared, calibration=1)
+    rows = study.require('candidates', str(model_folder), settings=s)
+    found = study.units(study.Job('candidates', str(model_folder), 'glyph', 'calibration'), s)[0]
+    assert set(rows.split) == {'calibration'} and rows['sample'].nunique() == 4 and len(rows) == 4*(3 + 4 + 3) and (rows.why == '').all()
+    mllm, x = study.load(str(model_folder)), study.questions(str(model_folder), s, split='calibration')[0]
+    mine, seen = rows[rows['sample'] == x.id].set_index(['method', 'choice', 'value']), contrast.look(mllm, x.image, x.question)
+    fixed = (found['candidates'] or [1])[-1]
+    for key, kw in {('mask', 'default', 'default'): {}, ('mask', 'candidates', 'fixed'): dict(candidates=fixed), ('mask', 'soft', '0.1'): dict(soft=True, strength=.1), ('crop', 'rule', 'meanstd'): dict(rule='meanstd'), ('crop', 'order', 'before'): dict(order='before')}.items():
+        r = contrast.refine(mllm, seen, how=key[0], review=found['review'], seed=study.zlib.crc32(x.id.encode()), **dict(candidates=found['candidates']) | kw)
+        assert mine.prediction[key] == r.answer.text and abs(mine.logp[key] - r.answer.logp) < 1e-4 and mine.pre[key] == r.contrast.pre
+    assert [j.split for j in study.jobs(study.replace(s, analyses=('candidates',)))] == ['calibration', 'calibration']
+
 FIXTURES = ROOT/'tests/fixtures/vqa'
 
 @pytest.fixture
@@ -245,6 +261,24 @@ def test_the_real_checkpoints_layout(official, tmp_path, capsys):
     figures = s.figures/'llava-1.5-7b-hf/textvqa'
     assert all((figures/f'{name}.png').exists() for name in ('masking', 'attention-hellinger', 'early_exit', 'refine', 'refine-pareto')) and 'on textvqa' in capsys.readouterr().out
 
+@pytest.mark.parametrize('harm, said', [
+    (lambda d: d['data'][0].update(answers=['one']), '1 answers; every question has 10'), (lambda d: d['data'][0].update(answers='red'), 'a list of texts is needed'), (lambda d: d['data'][0].update(image_id='nowhere'), 'no file nowhere.jpg')])
+def test_refusals_reach_the_shell(official, model_folder, tmp_path, capsys, harm, said):
+    "One sentence and exit code 2, before a model is loaded"
+    from fusion_notebooks.cli import main
+    shutil.copytree(FIXTURES/'textvqa', tmp_path/'official/textvqa')
+    file = next((tmp_path/'official/textvqa').glob('*.json'))
+    data = json.loads(file.read_text()); data['data'] = data['data'][:1]; harm(data); file.write_text(json.dumps(data))
+    official.file.write_text(official.file.read_text().replace(str(FIXTURES), str(tmp_path/'official')))
+    assert main(['study', '--rows', '--settings', str(official.file), '--models', str(model_folder), '--benchmarks', 'textvqa', '--analyses', 'attention']) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count('\n') == 1 and 'Traceback' not in err
+
+def test_unknown_benchmark_reaches_the_shell(official, model_folder, capsys):
+    from fusion_notebooks.cli import main
+    assert main(['study', '--settings', str(official.file), '--models', str(model_folder), '--benchmarks', 'gqua']) == 2
+    assert "No benchmark 'gqua'; known: glyph, gqa" in capsys.readouterr().err
+
 # run
 
 def test_run_goes_on_after_failures_and_reports_them(ini, model_folder, monkeypatch, capsys):
@@ -275,6 +309,18 @@ def test_run_goes_on_after_failures_and_reports_them(ini, model_folder, monkeypa
     (quick/'figures/tiny/attention-evidence.png').unlink()
     assert study.run(ini, quick=True, analyses=['attention']).code == 0 and ran == ['attention']
     assert (quick/'figures/tiny/attention-evidence.png').exists()
+
+def test_a_notebook_about_all_models_runs_once(ini, model_folder, monkeypatch, capsys):
+    import papermill
+    ran = []
+    def execute(nb, out, given, **kw): ran.append((Path(nb).stem, Path(out), given)); Path(out).write_text('{}')
+    monkeypatch.setattr(papermill, 'execute_notebook', execute)
+    other = shutil.copytree(model_folder, ini.parent/'other')
+    s = study.choose(ini, models=[str(model_folder), str(other)], analyses=['tables'])
+    assert study.of_all(study.notebooks(s)['tables']) and not study.of_all(study.notebooks(s)['refine']) and study.jobs(s) == []
+    for _ in range(2): assert study.run(s).done == [('study', 'tables')]          # the second time nothing has to be done
+    (name, out, given), = ran
+    assert (name, out) == ('tables', s.runs/'study/tables.ipynb') and given['models'] == [str(model_folder), str(other)] and 'model' not in given
 
 def test_parameters_are_names_the_notebook_lists_and_json(ini, tmp_path):
     from papermill.iorw import load_notebook_node
