@@ -338,7 +338,7 @@ def _scored(rows, metric):
 def candidates_rows(mllm, samples, metric, choices, candidates, review, **_):
     "Mask and crop with one thing chosen differently: candidate layers, ρ, λ, soft, distance, box rule, order; value 'default' is what `refine` does"
     from fusion_notebooks import contrast
-    rows, fixed = [], (candidates or [mllm.n_layers//2])[-1]
+    rows, fixed = [], (candidates or [mllm.n_layers//4])[-1]
     for s in samples:
         seen = contrast.look(mllm, s.image, s.question)
         row = dict(sample=s.id, method='base', choice='default', value='default', prediction=seen.base.text, logp=seen.base.logp, why='', s=s)

@@ -209,7 +209,7 @@ def test_choices_one_at_a_time(shared, model_folder, monkeypatch):
     assert set(rows.split) == {'calibration'} and rows['sample'].nunique() == 4 and len(rows) == 4*(3 + 4 + 3) and (rows.why == '').mean() > .5
     mllm, x = study.load(str(model_folder)), study.questions(str(model_folder), s, split='calibration')[0]
     mine, seen = rows[rows['sample'] == x.id].set_index(['method', 'choice', 'value']), contrast.look(mllm, x.image, x.question)
-    fixed = (found['candidates'] or [2])[-1]
+    fixed = (found['candidates'] or [1])[-1]
     for key, kw in {('mask', 'default', 'default'): {}, ('mask', 'candidates', 'fixed'): dict(candidates=fixed), ('mask', 'soft', '0.1'): dict(soft=True, strength=.1), ('crop', 'rule', 'meanstd'): dict(rule='meanstd'), ('crop', 'order', 'before'): dict(order='before')}.items():
         ask = lambda: contrast.refine(mllm, seen, how=key[0], review=found['review'], seed=study.zlib.crc32(x.id.encode()), **dict(candidates=found['candidates']) | kw)
         if mine.why[key]:                                              # what a model of random weights cannot do, it says
@@ -267,7 +267,7 @@ def test_the_real_checkpoints_layout(official, tmp_path, capsys):
     assert all((figures/f'{name}.png').exists() for name in ('masking', 'attention-hellinger', 'early_exit', 'refine', 'refine-pareto')) and 'on textvqa' in capsys.readouterr().out
 
 @pytest.mark.parametrize('harm, said', [
-    (lambda d: d['data'][0].update(answers=['one']), '1 answers; every question has 10'), (lambda d: d['data'][0].update(answers='red'), 'a list of texts is needed'), (lambda d: d['data'][0].update(image_id='gone'), 'no file gone.jpg')])
+    (lambda d: d['data'][0].update(answers=['one']), '1 answers; every question has 10'), (lambda d: d['data'][0].update(answers='red'), 'a list of texts is needed'), (lambda d: d['data'][0].update(image_id='nowhere'), 'no file nowhere.jpg')])
 def test_refusals_reach_the_shell(official, model_folder, tmp_path, capsys, harm, said):
     "One sentence and exit code 2, before a model is loaded"
     from fusion_notebooks.cli import main
