@@ -2,7 +2,8 @@
 # make test   notebook examples and pytest                            make lab     JupyterLab on the notebooks
 # make bench  what things cost here, against naive (meant to take ≤ 10 minutes)
 # make docs   the site, in docs/_build/html/index.html
-.PHONY: demo test study lab docs readme bench
+# make test-browser   the explorer's canvas in headless Chromium (the system's, or that of `playwright install chromium`)
+.PHONY: demo test study lab docs readme bench test-browser
 .DELETE_ON_ERROR:
 
 SHELL := bash
@@ -22,6 +23,9 @@ test: .venv/installed
 
 bench: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py
+
+test-browser: .venv/browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -s tests/browser
 
 lab: .venv/installed
 	$(BIN)/jupyter lab nbs
@@ -44,6 +48,10 @@ readme: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/browser: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
 	touch $@
 
 .venv/docs: .venv/installed

@@ -42,7 +42,8 @@ export function render({ model, el }) {
   canvas.setAttribute('aria-label', 'Picture with attention map. Arrow keys move over the patches, space masks one, shift and arrows mask several, escape clears, page up and page down change the layer.')
   caption.setAttribute('aria-live', 'polite'); status.setAttribute('role', 'status')
   answers.setAttribute('aria-label', 'Answers')
-  left.append(canvas, ramp, caption, tools); right.append(answers, status, chips, chart); root.append(left, right); el.append(style, root)
+  // the caption last: its length changes, and buttons must not move under a click
+  left.append(canvas, ramp, tools, caption); right.append(answers, status, chips, chart); root.append(left, right); el.append(style, root)
 
   let grey = null, maps = {}, paint = {}, cursor = null, drag = null
   const still = () => get('single') != null              // recorded: answers to single patches, no kernel
