@@ -349,6 +349,7 @@ def ask(
 # %% ../nbs/10_plots.ipynb #card1
 def statements(
     found:pd.DataFrame, # findings of one model on one benchmark: analysis, finding, kind, value, low, high, p, layers, n
+    there=(), # names of the analyses that have rows
 )->list: # (question, answer) pairs, five of them
     "The findings in words; an analysis without rows is said to be missing"
     def rows(analysis, *findings): return found[(found.analysis == analysis) & found.finding.isin(findings)].to_dict('records')
@@ -362,8 +363,7 @@ def statements(
         return some and f"{what} {text}{', none under ' + ', '.join(none) if none else ''}; {n(some[0], 'calibration questions')}." if by else some and f"None found under any semantic; {n(some[0], 'calibration questions')}."
     def evidence():
         per = {r['finding']: r for r in rows('attention', *found.finding)}
-        if not (best := per.get('most attention on the evidence')): return None
-        if best['value'] != best['value']: return 'The benchmark has no evidence boxes, so this cannot be said.'
+        if not (best := per.get('most attention on the evidence')): return 'The benchmark has no evidence boxes, so this cannot be said.' if 'attention' in there else None
         above, chance = per['attention on the evidence above twice chance'], per['chance']
         return (f"{percent(best)} of the attention on the image at layer {numbers(best)}, where chance is {100*chance['value']:.1f} %; more than twice chance at layers {numbers(above)}; "
                 f"{percent(per['bright tokens without evidence'])} of the visual tokens are bright at most layers and show no evidence; {n(best)}.")
@@ -438,12 +438,12 @@ def card(
         for ax, (analysis, draw) in zip(middle.subplots(2, 2).flat, panels):
             if analysis in rows: draw(ax)
             else: ax.set_axis_off(); ax.text(.5, .5, f'{analysis}: not computed', ha='center', fontsize=LARGE, color='.4', transform=ax.transAxes)
-            ax.tick_params(labelsize=SMALL); ax.xaxis.label.set_size(SMALL)
+            ax.tick_params(labelsize=SMALL - .5); ax.xaxis.label.set_size(SMALL)
     if not words: return fig
     top.text(.05, .93, _text(stamp.get('model', 'fusion card'), 60), fontsize=18, weight='bold', va='top')
     top.text(.05, .83, _text(' · '.join(['fusion card', *(str(stamp[k]) for k in ('dataset', 'split') if k in stamp), f'{layers} decoder layers, 0-based']), 100), fontsize=LARGE, color='.35', va='top')
     y, line = .74, .0385
-    for question, answer in statements(found):
+    for question, answer in statements(found, rows):
         top.text(.05, y, question, fontsize=LARGE + .5, weight='bold', va='top'); y -= 1.15*line
         top.text(.05, y, said := _text(answer, 106), fontsize=LARGE, va='top', linespacing=1.25); y -= (said.count('\n') + 1)*line + .45*line
     foot.text(.05, .95, _text(' · '.join(f'{k} {v}' for k, v in stamp.items()), 140), fontsize=6.5, color='.4', va='top', linespacing=1.3)
@@ -473,7 +473,7 @@ def card_page(
     "The same page for a browser, with every number behind it; whatever stands in a table is text, never HTML"
     text, parts = lambda t: html.escape(str(t)), []
     for c in cards:
-        stamp, said = c.get('stamp') or {}, statements(c['found'])
+        stamp, said = c.get('stamp') or {}, statements(c['found'], c['rows'])
         numbers = c['found'].assign(layers=c['found'].layers.fillna('')).to_html(index=False, na_rep='', float_format='%.4g', border=0)
         parts += [f"<h2>{text(' · '.join(str(stamp[k]) for k in ('dataset', 'split') if k in stamp))}</h2>", *(f'<h3>{text(q)}</h3><p>{text(a)}</p>' for q, a in said),
                   f'<img alt="{text(card.__doc__)}" src="data:image/svg+xml;base64,{_svg(card(c["rows"], c["found"], stamp, words=False))}">',

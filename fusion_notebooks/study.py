@@ -611,13 +611,14 @@ def stamp(
 # %% ../nbs/11_study.ipynb #card1
 def card(
     model:str, # demo name, local folder or Hub id
-    benchmark:str='glyph', # one of `BENCHMARKS`
+    benchmark:str='', # one of `BENCHMARKS`; default: the first in the settings
     settings='settings.ini', # path or `Settings`
 )->dict: # rows, found, stamp: what `plots.card` takes
     "What a model's fusion card says, from rows that are there. Raises `ValueError` where there are none."
     s = settings if isinstance(settings, Settings) else read_settings(settings)
-    rows = {a: r for a in FINDINGS if a in ANALYSES and len(r := require(a, model, benchmark, settings=s, compute=False))}
-    if not rows: raise ValueError(f'No rows of {model} on {benchmark} in {s.results}: run fusion study --models {model} --benchmarks {benchmark} first.')
+    there = any(s.results.glob('*.parquet'))                       # or the samples would be drawn to look for nothing
+    rows = {a: r for a in FINDINGS if there and a in ANALYSES and len(r := require(a, model, benchmark, settings=s, compute=False))}
+    if not rows: raise ValueError(f'No rows of {model} on {benchmark or s.benchmarks[0]} in {s.results}: run fusion study --models {model} first.')
     return dict(rows=rows, found=findings(model, list(rows), benchmark, s), stamp=stamp(next(iter(rows.values()))))
 
 # %% ../nbs/11_study.ipynb #c035

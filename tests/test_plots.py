@@ -135,7 +135,8 @@ def test_the_card_says_what_was_found(carded):
     gains = said['What does refinement gain or cost?']
     assert 'mask -5.0 points [-9.0, -1.0], a cost (p = 0.01)' in gains and 'crop +2.0 points [-1.0, +5.0], no difference found (p = 0.3)' in gains and '20.0' not in gains
     found = carded['found']
-    assert 'cannot be said' in dict(plots.statements(found.assign(value=found.value.where(found.analysis != 'attention'))))['How much does it look at the evidence?']
+    boxless = found[found.analysis != 'attention']
+    assert 'cannot be said' in dict(plots.statements(boxless, ['attention']))['How much does it look at the evidence?'] and 'Not computed yet' in dict(plots.statements(boxless))['How much does it look at the evidence?']
     nothing = found.assign(layers=found.layers.where(found.analysis != 'masking', 'none'))
     assert dict(plots.statements(nothing))['Does it review the image late?'] == 'None found under any semantic; n = 20 calibration questions.'
     assert all('Not computed yet' in a for _, a in plots.statements(found[:0]))
