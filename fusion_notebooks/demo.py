@@ -733,7 +733,7 @@ def reading_depth(
 
 # %% ../nbs/09_demo.ipynb #c028
 MODELS = {'glyph-llava': Recipe(), # demo models and how they are trained
-          'glyph-qwen2vl': Recipe(base='glyph-llava', copy=700, speak=1500),
+          'glyph-qwen2vl': Recipe(base='glyph-llava', copy=700, speak=2400),
           'planted-3': Recipe(base='glyph-llava', hops=(3,), decoys=(1, 5), plant=500),
           'planted-2-6': Recipe(base='glyph-llava', hops=(2, 6), decoys=(1, 4), plant=2200, shares=(.15, .1, .1, .35, .1, .2))}
 
