@@ -1,9 +1,10 @@
 """One Sphinx source folder from the notebooks, the committed figures and tables, and the pages beside this file: python docs/stage.py docs/_staged
 
 Notebooks without stored outputs run here, as in `nbdev-test`; analyses need a whole study, so they show the committed figures instead."""
-import ast, csv, html, inspect, os, re, shutil, sys
+import ast, base64, csv, html, inspect, os, re, shutil, sys, tomllib
 from multiprocessing import get_context
 from pathlib import Path
+import yaml
 from fastcore.nbio import mk_cell, read_nb, write_nb
 from nbdev.process import NBProcessor
 from nbdev.processors import add_links, add_show_docs, exec_show_docs, hide_line
@@ -34,7 +35,7 @@ def target(
 )->str: # of links; capitals do not count there, so a class says that it is one
     return f'{room}{"-class" if name[:1].isupper() else ""}-{name.lower()}'
 
-def api(
+def documented(
     text:str, # what `show_doc` gave
     room:str, # name of the module
 )->str: # the same with a link target, the place of the source in words, and no types made up from defaults
@@ -57,7 +58,7 @@ def document(
     out, docs, folded = [], [], []
     for c in [*cells, markdown('')]:
         if c.source.startswith('show_doc('):
-            docs = [markdown(api(''.join(o.data['text/markdown']), room)) for o in c.outputs if 'data' in o] + docs      # nbdev has the last one first
+            docs = [markdown(documented(''.join(o.data['text/markdown']), room)) for o in c.outputs if 'data' in o] + docs      # nbdev has the last one first
             continue
         out += docs + folded; docs, folded = [], []
         if not c.source: continue
@@ -95,7 +96,7 @@ def links(
     return re.sub(r'(?<!\\)\[((?:[^][]|\[[^]]*\])*)\]\(([^)\s]+)\)', new, text)
 
 MODEL = 'glyph-llava' # whose lines the gallery shows
-HOMES = {Path('nbs/index.ipynb'): Path('index.ipynb')} # every other notebook keeps its path
+HOMES = {Path('nbs/index.ipynb'): Path('overview.ipynb')} # every other notebook keeps its path
 
 def process(
     path:Path, # a notebook
@@ -164,13 +165,38 @@ def entries(): # pattern, alternative text, title, what is said about it, notebo
                 doc = getattr(plots, re.search(r'plots\.(?!save)(\w+)\(', c.source)[1]).__doc__
                 yield pattern, doc, title, said, path.relative_to(ROOT), sources
 
-def gallery()->str: # Markdown
-    "Every committed figure with the lines that make it"
+def drawing()->list: # names
+    "The functions that draw a figure: found by what they return"
+    return [n for n in plots.__all__ if inspect.isfunction(f := getattr(plots, n)) and inspect.signature(f).return_annotation is plots.plt.Figure]
+
+CARD = "from fusion_notebooks import plots, study\nfig = plots.card(**study.card({model!r}))"
+
+def entry(title, shown, said, lines, source): return f'## {title}\n\n{shown}\n\n{said}\n\n```python\n{lines}\n```\n\nFrom {source}.'
+
+def gallery(
+    out:Path=None, # the staged folder, where pictures of examples go
+    book=None, # the notebook of `plots` with its outputs; None: only what a study draws
+)->str: # Markdown
+    "Every committed figure with the lines that make it, then what else `plots` draws, as in its own examples"
     text = ['# Gallery\n\nEvery figure of a study, as committed, and the lines that make it: `study.require` computes only the rows that are not there yet. '
             'A click opens the PDF; the stamp (versions, revision, seed, n) lies in each file and in the JSON beside it.']
     for pattern, alt, title, said, path, sources in entries():
         shown = pictures(pattern, alt, Path('gallery.md'))
-        if shown: text.append(f"## {': '.join(dict.fromkeys([path.stem.replace('_', ' ').capitalize(), title]))}{', one by one' if '*' in pattern else ''}\n\n{shown}\n\n{said}\n\n```python\n{made_by(sources, pattern, MODEL)}\n```\n\nFrom [{path.stem}]({path}).")
+        if shown: text.append(entry(': '.join(dict.fromkeys([path.stem.replace('_', ' ').capitalize(), title])) + ', one by one'*('*' in pattern), shown, said, made_by(sources, pattern, MODEL), f'[{path.stem}]({path})'))
+    if shown := pictures('card', plots.card.__doc__, Path('gallery.md')):
+        pages = ', '.join(f'[{p.parent.name}]({p.relative_to(ROOT)})' for p in sorted((ROOT/'figures').glob('*/card.html')))
+        text.append(entry('Fusion card', shown, f'The page to attach to a model, as HTML: {pages}.', CARD.format(model=MODEL), '`fusion figures --card`'))
+    done = re.findall(r'plots\.(\w+)\(', ''.join(text))
+    for name in [n for n in drawing() if n not in done] if book else ():
+        for c in book.cells:
+            drawn_here = [o.data['image/png'] for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
+            if not drawn_here or not re.search(rf'(?<!\w){name}\(', c.source): continue
+            file = Path('figures/examples')/f'{name}.png'
+            (out/file).parent.mkdir(parents=True, exist_ok=True)
+            (out/file).write_bytes(base64.b64decode(''.join(drawn_here[-1])))
+            alt = getattr(plots, name).__doc__
+            text.append(entry(alt, f':::{{image}} {file}\n:alt: {alt}; layout example\n:class: whole\n:::', f'`plots.{name}`, on the numbers of its own example, which are invented.', c.source, '[plots](nbs/10_plots.ipynb)'))
+            break
     return '\n\n'.join(text) + '\n'
 
 # Tables
@@ -195,10 +221,51 @@ def tables(): # name of the page, Markdown
     "Those tables that are there"
     known = [('data/matrix.csv', 'Which models work', 'Every image-text class of the transformers version this was tested with, each checked on a small random model of its own kind: what holds, and the reason for each *no*.'),
              ('data/reference/paper_tables.csv', "The paper's numbers", 'As published in [arXiv 2601.08151](https://arxiv.org/abs/2601.08151); the per-layer logs of its authors lie beside this table in `data/reference`.')]
+    known += [(str(p.relative_to(ROOT)), f'{p.stem.replace("-", " ").capitalize()} of {p.parent.name}', 'The numbers of a figure, with intervals and n.') for p in sorted((ROOT/'figures').glob('*/*.csv')) if p.stem != 'summary']
     known += [(str(p.relative_to(ROOT)), f'Findings on {p.parent.name}', 'Every number of the study with its 95 % interval and its n. Layers are chosen on calibration pictures, everything else is measured on others.') for p in sorted((ROOT/'figures').glob('*/summary.csv'))]
     known += [(str(p.relative_to(ROOT).with_suffix('.csv')), 'Benchmarks: ' + title.lstrip('# '), f'{about}. Ratios are to one plain forward of the same prompt; `make bench` measures all of it again.') for p in sorted((ROOT/'benchmarks/results').glob('*.md')) for title, about, *_ in [p.read_text().split('\n\n')]]
     for path, title, about in known:
         if (ROOT/path).is_file(): yield '-'.join(Path(path).with_suffix('').parts[1:]), table(ROOT/path, title, about)
+
+# Pages made from other files
+
+def api(
+    books:dict, # path → processed notebook
+)->str: # Markdown
+    "Every documented function by room, with its first sentence and a link"
+    text = ['# Library\n\nOne numbered notebook is one module and one page; a module imports from lower numbers only. Each function is documented where it is shown at work.']
+    for path, nb in books.items():
+        found = [re.match(r'\(([\w.-]+)\)=\n### (.+)', c.source) for c in nb.cells]
+        rows = [f'| [`{m[2]}`](#{m[1]}) | {said[1] if (said := re.search(r"^[*](.+)[*]$", c.source, re.M)) else ""} |' for m, c in zip(found, nb.cells) if m]
+        about = re.search(r'^> (.+)', nb.cells[0].source, re.M) if nb.cells else None
+        if rows: text.append(f"## [{path.stem.replace('_', ' ')}]({path})\n\n{about[1] if about else ''}\n\n| | |\n|---|---|\n" + '\n'.join(rows))
+    return '\n\n'.join(text) + '\n'
+
+def citation()->str: # Markdown
+    "How to cite, from CITATION.cff"
+    cff = yaml.safe_load((ROOT/'CITATION.cff').read_text())
+    def bib(kind, key, c, **more):
+        who = ' and '.join(a.get('name') or f"{a['family-names']}, {a['given-names']}" for a in c['authors'])
+        return f'@{kind}{{{key},\n' + ',\n'.join(f'  {k} = {{{v}}}' for k, v in dict(title='{' + c['title'] + '}', author=who, **more).items()) + '\n}'
+    paper = cff['references'][0]
+    number = paper['identifiers'][0]['value'].split(':')[-1]
+    entries = [bib('software', 'fusion_notebooks', cff, version=cff['version'], license=cff['license']), bib('article', 'song2026', paper, year=paper['year'], journal=f'arXiv:{number}')]
+    return '# Citation\n\n' + cff['message'] + '\n\n```bibtex\n' + '\n\n'.join(entries) + f"\n```\n\nThe paper is [arXiv {number}](https://arxiv.org/abs/{number}). The file that other tools read is `CITATION.cff` in the repository.\n"
+
+def interactive(
+    books:dict, # path → processed notebook
+)->str: # Markdown; '' without the explorer
+    "The explorer over a recorded example: the page that its notebook shows, alone"
+    shown = [''.join(o.data['text/html']) for p, nb in books.items() if p.stem == '12_explore' for c in nb.cells if 'recorded(' in c.source for o in c.get('outputs', []) if 'text/html' in o.get('data', {})]
+    return f'# Try it here\n\nThe explorer over a recorded question: move through the layers, click a patch to mask it. No kernel runs and nothing is fetched; with your own picture it runs in JupyterLab, see [12 explore](nbs/12_explore.ipynb).\n\n````{{raw}} html\n{shown[0]}\n````\n' if shown else ''
+
+TUTORIAL = 'nbs/guides/tutorial.ipynb'
+
+def launch()->str: # Markdown; '' while nobody has said where the repository is
+    "Buttons that open the tutorial elsewhere: `git_url` in settings.ini, which is `Repository` in pyproject.toml"
+    address = tomllib.loads((ROOT/'pyproject.toml').read_text())['project'].get('urls', {}).get('Repository', '')
+    if not (m := re.fullmatch(r'https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?', address)): return ''
+    return f':::{{container}} launch\n[Open in Colab](https://colab.research.google.com/github/{m[1]}/blob/main/{TUTORIAL}) [Open in Binder](https://mybinder.org/v2/gh/{m[1]}/main?labpath={TUTORIAL}) [Source]({m[0]})\n:::'
 
 # The site
 
@@ -215,9 +282,14 @@ def stage(
     for pattern, alt, *_, path, sources in entries(): shown.setdefault(path, {})[pattern] = alt
     pages = {p.relative_to(ROOT/'docs'): p.read_text() for p in sorted((ROOT/'docs').rglob('*.md')) if not re.search(r'/[._]', str(p.relative_to(ROOT)))}
     pages |= {p.relative_to(ROOT): p.read_text() for p in sorted((ROOT/'data/models').glob('*/README.md'))}
-    extra = {Path(f'{name}.md'): text for name, text in tables()} | {Path('gallery.md'): gallery()}
+    if (ROOT/'CHANGELOG.md').exists(): pages[Path('CHANGELOG.md')] = (ROOT/'CHANGELOG.md').read_text()
     shutil.copytree(ROOT/'figures', out/'figures', ignore=shutil.ignore_patterns('*.csv', '*.pdf', '*.json'))
     shutil.copytree(ROOT/'figures', out/'_files/figures', ignore=shutil.ignore_patterns('*.csv', '*.png'))
+    extra = {Path(f'{name}.md'): text for name, text in tables()} | {Path('gallery.md'): gallery(out, books.get(Path('nbs/10_plots.ipynb'))), Path('api.md'): api(books)}
+    if (ROOT/'CITATION.cff').exists(): extra[Path('citation.md')] = citation()
+    if page := interactive(books): extra[Path('interactive.md')] = page
+    if book := books.get(Path(TUTORIAL)): book.cells = [*book.cells[:1], markdown(launch()), *book.cells[1:]] if launch() else [c for c in book.cells if 'google.colab' not in c.source]
+    pages[Path('index.md')] = '\n\n'.join([pages.get(Path('index.md'), '# Start'), launch(), contents(books, {**pages, **extra})])
     for path, nb in books.items():
         to = HOMES.get(path, path)
         for c in [*nb.cells]:
@@ -226,13 +298,12 @@ def stage(
                 for pattern in saved(c.source) if path in shown else (): nb.cells.insert(nb.cells.index(c) + 1, markdown(pictures(pattern, shown[path][pattern], to)))
             for o in c.get('outputs', []):
                 if 'text/markdown' in o.get('data', {}): o.data['text/markdown'] = links(''.join(o.data['text/markdown']), path, to, out, targets)
-        if to.name == 'index.ipynb': nb.cells.append(markdown(contents(books, {**pages, **extra})))
         nb.metadata = dict(kernelspec=nb.metadata.get('kernelspec', {}), language_info=dict(name='python'))
         (out/to).parent.mkdir(parents=True, exist_ok=True)
         write_nb(nb, out/to)
     for path, text in [*pages.items(), *extra.items()]:
         (out/path).parent.mkdir(parents=True, exist_ok=True)
-        (out/path).write_text(links(text, path, path, out, targets) if path in pages and path.parts[0] == 'data' else text)
+        (out/path).write_text(links(text, path, path, out, targets) if path in pages and path.parts[0] in ('data', 'CHANGELOG.md') else text)
 
 def contents(
     books, # paths of notebooks
@@ -240,8 +311,13 @@ def contents(
 )->str: # Markdown
     "The table of contents, in the order in which things are read"
     some = lambda start, names: [str(p.with_suffix('')) for p in names if re.match(start, str(p))]
-    parts = {'Guides': some('nbs/guides/', books) + ['gallery'], 'Analyses': some('nbs/analyses/', books), 'Library': some(r'nbs/\d\d_', books),
-             'When it goes wrong': some('errors/', pages), 'Numbers': [p for p in some('(?!errors/|gallery|data/)', pages)] + [f'Model card of {Path(p).parent.name} <{p}>' for p in some('data/', pages)]}
+    there = lambda *names: [n for n in names if any(str(Path(p).with_suffix('')) == re.sub(r'.*<|>', '', n) for p in pages)]
+    first = [p for p in ('nbs/guides/tutorial',) if Path(f'{p}.ipynb') in books]
+    named = {'index', 'interactive', 'gallery', 'api', 'comparison', 'citation', 'CHANGELOG', 'methods', 'matrix'}
+    parts = {'Start': ['Overview <overview>'] + first + there('Try it here <interactive>', 'gallery', 'comparison'), 'Guides': [p for p in some('nbs/guides/', books) if p not in first], 'Analyses': some('nbs/analyses/', books),
+             'Library': there('Every function <api>') + some(r'nbs/\d\d_', books), 'When it goes wrong': some('errors/', pages),
+             'Numbers': there('methods', 'matrix') + [p for p in some('(?!errors/|data/)', pages) if p not in named] + [f'Model card of {Path(p).parent.name} <{p}>' for p in some('data/', pages)],
+             'About': there('Changelog <CHANGELOG>', 'citation')}
     return '\n\n'.join(f'```{{toctree}}\n:hidden:\n:caption: {name}\n\n' + '\n'.join(names) + '\n```' for name, names in parts.items() if names)
 
 if __name__ == '__main__': stage(Path(sys.argv[1]).resolve())

@@ -35,7 +35,7 @@ def room(stage, tmp_path, monkeypatch):
     (tmp_path/'settings.ini').write_text('[study]\n')
     for f in ('masking.png', 'masking.pdf', 'masking-fine.png'): (tmp_path/'figures/m').mkdir(parents=True, exist_ok=True); shutil.copy(ROOT/'figures/glyph-llava/masking.png', tmp_path/'figures/m'/f)
     (tmp_path/'data').mkdir(); (tmp_path/'data/matrix.csv').write_text('class,ok,reason\nA,yes,\nB,no,"<script>alert(1)</script>, 2"\n')
-    (tmp_path/'docs').mkdir(); (tmp_path/'docs/page.md').write_text('# A page\n')
+    (tmp_path/'docs').mkdir(); (tmp_path/'docs/page.md').write_text('# A page\n'); (tmp_path/'docs/index.md').write_text('# Welcome\n')
     monkeypatch.setattr(stage, 'ROOT', tmp_path); monkeypatch.setattr(stage, 'MODEL', 'm')
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -45,9 +45,9 @@ def cells(path): return [(c['cell_type'], ''.join(c['source'])) for c in json.lo
 def test_stage(stage, room):
     out = room/'out'
     stage.stage(out)
-    index = cells(out/'index.ipynb')[0][1]
+    index = cells(out/'overview.ipynb')[0][1]
     assert '[settings](settings.ini), [room](nbs/00_room.ipynb), all, gone, [far](https://arxiv.org)' in index and (out/'settings.ini').exists()
-    toc = cells(out/'index.ipynb')[-1][1]
+    toc = (out/'index.md').read_text()
     assert toc.index('gallery') < toc.index('nbs/analyses/masking') < toc.index('nbs/00_room') < toc.index('matrix') and 'page' in toc
     nb = json.loads((out/'nbs/00_room.ipynb').read_text())['cells']
     source = [''.join(c['source']) for c in nb]
@@ -68,6 +68,45 @@ def test_gallery_shows_the_lines_that_make_a_figure(stage, room):
     first, second = re.findall(r'```python\n(.*?)\n```', text, re.S)
     assert first == "from fusion_notebooks import plots, study\nrows = study.require('masking', 'm')\nfig = plots.masking(rows)"
     assert second.splitlines()[-2:] == ["for kind, part in rows.groupby('kind'):", '    fig = plots.masking(part)'] and 'other' not in second and 'save' not in second
+
+def test_gallery_finds_every_function_that_draws(stage, tmp_path):
+    "Also one that was added a minute ago: by what it returns"
+    from fastcore.xtras import dict2obj
+    names = stage.drawing()
+    assert {'masking', 'evidence', 'hellinger', 'noise', 'attention_maps', 'early_exit', 'refine', 'refine_examples', 'ask', 'card'} <= {*names} and 'save' not in names and 'statements' not in names
+    source = (ROOT/'nbs/10_plots.ipynb').read_text()
+    assert not [n for n in names if not re.search(rf'(?<![\w.])(?<!def ){n}\(', source)], 'a figure without an example'
+    png = stage.base64.b64encode(b'png').decode()
+    book = dict2obj(dict(cells=[dict(cell_type='code', source=f'table = 1\n{n}(table)', outputs=[dict(data={'image/png': png})]) for n in names]))
+    text = stage.gallery(tmp_path, book)
+    for n in names: assert re.search(rf'(?<!\w){n}\(', text), n
+    shown = re.findall(r'\{image\} figures/examples/(\w+)\.png\n:alt: (.+)', text)
+    assert {n for n, _ in shown} == {n for n in names if f'plots.{n}(' not in text} and all(len(alt) > 20 and (tmp_path/f'figures/examples/{n}.png').read_bytes() == b'png' for n, alt in shown)
+
+def test_every_function_is_in_the_reference(stage, room):
+    stage.stage(room/'out')
+    text = (room/'out/api.md').read_text()
+    assert '## [00 room](nbs/00_room.ipynb)' in text and '| [`twice`](#room-twice) | Double it |' in text
+
+def test_buttons_appear_when_there_is_somewhere_to_go(stage, room):
+    assert stage.launch() == '' and 'launch' not in (stage.stage(room/'out') or (room/'out/index.md')).read_text()
+    pyproject = (room/'pyproject.toml').read_text()
+    for address, shown in (('https://github.com/some-one/fusion_notebooks.git', True), ('https://github.com/some-one/fusion_notebooks', True), ('https://example.org/x', False), ('javascript:alert(1)', False)):
+        (room/'pyproject.toml').write_text(f'{pyproject}\n[project.urls]\nRepository = "{address}"\n')
+        assert bool(stage.launch()) == shown
+        if shown: assert '(https://colab.research.google.com/github/some-one/fusion_notebooks/blob/main/nbs/guides/tutorial.ipynb)' in stage.launch() and '(https://mybinder.org/v2/gh/some-one/fusion_notebooks/main?labpath=nbs/guides/tutorial.ipynb)' in stage.launch()
+
+def test_the_tutorial_knows_where_it_comes_from():
+    "Colab brings the notebook alone, so its first cell must name what settings.ini names"
+    import configparser
+    ini = configparser.ConfigParser(default_section='', interpolation=None)
+    ini.read(ROOT/'settings.ini')
+    source = ''.join(''.join(c['source']) for c in json.loads((ROOT/'nbs/guides/tutorial.ipynb').read_text())['cells'])
+    assert re.search(r"^REPOSITORY = '(.*)'$", source, re.M)[1] == ini['DEFAULT'].get('git_url', '')
+
+def test_citation_says_what_the_file_says(stage):
+    text = stage.citation()
+    assert text.count('@') == 2 and 'version = {0.1.0}' in text and 'author = {Song, S. and Li, S. and Yu, J.}' in text and 'arXiv:2601.08151' in text
 
 def test_tables_hold_text_never_html(stage, room):
     (name, text), = stage.tables()
@@ -136,7 +175,7 @@ def test_a_small_site_builds(stage, room):
     for name in ('sphinx', 'myst_nb', 'furo', 'sphinx-mathjax-offline'): pytest.importorskip(name)
     stage.stage(room/'out')
     pages = check(build(room/'out', room/'site/html'))
-    assert {'index.html', 'gallery.html', 'matrix.html', 'page.html', '00_room.html', 'masking.html'} <= {p.name for p in pages}
+    assert {'index.html', 'overview.html', 'api.html', 'gallery.html', 'matrix.html', 'page.html', '00_room.html', 'masking.html'} <= {p.name for p in pages}
     for path, page in pages.items():
         assert '<script>alert' not in path.read_text() and '<b>said' not in path.read_text()
         assert all(alt and len(alt) > 10 for alt in page.alts), path

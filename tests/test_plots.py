@@ -1,5 +1,6 @@
 "Figures: what they say (titles, n, intervals, geometry), and files that only change when the picture does"
-import json
+import ast, io, json, os
+from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
@@ -170,3 +171,48 @@ def test_the_card_is_one_file_of_text(carded):
     assert 'script' not in got.tags and len(got.loads) == 2 and all(l.startswith('data:image/svg+xml;base64,') for l in got.loads)
     assert "default-src 'none'" in page and '&lt;script&gt;' in page and page == plots.card_page([hostile, carded])
     assert inside(plots.card(**carded | dict(stamp=hostile['stamp'])))
+
+# pixels
+
+ROOT = Path(__file__).parents[1]
+PIXELS = ROOT/'tests/fixtures/plots'
+
+@pytest.fixture(scope='module')
+def examples():
+    "Name → `small` figure, drawn by the last line of a cell in 10_plots that calls it; the first example counts"
+    space, found, cwd = {}, {}, os.getcwd()
+    os.chdir(ROOT/'nbs')
+    try:
+        for c in json.loads((ROOT/'nbs/10_plots.ipynb').read_text())['cells']:
+            if c['cell_type'] != 'code' or 'showdoc' in (source := ''.join(c['source'])): continue
+            tree = ast.parse(source)
+            last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+            exec(compile(tree, '10_plots', 'exec'), space)
+            fig = eval(compile(ast.Expression(last.value), '10_plots', 'eval'), space) if last else None
+            if isinstance(fig, Figure) and last.value.func.id not in found: found[last.value.func.id] = small(fig)
+    finally: os.chdir(cwd)
+    return found
+
+def small(fig):
+    "Grey, 400 pixels wide: what a reader sees, not how a font was hinted"
+    fig.savefig(buffer := io.BytesIO(), format='png', dpi=100)
+    image = Image.open(buffer).convert('L')
+    return image.resize((400, round(400*image.height/image.width)), Image.LANCZOS)
+
+def apart(a, b):
+    "Largest mean difference of any 20 × 20 pixels, of 255; infinite for another shape"
+    if abs(a.height - b.height) > 2: return np.inf
+    blocks = [np.asarray(i.resize((20, 20), Image.BOX), float) for i in (a, b.resize(a.size))]
+    return np.abs(blocks[0] - blocks[1]).max()
+
+@pytest.mark.parametrize('name', sorted(p.stem for p in PIXELS.glob('*.png')))
+def test_figures_look_as_they_did(examples, name):
+    "After a change that is meant: draw `small(fig)` of the example anew into tests/fixtures/plots, and look at it"
+    assert apart(examples[name], Image.open(PIXELS/f'{name}.png')) < 12, name
+
+def test_another_figure_looks_different(examples):
+    pairs = [(a, b) for a in examples for b in examples if a < b]
+    close = [(a, b) for a, b in pairs if apart(examples[a], examples[b]) < 24]
+    assert len(pairs) > 40 and not close
+    table = pd.DataFrame([dict(model='m', sample=s, layer=i, evidence=.1*i, chance=.25, hellinger=0., noise=0.) for s in range(9) for i in range(4)])
+    assert apart(small(plots.evidence(table)), small(plots.evidence(table.assign(evidence=table.evidence*(1 + .5*(table.layer == 2)))))) > 12
