@@ -189,7 +189,7 @@ def examples():
             last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
             exec(compile(tree, '10_plots', 'exec'), space)
             fig = eval(compile(ast.Expression(last.value), '10_plots', 'eval'), space) if last else None
-            if isinstance(fig, Figure) and last.value.func.id not in found: found[last.value.func.id] = small(fig)
+            if isinstance(fig, Figure) and isinstance(last.value, ast.Call) and last.value.func.id not in found: found[last.value.func.id] = small(fig)
     finally: os.chdir(cwd)
     return found
 

@@ -57,7 +57,7 @@ def one_thread(monkeypatch):
 
 def test_settings_of_the_repository():
     s, q = study.read_settings(ROOT/'settings.ini'), study.read_settings(ROOT/'settings.ini', quick=True)
-    assert s.models == ('glyph-llava',) and s.results == ROOT/'data/results' and set(s.analyses) <= set(study.notebooks(s)) and set(s.analyses) <= set(study.ANALYSES)
+    assert s.models == ('glyph-llava', 'glyph-qwen2vl') and s.results == ROOT/'data/results' and set(s.analyses) <= set(study.notebooks(s)) and set(s.analyses) <= set(study.ANALYSES)
     assert q.evaluation < s.evaluation and all(ROOT/'data/runs/quick' in (p/'x').parents for p in (q.results, q.runs, q.figures))
 
 @pytest.mark.parametrize('old, new, said', [
