@@ -233,10 +233,11 @@ def api(
     books:dict, # path → processed notebook
 )->str: # Markdown
     "Every documented function by room, with its first sentence and a link"
+    unlinked = lambda said: re.sub(r'\[(.+?)\]\(.+?\)', r'\1', said)
     text = ['# Library\n\nOne numbered notebook is one module and one page; a module imports from lower numbers only. Each function is documented where it is shown at work.']
     for path, nb in books.items():
         found = [re.match(r'\(([\w.-]+)\)=\n### (.+)', c.source) for c in nb.cells]
-        rows = [f'| [`{m[2]}`](#{m[1]}) | {said[1] if (said := re.search(r"^[*](.+)[*]$", c.source, re.M)) else ""} |' for m, c in zip(found, nb.cells) if m]
+        rows = [f'| [`{m[2]}`](#{m[1]}) | {unlinked(said[1]) if (said := re.search(r"^[*](.+)[*]$", c.source, re.M)) else ""} |' for m, c in zip(found, nb.cells) if m]
         about = re.search(r'^> (.+)', nb.cells[0].source, re.M) if nb.cells else None
         if rows: text.append(f"## [{path.stem.replace('_', ' ')}]({path})\n\n{about[1] if about else ''}\n\n| | |\n|---|---|\n" + '\n'.join(rows))
     return '\n\n'.join(text) + '\n'
