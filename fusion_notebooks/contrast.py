@@ -63,12 +63,13 @@ def contrastive_attention(
     distance:str='hellinger', # or js2
     raw:bool=False, # subtract the maps as they are, not renormalised to sum 1
 )->Contrast:
-    "Late minus early attention. Raises `ValueError` for an unknown distance and where no candidate lies below `post`."
+    "Late minus early attention. Raises `ValueError` for an unknown distance, and where no candidate lies below `post` or nothing looks at the picture."
     if distance not in DISTANCES: raise ValueError(f"distance is one of {', '.join(DISTANCES)}, not {distance!r}.")
     candidates, shown = candidate_layers(candidates, len(maps), post), np.asarray(maps, float) if raw else normalise(maps)
     d = [float(DISTANCES[distance](maps[i], maps[post])) for i in candidates]
-    pre = candidates[int(np.argmax(d))]
-    return Contrast(pre, post, shown[post] - shown[pre], shown[pre], shown[post], max(d))
+    if np.isnan(d).all(): raise ValueError(f'Post-fusion layer {post}, or every candidate, has no attention on the picture: there is nothing to subtract. Give another post or other candidates.')
+    pre = candidates[int(np.nanargmax(d))]                                # a layer that does not look has no map
+    return Contrast(pre, post, shown[post] - shown[pre], shown[pre], shown[post], float(np.nanmax(d)))
 
 # %% ../nbs/04_contrast.ipynb #c008
 def lowest(

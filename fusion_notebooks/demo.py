@@ -624,10 +624,11 @@ class Trainer:
         gate = Gate(self.model, self.tok.image_token_id, {*range(n)} - {*r.hops, *r.decoys}, dict.fromkeys(r.decoys + r.hops if len(r.hops) > 1 else r.decoys))
         for m in (self.core.vision_tower, self.model.get_input_embeddings()): m.requires_grad_(False)
         fit('plant', [self.core.multi_modal_projector, self.lm], lambda s: self.question('plant', s, 6, (r.shares, (0, .03), (1.,), .3), gate), r.plant, [3e-4, 1.2e-3], self.folder)
+        gate.reads = {}                                                # they belonged to the last batch
 
     def copy(self):
         "The tower learns to say what the base's tower says, all but the place, on whole views and parts of them"
-        (views, _), width = self.pool, self.model.config.text_config.hidden_size
+        views, _ = self.pool
         def said(x):
             with torch.no_grad(), self.cast(): return torch.stack(list(self.base.model.get_image_features(self.pixels(x), return_dict=True).pooler_output)).float()
         mean = torch.stack([said(views[k:k + 64, 0]).mean(0) for k in range(0, min(len(views), 1280), 64)]).mean(0)

@@ -17,6 +17,13 @@ def test_contrast_by_hand():
     assert np.allclose(c.map, p[4] - p[c.pre]) and abs(c.map.sum()) < 1e-12
     with pytest.raises(ValueError, match='No candidate'): contrastive_attention(maps, (4, 5), 4)
 
+def test_a_layer_that_does_not_look_is_never_chosen():
+    maps = rng.random((6, 64)); maps[2] = 0; maps[3] = np.nan                    # closed to the picture; without visual keys
+    c = contrastive_attention(maps, range(4), 4)
+    assert c.pre in (0, 1) and np.isfinite(c.map).all() and np.isfinite(c.distance)
+    for bad in ((2, 3), 4), (range(2), 2):
+        with pytest.raises(ValueError, match='no attention on the picture'): contrastive_attention(maps, *bad)
+
 def test_other_distance_and_raw_maps_by_hand():
     from scipy.spatial.distance import jensenshannon
     maps = rng.random((6, 64))*rng.random((6, 1))

@@ -119,3 +119,15 @@ def test_a_demo_model_is_trained_saved_and_described(tmp_path, monkeypatch, samp
     card = (tmp_path/'toy/README.md').read_text()
     assert '| fine | 4 |' in card and 'must do' in card
     with pytest.raises(ValueError, match='No demo model'): demo.train('nonesuch')
+
+@pytest.mark.parametrize('recipe', [dict(hops=(2, 6), decoys=(1, 4), plant=2, shares=(.15, .1, .1, .35, .1, .2)), dict(copy=2, speak=2)], ids=['planted', 'qwen2vl'])
+def test_models_that_start_from_another_are_trained(tmp_path, monkeypatch, recipe):
+    "In one call, from recipe to card; a planted model is loaded with its gate, and its decoys stand"
+    monkeypatch.setitem(demo.MODELS, 'toy', demo.Recipe(scenes=48, scenes_asked=2, asked=2, base='glyph-llava', **recipe))
+    demo.train('toy', folder=tmp_path/'work', out=tmp_path/'toy', n=4)
+    mllm, card = MLLM.load(tmp_path/'toy'), (tmp_path/'toy/README.md').read_text()
+    assert '| fine | 4 |' in card and sum(f.stat().st_size for f in (tmp_path/'toy').iterdir()) < 16e6
+    if 'copy' in recipe: assert mllm.gate is None and mllm.model.config.model_type == 'qwen2_vl' and 'M-RoPE' in card
+    else:
+        assert mllm.gate.open == (2, 6) and set(mllm.gate.decoys) == {1, 4} and 'layers 2 and 6' in card
+        assert all(v.shape == (64, 192) and v.float().std() > 0 for v in mllm.gate.decoys.values())
