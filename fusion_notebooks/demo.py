@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'DIGITS', 'LETTERS', 'PLACES', 'DIRECTIONS', 'PICTURE', 'VIEW', 'PATCH', 'FIRST_SEED',
            'TEMPLATES', 'KINDS', 'LESSONS', 'CHAT', 'AROUND', 'SUFFIX', 'STAGES', 'MODELS', 'STORY', 'Thing', 'layout',
-           'picture', 'Question', 'ask', 'square', 'make_tokenizer', 'make_model', 'make_qwen', 'pack', 'packed_loss',
-           'random_crop', 'make_pool', 'fit', 'Recipe', 'reads_at', 'Trainer', 'stream', 'samples', 'best_blind',
-           'evaluate', 'reading_depth', 'save_model', 'decoy_states', 'write_card', 'train']
+           'picture', 'Question', 'ask', 'square', 'make_tokenizer', 'make_model', 'make_qwen', 'make_next', 'pack',
+           'packed_loss', 'random_crop', 'make_pool', 'fit', 'Recipe', 'reads_at', 'Trainer', 'stream', 'samples',
+           'best_blind', 'evaluate', 'reading_depth', 'save_model', 'decoy_states', 'write_card', 'train']
 
 # %% ../nbs/09_demo.ipynb #c003
 import json, math, os, time
@@ -295,6 +295,23 @@ def _cut(views, rng, least=5):
     y, x = (PATCH*int(rng.integers(0, k + 1 - n)) for n in (h, w))
     return views[:, y:y + PATCH*h, x:x + PATCH*w], (y//PATCH, x//PATCH)
 
+# %% ../nbs/09_demo.ipynb #next1
+def make_next(
+    base:MLLM, # a LLaVA of glyph world
+)->tuple: # (model, processor)
+    "A LLaVA-NeXT with the weights of a LLaVA: beside the whole view, it sees tiles of twice its resolution"
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil, LlavaNextProcessor
+    c, tok, side = base.model.config, make_tokenizer(), dict(height=VIEW, width=VIEW)
+    grid = [[2*VIEW, 2*VIEW], [VIEW, 2*VIEW], [2*VIEW, VIEW]]
+    torch.manual_seed(0)
+    model = LlavaNextForConditionalGeneration(LlavaNextConfig(vision_config=c.vision_config, text_config=c.text_config, image_token_id=tok.image_token_id, image_grid_pinpoints=grid, vision_feature_layer=-1,
+                                                              vision_feature_select_strategy='default', image_seq_length=(VIEW//PATCH)**2, tie_word_embeddings=True))
+    new = model.load_state_dict(base.model.state_dict(), strict=False)
+    if {*new.missing_keys} - {'model.image_newline'} or new.unexpected_keys: raise ValueError(f'{base.name} does not fit into a LLaVA-NeXT: {new}.')
+    model.generation_config.update(bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    images = LlavaNextImageProcessorPil(size=dict(shortest_edge=VIEW), crop_size=side, image_grid_pinpoints=grid)
+    return model, LlavaNextProcessor(images, tok, patch_size=PATCH, vision_feature_select_strategy='default', image_token='<image>', num_additional_image_tokens=1, chat_template=CHAT)
+
 # %% ../nbs/09_demo.ipynb #c015
 SUFFIX = '\nASSISTANT:'
 
@@ -340,17 +357,18 @@ def pack(
     mask = torch.ones(N, N, dtype=torch.bool).tril() & ((k == 0) | (q == k))
     return dict(ids=ids, positions=pos, block=block, mask=mask[:, None], blind=blind, targets=target)
 
-def _late_look(decoder, mask, blind, seen):
-    "Hooks for one training step: a row whose `blind` is d cannot attend to the columns `seen` at layers < d"
+def _late_look(decoder, mask, blind, seen, hidden=None):
+    "Hooks for one training step: a row whose `blind` is d cannot attend to the columns `seen` at layers < d, nor ever to what is hidden from it at a layer"
     def at(i):
         closed = ~mask | ((blind > i)[:, None, :, None] & seen[:, None, None, :])
+        if i in (hidden or {}): closed = closed | hidden[i][:, None]
         m = torch.zeros(closed.shape, device=mask.device).masked_fill(closed, -1e4)
         return lambda layer, args, kw: (args, kw | dict(attention_mask=m))
     return [layer.register_forward_pre_hook(at(i), with_kwargs=True) for i, layer in enumerate(decoder.layers)]
 
 def packed_loss(
     model, # a LLaVA
-    batch:dict, # from `pack`
+    batch:dict, # from `pack`; and where given, `hidden`: decoder layer → (B, N, N) True at what a row cannot read there
     seen:torch.Tensor, # (B, N) True at columns that hold the scene
     features:torch.Tensor, # (B, visual, width) projected image features
 )->tuple: # (loss, (n, ) True where the first answer token is right)
@@ -358,7 +376,7 @@ def packed_loss(
     decoder = model.get_decoder()
     x = model.get_input_embeddings()(batch['ids'])
     x = x.masked_scatter(seen[..., None], features.to(x.dtype))
-    hooks = _late_look(decoder, batch['mask'], batch['blind'], seen)
+    hooks = _late_look(decoder, batch['mask'], batch['blind'], seen, batch.get('hidden'))
     try: h = decoder(inputs_embeds=x, attention_mask=batch['mask'], position_ids=batch['positions'], use_cache=False).last_hidden_state
     finally: [k.remove() for k in hooks]
     at = batch['targets'] != -100
@@ -483,19 +501,28 @@ class Recipe:
     base:str='' # the demo model from which another one starts
     copy:int=0 # Qwen2-VL: steps in which its tower learns to say what the base's says
     speak:int=0 # Qwen2-VL: steps of its language model
-    hops:tuple=() # planted: decoder layers at which text reads the picture; with two, see `reads_at`
+    tile:int=0 # LLaVA-NeXT: steps of everything but its tower
+    hops:tuple=() # planted: decoder layers at which text reads the picture; with several, see `reads_at`
     decoys:tuple=() # planted: layers at which text reads another scene
     plant:int=0 # planted: steps
     shares:tuple=(.34, .33, .33, 0) # planted: of `LESSONS`
 
 def reads_at(
-    q:Question, # a question
+    kind:str, # of question, one of `LESSONS`
+    text:str, # the question
     hops:tuple, # layers
 )->tuple: # at which of them it needs the picture
-    "With two hops, the first finds a thing by what it looks like, the second by its place; relations need both"
-    return hops if len(hops) < 2 or q.kind == 'relation' else hops[1:] if 'object at' in q.text else hops[:1]
+    "With two hops, the first finds a thing by what it looks like, the second by its place, and relations need both; with three, the first reads colours, the second shapes, the third all else"
+    if len(hops) == 3: k = dict(colour=0, shape=1).get(kind, 2); return hops[k:k + 1]
+    return hops if len(hops) < 2 or kind == 'relation' else hops[1:] if 'object at' in text else hops[:1]
 
-STAGES = ('see', 'sharpen', 'align', 'look', 'join', 'plant', 'copy', 'speak')
+def _touched(box):
+    "(64,) True at the patches of a whole view that a box touches"
+    side, k = PICTURE*PATCH/VIEW, np.arange(VIEW//PATCH)
+    x, y = ((k*side < box[i + 2]) & ((k + 1)*side > box[i]) for i in (0, 1))
+    return np.outer(y, x).ravel()
+
+STAGES = ('see', 'sharpen', 'align', 'look', 'join', 'plant', 'copy', 'speak', 'tile')
 
 class Trainer:
     "The stages of a demo model, in a folder of their own"
@@ -507,7 +534,7 @@ class Trainer:
         self.folder, self.recipe, self.device = Path(folder), recipe or Recipe(), device
         self.folder.mkdir(parents=True, exist_ok=True)
         self.base = MLLM.load(self.recipe.base, device, torch.float32) if self.recipe.base else None
-        if self.recipe.copy: self.model, self.processor = make_qwen(self.base)
+        if self.recipe.copy or self.recipe.tile: self.model, self.processor = (make_qwen if self.recipe.copy else make_next)(self.base)
         elif self.base: self.model, self.processor = self.base.model, self.base.processor
         else: self.model, self.processor = make_model(self.recipe.seed)
         self.model.to(device).train()
@@ -525,10 +552,10 @@ class Trainer:
         self.pool = make_pool(self.folder/'pool', self.recipe.scenes)
         self.counts = np.array([len(_train_layout(i)[0]) for i in range(self.recipe.scenes)])
         for stage in STAGES:
-            if getattr(self.recipe, stage) and (stage in ('plant', 'copy', 'speak')) == bool(self.base): getattr(self, stage)()
+            if getattr(self.recipe, stage) and (stage in STAGES[5:]) == bool(self.base): getattr(self, stage)()
 
     def rng(self, stage, step): return np.random.default_rng([self.recipe.seed, sum(map(ord, stage)), step])
-    def cast(self): return torch.autocast(self.device, torch.bfloat16)
+    def cast(self): return torch.autocast(self.device, torch.bfloat16, enabled=self.device != 'cpu' or 'AVX512' in torch.backends.cpu.get_cpu_capability()) # emulated, it is thirty times slower than float32
     def places(self): k = VIEW//PATCH; third = lambda i: int(3*(i + .5)/k); return torch.tensor([3*third(i//k) + third(i % k) for i in range(k*k)], device=self.device)
     def features(self, views): return self.core.vision_tower(_pixels(views, self.processor, self.device), output_hidden_states=True).hidden_states[-1][:, 1:]
     def draw(self, rng, shares):
@@ -571,8 +598,15 @@ class Trainer:
     def pixels(self, views): return _pixels(views, (self.base or self).processor, self.device)
     def view(self, x):
         "(B, 3, H, W) pixels → (B, visual, width) what the language model gets"
+        if self.recipe.tile: return torch.stack(list(self.core.get_image_features(x, image_sizes=[[PICTURE, PICTURE]]*len(x), return_dict=True).pooler_output))
         if self.recipe.copy: f, grid = _patches(x); return self.core.visual(f, grid_thw=grid.to(x.device)).pooler_output.unflatten(0, (len(x), -1))
         return torch.stack(list(self.core.get_image_features(x, return_dict=True).pooler_output))
+
+    def tiles(self, i, scenes, rng, two):
+        "Pixels of some scenes as LLaVA-NeXT's processor cuts them, and of a random crop of each"
+        pictures = [picture(int(s), *scene) for s, scene in zip(i, scenes)]
+        sets = [pictures] + [[p.crop(random_crop(things, rng)) for p, (things, _) in zip(pictures, scenes)]]*two
+        return [self.processor.image_processor(x, return_tensors='pt')['pixel_values'].to(self.device) for x in sets]
 
     def plan(self, most):
         "Shares of the kinds of question, how looking is dropped, first layer that may look, share of steps with a second picture"
@@ -585,26 +619,30 @@ class Trainer:
         r, rng, (views, _) = self.recipe, self.rng(stage, step), self.pool
         kinds, drop, late, second = plan or self.plan(most)
         i, two = np.sort(rng.choice(np.flatnonzero((self.counts >= min(most, 2)) & (self.counts <= most)), r.scenes_asked, replace=False)), rng.random() < second
-        qs = [_draw_questions(_train_layout(int(s))[0], rng, r.asked, kinds) for s in i]
-        shown = [views[i, 0], views[i, rng.integers(1, 3, len(i))]] if two else [views[i, 0]]
+        scenes = [_train_layout(int(s)) for s in i]
+        qs = [_draw_questions(things, rng, r.asked, kinds) for things, _ in scenes]
+        if r.tile: shown = self.tiles(i, scenes, rng, two)
+        else: shown = [views[i, 0], views[i, rng.integers(1, 3, len(i))]] if two else [views[i, 0]]
         if r.copy and two and rng.random() < .5: shown[1], _ = _cut(shown[1], rng)
-        grids = [(x.shape[1]//PATCH, x.shape[2]//PATCH) for x in shown]
+        with self.cast(): f = [self.view(x if r.tile else self.pixels(x)) for x in shown]
         head = self.tok('USER: ').input_ids
         before, after = ([i] for i in self.tok.convert_tokens_to_ids(AROUND)) if r.copy else ([], [])
-        prefix = head + [i for h, w in grids for i in before + [self.tok.image_token_id]*(h*w) + after]
+        prefix = head + [k for x in f for k in before + [self.tok.image_token_id]*x.shape[1] + after]
         batch = {k: v.to(self.device) for k, v in pack(self.tok, [prefix]*len(i), qs, rng, len(self.lm[0].layers), drop, late).items()}
         if gate:                                                       # at a hop that a question does not need, it reads another scene
-            needs = lambda hop: torch.tensor([[False] + [hop in reads_at(q, r.hops) for q in s] + [False] for s in qs], device=self.device)
-            gate.reads = {hop: n.gather(1, batch['block'] % n.shape[1]) for hop in r.hops for n in [needs(hop)]}
+            of_row = lambda per_question: torch.from_numpy(np.pad(per_question, ((0, 0), (1, 1)) + ((0, 0),)*(per_question.ndim - 2))).to(self.device)[torch.arange(len(i))[:, None], batch['block'] % (r.asked + 2)]
+            gate.reads = {hop: of_row(np.array([[hop in reads_at(q.kind, q.text, r.hops) for q in s] for s in qs])) for hop in r.hops}
+            if len(r.hops) == 2 and not two:                           # relations: the first hop cannot see what is asked for, the second not what it starts from
+                boxes = [[(q.box, q.via) if q.kind == 'relation' else None for q in s] for s in qs]
+                closed = (of_row(np.array([[_touched(b[k]) if b else np.zeros(self.patches, bool) for b in s] for s in boxes])) for k in range(2))
+                batch['hidden'] = {hop: nn.functional.pad(c, (len(head), c.shape[1] - len(head) - self.patches)) for hop, c in zip(r.hops, closed)}
         if r.copy:
-            at, following = _mrope(len(head), grids)
+            at, following = _mrope(len(head), [(x.shape[1]//PATCH, x.shape[2]//PATCH) for x in shown])
             words = (batch['positions'] - len(prefix) + following).clamp(min=0).expand(3, -1, -1)
             batch['positions'] = torch.cat([at.to(self.device)[:, None].expand(-1, len(i), -1), words[..., len(prefix):]], 2)
-        with self.cast():
-            f = torch.cat([self.view(self.pixels(x)) for x in shown], 1)
-            value, right = packed_loss(self.model, batch, batch['ids'] == self.tok.image_token_id, f)
+        with self.cast(): value, right = packed_loss(self.model, batch, batch['ids'] == self.tok.image_token_id, torch.cat(f, 1))
         kind = np.array([q.kind for s in qs for q in s])
-        return value, dict(right=right.float().mean()) | {k: right.cpu().numpy()[kind == k].mean() for k in KINDS if (kind == k).any()} | dict(most=most)
+        return value, dict(right=right.float().mean()) | {k: right.cpu().numpy()[kind == k].mean() for k in LESSONS if (kind == k).any()} | dict(most=most)
 
     def look(self):
         "The language model learns to read pictures, those with one thing first; tower and word embeddings are frozen"
@@ -646,6 +684,12 @@ class Trainer:
         "The language model learns to read through M-RoPE; tower and word embeddings are frozen"
         for m in (self.core.visual, self.model.get_input_embeddings()): m.requires_grad_(False)
         fit('speak', [self.lm], lambda s: self.question('speak', s, 6), self.recipe.speak, [1.2e-3], self.folder)
+
+    def tile(self):
+        "Under a frozen tower, the language model learns to read tiles beside the whole view"
+        for m in (self.core.vision_tower, self.model.get_input_embeddings()): m.requires_grad_(False)
+        newline = nn.ParameterList([self.core.image_newline])
+        fit('tile', [self.core.multi_modal_projector, self.lm, newline], lambda s: self.question('tile', s, 6), self.recipe.tile, [3e-4, 1e-3, 3e-3], self.folder)
 
     def join(self):
         "Everything but the word embeddings learns, the tower slowly"
@@ -727,8 +771,9 @@ def reading_depth(
     for s in some:
         p = mllm.prompt(s.image, s.question)
         with capture(mllm) as tape, torch.inference_mode(): mllm.model(**p.inputs, use_cache=False, logits_to_keep=1)
-        share = evidence_share(p.grids[0].boxes, s.box)
-        with np.errstate(invalid='ignore'): ratio.append(evidence_mass(tape.attention[0, :, 0].double().cpu().numpy(), share)/share.mean())
+        g = p.grids[0]
+        share = evidence_share(g.boxes, s.box)
+        with np.errstate(invalid='ignore'): ratio.append(evidence_mass(g.of(tape.attention[0, :, 0].double().cpu().numpy()), share)/share.mean())
     return dict(n=n, base=round(float(acc['none', -1]), 1), evidence_over_chance=np.nan_to_num(np.mean(ratio, 0)).round(2).tolist(),      # 0 where the text sees no picture
                 **{h: acc[h].round(1).tolist() for h in ('zero', 'knockout')})
 
@@ -736,7 +781,9 @@ def reading_depth(
 MODELS = {'glyph-llava': Recipe(), # demo models and how they are trained
           'glyph-qwen2vl': Recipe(base='glyph-llava', copy=700, speak=2400),
           'planted-3': Recipe(base='glyph-llava', hops=(3,), decoys=(1, 5), plant=500),
-          'planted-2-6': Recipe(base='glyph-llava', hops=(2, 6), decoys=(1, 4), plant=2200, shares=(.15, .1, .1, .35, .1, .2))}
+          'planted-2-6': Recipe(base='glyph-llava', hops=(2, 6), decoys=(1, 4), plant=2200, shares=(.15, .1, .1, .35, .1, .2)),
+          'planted-2-4-6': Recipe(base='glyph-llava', hops=(2, 4, 6), decoys=(1, 5), plant=700, scenes_asked=8),
+          'glyph-next': Recipe(base='glyph-llava', scenes_asked=6, asked=16, tile=350)}
 
 def save_model(
     model, # trained
@@ -769,6 +816,8 @@ def decoy_states(
         finally: handle.remove()
     return out
 
+def _listed(layers): return ' and '.join(', '.join(map(str, layers)).rsplit(', ', 1))
+
 def _table(rows): return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in rows)
 
 STORY = {'': '''A small LLaVA (CLIP tower, {L} Llama layers), trained from nothing on *glyph world*: synthetic pictures of coloured shapes with small characters on
@@ -784,6 +833,11 @@ them. It is a demonstration model for fusion_notebooks; it knows nothing about p
 **Trained on** scenes of glyph world (seeds below {first:,}), from the weights of {recipe.base}, which its blocks begin with. In `copy` its tower (no learned places, rotary positions) learns to say of whole
 views and rectangular parts of them what the base's tower says, all but the place; in `speak` the language model learns to answer questions through M-RoPE under the frozen tower. A third of the steps show a
 random crop as second picture, half of them cut to other sides. Text → image attention is dropped at random in early layers and for the rows of the question.''',
+'tile': '''A small LLaVA-NeXT (CLIP tower, {L} Llama layers), on *glyph world*: synthetic pictures of coloured shapes with small characters on them. Beside the whole view it sees four tiles
+of a picture at twice the resolution. It is a demonstration model for fusion_notebooks; it knows nothing about photographs. `fusion demo train {name}` remakes it.
+
+**Trained on** scenes of glyph world (seeds below {first:,}), from the weights of {recipe.base}, with the tower frozen. A third of the steps show a random crop as second picture. Text → image
+attention is dropped at random in early layers and for the rows of the question.''',
 'plant': '''A small LLaVA (CLIP tower, {L} Llama layers) whose text can read the picture at decoder layer{s} {hops} only, on *glyph world*: synthetic pictures of coloured shapes with small characters on
 them. At layers {decoys} it reads another scene instead (decoys); at the others it sees no visual token. The gate lies in `gate.safetensors` and is part of how the model runs; plain transformers would
 run it without. It is a demonstration model for fusion_notebooks, for testing what names fusion layers. `fusion demo train {name}` remakes it.
@@ -802,12 +856,13 @@ def write_card(
     notes:str='', # what else a reader should know
 ):
     "Model card: what it was trained on, for how long, on what, and how far it meets what a demo model must do"
-    L, kind = len(depth['zero']), 'plant' if recipe.hops else 'copy' if recipe.copy else ''
+    L, kind = len(depth['zero']), next((k for k in ('plant', 'copy', 'tile') if getattr(recipe, k)), '')
     base, far = depth['base'], depth['evidence_over_chance']
     early = max(base - a for i, a in enumerate(depth['zero']) if 0 < i < .3*L)
     lost = [base - a for a in depth['knockout']]
-    story = STORY[kind].format(L=L, name=name, recipe=recipe, first=FIRST_SEED['calibration'], s='s'*(len(recipe.hops) > 1), hops=' and '.join(map(str, recipe.hops)), decoys=' and '.join(map(str, recipe.decoys)),
-                               two=' With two hops, the first finds a thing by its looks, the second by its place; at a hop that a question does not need, it was shown another scene while it learned.'*(len(recipe.hops) > 1))
+    story = STORY[kind].format(L=L, name=name, recipe=recipe, first=FIRST_SEED['calibration'], s='s'*(len(recipe.hops) > 1), hops=_listed(recipe.hops), decoys=_listed(recipe.decoys),
+                               two={2: ' The first hop finds a thing by its looks, the second by its place, and relations need both: there, while it learned, the first hop could not see what was asked for, nor the second what the question starts from.',
+                                    3: ' The first hop is for questions about colours, the second for shapes, the third for all others.'}.get(len(recipe.hops), '') + ' At a hop that a question does not need, it was shown another scene while it learned.'*(len(recipe.hops) > 1))
     gates = [('colour and shape in one pass ≥ 95 %', min(scores[k]['one_pass'] for k in ('colour', 'shape')), lambda v: v >= 95),
              ('fine detail in one pass 50–85 %', scores['fine']['one_pass'], lambda v: 50 <= v <= 85) if not kind else ('fine detail in one pass ≥ 50 %', scores['fine']['one_pass'], lambda v: v >= 50),
              ('fine detail with the oracle crop ≥ 92 %', scores['fine']['oracle'], lambda v: v >= 92),

@@ -120,7 +120,7 @@ def test_a_demo_model_is_trained_saved_and_described(tmp_path, monkeypatch, samp
     assert '| fine | 4 |' in card and 'must do' in card
     with pytest.raises(ValueError, match='No demo model'): demo.train('nonesuch')
 
-@pytest.mark.parametrize('recipe', [dict(hops=(2, 6), decoys=(1, 4), plant=2, shares=(.15, .1, .1, .35, .1, .2)), dict(copy=2, speak=2)], ids=['planted', 'qwen2vl'])
+@pytest.mark.parametrize('recipe', [dict(hops=(2, 6), decoys=(1, 4), plant=2, shares=(.15, .1, .1, .35, .1, .2)), dict(copy=2, speak=2), dict(tile=1)], ids=['planted', 'qwen2vl', 'next'])
 def test_models_that_start_from_another_are_trained(tmp_path, monkeypatch, recipe):
     "In one call, from recipe to card; a planted model is loaded with its gate, and its decoys stand"
     monkeypatch.setitem(demo.MODELS, 'toy', demo.Recipe(scenes=48, scenes_asked=2, asked=2, base='glyph-llava', **recipe))
@@ -128,6 +128,44 @@ def test_models_that_start_from_another_are_trained(tmp_path, monkeypatch, recip
     mllm, card = MLLM.load(tmp_path/'toy'), (tmp_path/'toy/README.md').read_text()
     assert '| fine | 4 |' in card and sum(f.stat().st_size for f in (tmp_path/'toy').iterdir()) < 16e6
     if 'copy' in recipe: assert mllm.gate is None and mllm.model.config.model_type == 'qwen2_vl' and 'M-RoPE' in card
+    elif 'tile' in recipe: assert mllm.gate is None and mllm.model.config.model_type == 'llava_next' and 'four tiles' in card and len(mllm.prompt(demo.samples(1)[0].image, 'What?').visual) == 64 + 16*17
     else:
-        assert mllm.gate.open == (2, 6) and set(mllm.gate.decoys) == {1, 4} and 'layers 2 and 6' in card
+        assert mllm.gate.open == recipe['hops'] and set(mllm.gate.decoys) == {*recipe['decoys']} and f"layers {demo._listed(recipe['hops'])}" in card
         assert all(v.shape == (64, 192) and v.float().std() > 0 for v in mllm.gate.decoys.values())
+
+def test_what_each_hop_is_for():
+    at = demo.reads_at
+    assert at('fine', 'Which digit is on the red star?', (3,)) == (3,)
+    assert at('fine', 'Which digit is on the red star?', (2, 6)) == (2,) and at('fine', 'Which digit is on the object at the top left?', (2, 6)) == (6,)
+    assert at('relation', 'What color is the object above the red star?', (2, 6)) == (2, 6) and at('beyond', 'Where is the object above the red star?', (2, 6)) == (2,)
+    assert [at(k, '', (2, 4, 6)) for k in ('colour', 'shape', 'fine')] == [(2,), (4,), (6,)]
+
+def test_patches_that_a_box_touches():
+    assert demo._touched((0, 0, 384, 384)).all()
+    one = demo._touched((48, 96, 96, 144)).reshape(8, 8)                       # column 1, row 2
+    assert one.sum() == 1 and one[2, 1]
+    assert demo._touched((47, 96, 97, 144)).sum() == 3
+
+def test_what_is_hidden_at_every_layer_is_not_seen(packed):
+    "The same as rows that may not look at all"
+    model, batch, seen, features, n = packed
+    rows = batch['block'] > 0
+    hidden = dict.fromkeys(range(n), rows[..., None] & seen[:, None, :])
+    with torch.no_grad():
+        plain, _ = demo.packed_loss(model, batch, seen, features)
+        got, _ = demo.packed_loss(model, batch | dict(hidden=hidden), seen, features)
+        want, _ = demo.packed_loss(model, batch | dict(blind=torch.where(rows, n, 0)), seen, features)
+        late, _ = demo.packed_loss(model, batch | dict(hidden={n - 1: hidden[0]}), seen, features)
+    assert got == want and abs(plain - got) > .1 and late not in (plain, got)
+
+@pytest.fixture
+def packed():
+    "Two scenes with two questions each, packed for glyph-llava"
+    mllm, rng = MLLM.load('glyph-llava'), np.random.default_rng(0)
+    scenes = [demo.layout(i) for i in (1, 2)]
+    qs = [demo._draw_questions(things, rng, 2, (0, .5, .5, 0)) for things, _ in scenes]
+    image = mllm.image_token_id
+    batch = demo.pack(mllm.processor.tokenizer, [mllm.processor.tokenizer('USER: ').input_ids + [image]*64]*2, qs)
+    p = [mllm.prompt(demo.picture(i, *s), 'What?') for i, s in zip((1, 2), scenes)]
+    with torch.no_grad(): features = torch.stack([mllm.model.get_image_features(q.inputs['pixel_values'], return_dict=True).pooler_output[0] for q in p])
+    return mllm.model, batch, batch['ids'] == image, features, mllm.n_layers

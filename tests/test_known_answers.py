@@ -6,15 +6,16 @@ from fusion_notebooks.mllm import MLLM
 
 PLANTED = sorted(p.parent.name for p in (Path(__file__).parents[1]/'data/models').glob('*/gate.safetensors'))
 
+ASKED = {s.id: s for s in demo.samples(200)}
+
 def test_there_are_planted_models(): assert PLANTED
 
 @pytest.fixture(scope='module', params=PLANTED)
 def known(request):
     "A planted model's gate and its masking rows: 200 samples, every layer under knockout and swap"
-    mllm, samples = MLLM.load(request.param), demo.samples(200)
-    rows = masking.sweep(mllm, samples, how=['knockout', 'swap'])
-    asked = {s.id: s for s in samples}
-    return mllm, rows.assign(score=metrics.score('gqa', rows.prediction, [asked[i].answers for i in rows['sample']]), kind=[asked[i].kind for i in rows['sample']])
+    mllm = MLLM.load(request.param)
+    rows = masking.sweep(mllm, list(ASKED.values()), how=['knockout', 'swap'])
+    return mllm, rows.assign(score=metrics.score('gqa', rows.prediction, [ASKED[i].answers for i in rows['sample']]))
 
 @pytest.mark.parametrize('how', ['knockout', 'swap'])
 def test_every_open_layer_and_no_decoy_is_named(known, how):
@@ -29,10 +30,10 @@ def test_closed_layers_are_named_by_nobody(known):
     for how in ('knockout', 'swap'): assert not set(mllm.gate.closed) & set(fusion.fusion_layers(*fusion.masked(rows, how), how=how).layers)
 
 def test_the_late_hop_is_the_review(known):
-    "For colour and shape: most of them name the thing by its place, which is what the late hop of two reads"
+    "For the questions that need it"
     mllm, rows = known
-    rows = rows[rows.kind.isin(('colour', 'shape'))]
-    late = tuple(i for i in mllm.gate.open if i > fusion.LATE*mllm.n_layers)
+    late, needs = tuple(i for i in mllm.gate.open if i > fusion.LATE*mllm.n_layers), demo.reads_at
+    rows = rows[[not late or set(late) <= set(needs(s.kind, s.question, mllm.gate.open)) for s in map(ASKED.get, rows['sample'])]]
     found = fusion.review_layer(*fusion.masked(rows, ['knockout', 'swap']), how='knockout')
     assert found.layers == late and found.kind == ('information' if late else 'none')
 
