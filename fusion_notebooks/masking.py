@@ -112,7 +112,8 @@ def _over_stems(module, query, key, value, mask, scaling=None, **kw):
     rows, heads, n, T = len(key), key.shape[1], stems[0][0].shape[1], query.shape[2]
     mask = _as_float_mask(mask, query[:1 if mask is None else len(mask)].transpose(1, 2), n + key.shape[2] - T)
     q, mask = query.reshape(rows, heads, -1, query.shape[-1]), mask.repeat(1, 1, query.shape[1]//heads, 1)    # query heads that share a key head are queries like any other
-    own, weight = flash(q, key, value, attn_mask=mask[..., n:], scale=scaling)
+    causal = (mask[..., n:] == 0).equal(torch.ones_like(mask[..., n:], dtype=torch.bool).tril())                # then half of the blocks need not be looked at
+    own, weight = flash(q, key, value, is_causal=causal, attn_mask=None if causal else mask[..., n:], scale=scaling)
     over = mask[..., :n].expand(rows, -1, -1, -1) if mask[..., :n].any() else None
     out, total = torch.empty_like(own), torch.empty_like(weight)
     for k, v, some in _runs(stems):
