@@ -92,21 +92,34 @@ def _beside(stems, own):
 # %% ../nbs/02_masking.ipynb #stems2
 STEMS = 'fusion_stems' # name of the attention below
 
+def _follows(a, b): "Does a tensor lie right behind another in memory?"; return a.is_contiguous() and b.is_contiguous() and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and b.storage_offset() - a.storage_offset() == a.numel()
+
+def _runs(stems): # per row (keys, values)
+    "Stems that lie side by side and are read by equally many rows, as one batch of views: keys, values, and whose they are, (stems, rows of each)"
+    readers, runs = {}, []
+    for b, (k, _) in enumerate(stems): readers.setdefault(k.data_ptr(), []).append(b)
+    for rows in readers.values():
+        before = stems[runs[-1][-1][0]] if runs else None
+        if before and len(rows) == len(runs[-1][0]) and all(map(_follows, before, stems[rows[0]])): runs[-1].append(rows)
+        else: runs.append([rows])
+    batch = lambda first, s: first.as_strided((s, *first.shape), (first.numel(), *first.stride()))
+    return [(*(batch(x, len(run)) for x in stems[run[0][0]]), torch.tensor(run)) for run in runs]
+
 def _over_stems(module, query, key, value, mask, scaling=None, **kw):
-    "Attention to stems that are not copied: the rows of a stem ask it together, each asks its own keys, and the two are weighed"
+    "Attention to stems that are not copied: the rows of a stem ask it together, stems side by side as a batch; each row asks its own keys, and the two are weighed"
     stems, flash = getattr(key, 'stems', None), torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     if not stems: return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kw)
-    rows, heads, n, together = len(key), key.shape[1], stems[0][0].shape[1], {}
-    for b, (k, _) in enumerate(stems): together.setdefault(id(k), []).append(b)
-    mask = _as_float_mask(mask, query.transpose(1, 2), n + key.shape[2] - query.shape[2]).repeat(1, 1, query.shape[1]//heads, 1)
-    q = query.reshape(rows, heads, -1, query.shape[-1])                         # query heads that share a key head are queries like any other
-    own, weight = flash(q, key, value, attn_mask=mask[..., n:], scale=scaling)
+    rows, heads, n, T = len(key), key.shape[1], stems[0][0].shape[1], query.shape[2]
+    mask = _as_float_mask(mask, query[:1 if mask is None else len(mask)].transpose(1, 2), n + key.shape[2] - T)
+    q, mask = query.reshape(rows, heads, -1, query.shape[-1]), mask.repeat(1, 1, query.shape[1]//heads, 1)    # query heads that share a key head are queries like any other
+    causal = (mask[..., n:] == 0).equal(torch.ones_like(mask[..., n:], dtype=torch.bool).tril())                # then half of the blocks need not be looked at
+    own, weight = flash(q, key, value, is_causal=causal, attn_mask=None if causal else mask[..., n:], scale=scaling)
+    over = mask[..., :n].expand(rows, -1, -1, -1) if mask[..., :n].any() else None
     out, total = torch.empty_like(own), torch.empty_like(weight)
-    for some in together.values():
-        line = lambda x: x[some].transpose(0, 1).flatten(1, 2)[None]             # (rows, heads, T, …) → (1, heads, rows·T, …)
-        back = lambda x: x[0].unflatten(1, (len(some), -1)).transpose(0, 1)
-        k, v = stems[some[0]]
-        a, w = flash(line(q), k[None], v[None], attn_mask=line(mask[..., :n]), scale=scaling)
+    for k, v, some in _runs(stems):
+        line = lambda x: x[some].transpose(1, 2).flatten(2, 3)                   # (rows, heads, T, …) → (stems, heads, rows of each · T, …)
+        back = lambda x: x.unflatten(2, (some.shape[1], -1)).transpose(1, 2)
+        a, w = flash(line(q), k, v, attn_mask=None if over is None else line(over), scale=scaling)
         out[some], total[some] = back(a), back(w)
     out = own.lerp(out, (total - weight).sigmoid()[..., None].to(own.dtype))
     return out.reshape(*query.shape[:3], -1).transpose(1, 2).contiguous(), None
