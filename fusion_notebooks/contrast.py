@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DISTANCES', 'DEPTHS', 'RULES', 'MASKS', 'CROPS', 'PAPER', 'Contrast', 'js2', 'candidate_layers',
-           'contrastive_attention', 'lowest', 'regions', 'kept_box', 'crop_box', 'window_box', 'box_around', 'Look',
-           'Refined', 'look', 'beside', 'refine', 'view_side']
+           'contrastive_attention', 'lowest', 'regions', 'kept_box', 'crop_box', 'window_box', 'focus_box',
+           'box_around', 'Look', 'Refined', 'look', 'beside', 'refine', 'view_side']
 
 # %% ../nbs/04_contrast.ipynb #c003
 from contextlib import ExitStack
