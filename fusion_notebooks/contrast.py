@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DISTANCES', 'DEPTHS', 'RULES', 'MASKS', 'CROPS', 'PAPER', 'Contrast', 'js2', 'candidate_layers',
-           'contrastive_attention', 'lowest', 'regions', 'kept_box', 'crop_box', 'window_box', 'box_around', 'Look',
-           'Refined', 'look', 'beside', 'refine', 'view_side']
+           'contrastive_attention', 'lowest', 'regions', 'kept_box', 'crop_box', 'window_box', 'focus_box',
+           'box_around', 'Look', 'Refined', 'look', 'beside', 'refine', 'view_side']
 
 # %% ../nbs/04_contrast.ipynb #c003
 from contextlib import ExitStack
@@ -112,6 +112,13 @@ def crop_box(
 
 RULES = ('vicrop', 'components', 'meanstd')
 
+def _windows(values, grid, side):
+    "(rows, columns) sums of a map's positive part over every window of a side in pixels, and that part (h, w)"
+    m, (l, r, b, t) = np.maximum(np.asarray(values, float), 0).reshape(grid.h, grid.w), grid.extent
+    nx, ny = (int(np.clip(side//(length/n), 1, n)) for length, n in ((r - l, grid.w), (b - t, grid.h)))
+    total = np.pad(m.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    return total[ny:, nx:] - total[:-ny, nx:] - total[ny:, :-nx] + total[:-ny, :-nx], m
+
 def window_box(
     values:np.ndarray, # (h·w,) a map over the tokens of one image; negative values count as 0
     grid:Grid, # where the tokens lie
@@ -119,20 +126,31 @@ def window_box(
     ratios:tuple=(1, 1.2, 1.4, 1.6, 1.8, 2), # window sides as multiples of `base`
 )->tuple: # (left, top, right, bottom), whole pixels
     "The window that stands out most (ViCrop, ICLR 2025, appendix)"
-    m = np.maximum(np.asarray(values, float), 0).reshape(grid.h, grid.w)
-    l, r, b, t = grid.extent
-    step = (r - l)/grid.w, (b - t)/grid.h
-    total = np.pad(m.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     best = None
     for ratio in ratios:
-        nx, ny = (int(np.clip(base*ratio//s, 1, n)) for s, n in zip(step, (grid.w, grid.h)))
-        sums = total[ny:, nx:] - total[:-ny, nx:] - total[ny:, :-nx] + total[:-ny, :-nx]
+        sums, _ = _windows(values, grid, base*ratio)
+        ny, nx = grid.h + 1 - len(sums), grid.w + 1 - sums.shape[1]
         y, x = np.unravel_index(sums.argmax(), sums.shape)
         near = [sums[j, i] for j, i in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)) if 0 <= j < sums.shape[0] and 0 <= i < sums.shape[1]]
         gain = (sums[y, x] - np.mean(near))/(nx*ny) if near else 0.
-        if best is None or gain > best[0]: best = gain, x, y, nx, ny, base*ratio
-    _, x, y, nx, ny, side = best
-    return box_around((l + (x + nx/2)*step[0], t + (y + ny/2)*step[1]), side, grid.size)
+        if best is None or gain > best[0]: best = gain, x + nx/2, y + ny/2, base*ratio
+    return box_around(_at(grid, *best[1:3]), best[3], grid.size)
+
+def _at(grid, x, y): "Pixels of a place given in cells"; l, r, b, t = grid.extent; return l + x*((r - l)/grid.w), t + y*((b - t)/grid.h)
+
+def focus_box(
+    values:np.ndarray, # (h·w,) a map over the tokens of one image; negative values count as 0
+    grid:Grid, # where the tokens lie
+    side:float, # of the window, pixels of the picture
+)->tuple: # (left, top, right, bottom), whole pixels
+    "The window that holds most of a map, moved so that the mean place of what it holds lies in its middle"
+    sums, m = _windows(values, grid, side)
+    y, x = np.unravel_index(sums.argmax(), sums.shape)
+    held = np.zeros_like(m)
+    held[y:y + grid.h + 1 - len(sums), x:x + grid.w + 1 - sums.shape[1]] = 1
+    held *= m if m.any() else 1
+    rows, columns = np.indices(m.shape) + .5
+    return box_around(_at(grid, np.average(columns, weights=held), np.average(rows, weights=held)), side, grid.size)
 
 def box_around(
     centre:tuple, # (x, y), pixels
@@ -172,7 +190,7 @@ class Refined:
     @cached_property
     def base(self): "The answer before, computed when it is asked for"; return self.plain()
 
-MASKS, CROPS = ('contrast', 'late', 'random', 'highest'), ('contrast', 'late', 'read', 'random', 'centre', 'oracle')
+MASKS, CROPS = ('contrast', 'late', 'random', 'highest'), ('contrast', 'late', 'read', 'focus', 'random', 'centre', 'oracle')
 PAPER = dict(raw=True, distance='js2', candidates='all', strength=1e-9, temperature=.2) # paper mode: `refine(…, **PAPER)` as in the public logs; never the default
 
 def look(
@@ -206,7 +224,9 @@ def _crop_box(p, maps, c, candidates, by, base, box, rule, seed):
     side = max(ours[2] - ours[0], ours[3] - ours[1])                     # random and centre boxes have the size of ours
     if by == 'contrast': return ours
     if by == 'late': return crop_box(grid.of(c.late), grid, base, rule)
-    if by == 'read': return crop_box(grid.of(normalise(maps[candidates]).mean(0)), grid, base, rule)
+    if by in ('read', 'focus'):
+        read = grid.of(np.nan_to_num(normalise(maps[candidates])).mean(0))           # a layer that does not look has no map
+        return crop_box(read, grid, base, rule) if by == 'read' else focus_box(read, grid, 1.5*base)
     if by == 'random': return box_around((rng.uniform(0, W), rng.uniform(0, H)), side, (W, H))
     if by == 'centre': return box_around((W/2, H/2), side, (W, H))
     return box_around(((box[0] + box[2])/2, (box[1] + box[3])/2), 1.5*max(box[2] - box[0], box[3] - box[1]), (W, H))
@@ -234,7 +254,7 @@ def refine(
     image, # path, PIL image, or the `Look` of an earlier call
     question:str|None=None, # not needed with a `Look`
     how:str='crop', # mask or crop (paper, section 2)
-    by:str='contrast', # or a control: late, random; highest (mask); read, centre, oracle (crop)
+    by:str='contrast', # or a control: late, random; highest (mask); read, focus, centre, oracle (crop)
     candidates=None, # pre-fusion layers, best the detected fusion layers; or 'all' (as None), 'shallow', 'deep'
     post:int|None=None, # post-fusion layer; default: the one before `review`, or the last
     review:int|None=None, # layer at which the mask is applied; default: the last layer
@@ -243,7 +263,7 @@ def refine(
     soft:bool=False, # mask: weaken attention at layers ≥ review instead of states at review
     base:float|None=None, # crop: side of the smallest window, pixels; default: the side of the model's view
     box:tuple|None=None, # crop by oracle: the evidence box
-    rule:str='vicrop', # crop: how a map becomes a box, see `crop_box`
+    rule:str='vicrop', # crop: how a map becomes a box, see `crop_box`; focus has its own
     order:str='after', # crop: [picture, crop], or before: [crop, picture]
     distance:str='hellinger', # or js2, see `contrastive_attention`
     raw:bool=False, # subtract maps that are not renormalised
@@ -273,4 +293,12 @@ def refine(
     else: answer, path = beside(mllm, first.seen, crop)
     return Refined(answer, lambda: said(first.prompt) if temperature else first.base, c, how, by, path, box=cut, crop=crop)
 
-def view_side(mllm): "Side of the model's view, pixels"; side = getattr(mllm.model.config.vision_config, 'image_size', 336); return side if isinstance(side, int) else max(side)
+def view_side(
+    mllm:MLLM, # the model
+)->int: # pixels
+    "Side of the model's view; with pictures of any size, that of the largest square its processor does not shrink, at most 336"
+    side = getattr(mllm.model.config.vision_config, 'image_size', None)
+    if side is not None: return side if isinstance(side, int) else max(side)
+    processor = getattr(mllm.processor, 'image_processor', None)
+    most = (getattr(processor, 'size', None) or {}).get('longest_edge') if hasattr(processor, 'merge_size') else None # an area where patches are merged (Qwen)
+    return round(min(336, most**.5)) if most else 336

@@ -1,6 +1,6 @@
 "Contrast, boxes and refinement against hand-written twins"
 import numpy as np, pytest, torch
-from fusion_notebooks.contrast import CROPS, MASKS, PAPER, box_around, candidate_layers, contrastive_attention, crop_box, js2, look, lowest, refine, window_box
+from fusion_notebooks.contrast import CROPS, MASKS, PAPER, box_around, candidate_layers, contrastive_attention, crop_box, focus_box, js2, look, lowest, refine, view_side, window_box
 from fusion_notebooks.hooks import capture, edit
 from fusion_notebooks.masking import facts
 from fusion_notebooks.mllm import Grid, token_boxes
@@ -57,6 +57,26 @@ def test_box_rules_by_hand(rule):
     assert crop_box(-np.ones(64), grid, 96, rule) == window_box(-np.ones(64), grid, 96)      # nothing stands out
     with pytest.raises(ValueError, match='rule is one of vicrop, components, meanstd'): crop_box(m, grid, 96, 'largest')
 
+def test_focus_box_by_hand():
+    m = np.zeros((8, 8)); m[3, 5], m[3, 6], m[3, 0], m[0, 0] = 3, 1, 2, -9           # cells of 48 pixels; 2 is farther than a window
+    assert focus_box(m.ravel(), grid, 144) == (276 - 72, 168 - 72, 276 + 72, 168 + 72)   # x = (3·5.5 + 6.5)/4 cells
+    assert focus_box(m.ravel()[::-1], grid, 144) == (108 - 72, 216 - 72, 108 + 72, 216 + 72)
+    m[3, 7] = 9
+    assert focus_box(m.ravel(), grid, 144) == (240, 96, 384, 240)                  # moved into the picture
+    for k in range(20):                                                            # no window of whole cells holds more
+        l, t, r, b = focus_box(v := np.random.default_rng(k).random(64), grid, 96)
+        at = max(((y, x) for y in range(7) for x in range(7)), key=lambda a: v.reshape(8, 8)[a[0]:a[0] + 2, a[1]:a[1] + 2].sum())
+        assert abs((l + r)/96 - at[1] - 1) < 1 and abs((t + b)/96 - at[0] - 1) < 1 and r - l == b - t == 96
+    assert focus_box(np.zeros(64), grid, 144) == (0, 0, 144, 144)
+
+def test_side_of_the_view(tiny):
+    "That of a fixed view; of a Qwen2-VL the root of the pixels that are not shrunk, and never more than 336"
+    from types import SimpleNamespace as S
+    assert view_side(tiny) == 96
+    qwen = lambda **kw: S(model=S(config=S(vision_config=S())), processor=S(image_processor=S(**kw)))
+    assert view_side(qwen(merge_size=1, size=dict(longest_edge=9216))) == 96 and view_side(qwen(merge_size=2, size=dict(longest_edge=12845056))) == 336
+    assert view_side(qwen(size=dict(longest_edge=980))) == 336                     # a side, not an area
+
 def test_lowest_is_exact_and_stable():
     v = np.array([0., -1, 0, -3, 0, 2])
     assert lowest(v, .5).tolist() == [0, 1, 3] and lowest(v, 0).tolist() == [] and len(lowest(-np.abs(v), .2)) == 1
@@ -76,8 +96,8 @@ def naive_window(m, base, ratios=(1, 1.2, 1.4, 1.6, 1.8, 2)):
     return box_around(best[1:3], best[3], (384, 384))
 
 def test_window_equals_its_naive_twin():
-    for _ in range(100):
-        m = rng.normal(size=64)
+    for k in range(100):
+        m = np.random.default_rng(k).integers(-9, 9, 64)/8.                        # sums without rounding: ties are ties in both
         assert window_box(m, grid, 96) == naive_window(m, 96)
 
 def test_boxes_stay_inside():
@@ -114,11 +134,11 @@ def test_mask_reads_before_it_edits(tiny, seen):
 
 def test_options_of_the_crop_by_hand(tiny, samples, seen):
     im, ask = samples[0].image, samples[0].question
-    for kw in (dict(rule='meanstd', distance='js2'), dict(rule='components', raw=True, candidates='shallow'), dict(by='read', candidates=(1, 4))):
+    for kw in (dict(rule='meanstd', distance='js2'), dict(rule='components', raw=True, candidates='shallow'), dict(by='read', candidates=(1, 4)), dict(by='focus', candidates=(1, 4))):
         r = refine(tiny, seen, **kw)
         p = seen.prompt.grids[0]
         values = seen.maps[[1, 4]]/seen.maps[[1, 4]].sum(1, keepdims=True) if 'by' in kw else contrastive_attention(seen.maps, kw.get('candidates'), 7, kw.get('distance', 'hellinger'), kw.get('raw', False)).map[None]
-        assert r.box == crop_box(p.of(values.mean(0)), p, 96, kw.get('rule', 'vicrop'))
+        assert r.box == (focus_box(p.of(values.mean(0)), p, 144) if kw.get('by') == 'focus' else crop_box(p.of(values.mean(0)), p, 96, kw.get('rule', 'vicrop')))
         close(r.answer, tiny.answer([im, im.crop(r.box)], ask))
     r = refine(tiny, seen, order='before')
     assert r.answer == tiny.answer([r.crop, im], ask) and r.answer != refine(tiny, seen).answer and r.path == 'two passes'
