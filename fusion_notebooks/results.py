@@ -346,7 +346,7 @@ def early_exit_findings(rows, c):
     enough, last = per.index[per >= .9*per.iloc[-1]][0], per.index[-1]
     return [dict(finding=f, kind='all', layers=str(l)) | _mean(rows[rows.layer == l]) for f, l in (('first exit with 90 % of the last', enough), ('last exit', last))]
 
-COMPARE = [('mask', m) for m in ('mask-late', 'mask-random', 'mask-highest')] + [('crop', m) for m in ('crop-random', 'crop-centre', 'crop-late', 'vicrop-rel', 'crop-oracle')] + [('crop-read', 'crop')] # beside every method against base
+COMPARE = [('mask', m) for m in ('mask-late', 'mask-random', 'mask-highest')] + [('crop', m) for m in ('crop-random', 'crop-centre', 'crop-late', 'vicrop-rel', 'crop-oracle')] + [('crop-read', 'crop')] + [('crop-focus', m) for m in ('crop', 'crop-late', 'crop-read', 'crop-oracle')] # beside every method against base
 
 def refine_findings(rows, c):
     "Accuracy of every method, paired differences with p-values (Holm within a kind), and how much of the evidence each crop holds"
