@@ -1,6 +1,6 @@
 # make demo   the quick slice of the study, findings and figures      make study   all of settings.ini
 # make test   notebook examples and pytest                            make lab     JupyterLab on the notebooks
-# make bench  what things cost here, against naive (meant to take ≤ 10 minutes)
+# make bench  what things cost here, against naive (meant to take ≤ 15 minutes)
 # make docs   the site, in docs/_build/html/index.html
 # make test-browser   the explorer's canvas in headless Chromium (the system's, or that of `playwright install chromium`)
 .PHONY: demo test study lab docs readme bench test-browser
@@ -23,6 +23,7 @@ test: .venv/installed
 
 bench: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engine.py
 
 test-browser: .venv/browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -s tests/browser

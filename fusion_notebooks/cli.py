@@ -91,10 +91,8 @@ def calibrated(
     model:str, # demo name, local folder or Hub id
 )->tuple: # (candidates or None, review layer or None, in words)
     "What a study here has found out about a model, if there was one"
-    from fusion_notebooks.study import calibrate, read_settings
-    for quick in (False, True):
-        try: c = calibrate(model, settings=read_settings(quick=quick), compute=False)
-        except (ValueError, FileNotFoundError): c = None                   # no settings, or none for this model
+    from fusion_notebooks.study import calibrations
+    for _, c in calibrations(model):
         if c: return c.candidates, c.review, 'calibrated by the study' if c.candidates else 'no fusion layer found by the study: all layers are candidates'
     return None, None, 'not calibrated: run `fusion study` for this model'
 

@@ -198,11 +198,10 @@ def known(
     model:str, # demo name, local folder or Hub id
 )->tuple: # (fusion layers, review layer or None)
     "What a study has found out about a model: from its rows, else from the summary beside its figures"
-    from fusion_notebooks.study import calibrate, find_model, read_settings
-    for quick in (False, True):
+    from fusion_notebooks.study import calibrations, find_model
+    for s, c in calibrations(model):
+        if c: return c.fusion['knockout'].layers, c.review
         try:
-            s = read_settings(quick=quick)
-            if c := calibrate(model, settings=s, compute=False): return c.fusion['knockout'].layers, c.review
             t = pd.read_csv(s.figures/find_model(model, s)[1]/'summary.csv', dtype=dict(layers=str)).query("analysis == 'masking'").set_index(['finding', 'kind']).layers
             layers = lambda *at: tuple(int(i) for i in str(t.get(at, '')).split() if i.isdigit())
             return layers('fusion layers', 'knockout'), next(iter(layers('review layer', 'zero')), None)

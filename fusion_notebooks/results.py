@@ -9,7 +9,7 @@ __all__ = ['COMPARE', 'FINDINGS', 'BACKBONES', 'SAID', 'SEVEN', 'canonical', 'di
            'beside_published', 'choice_table', 'in_words', 'write_table']
 
 # %% ../nbs/08_results.ipynb #c003
-import hashlib, json, os, socket, warnings
+import hashlib, html, json, os, socket, warnings
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -84,18 +84,25 @@ def _damaged(path, e):
     warnings.warn(f'{path} cannot be read and is put aside: {(str(e) or type(e).__name__).splitlines()[0][:200]}')
     with suppress(OSError): os.replace(path, path.with_suffix('.damaged'))
 
+def _older(path, metadata):
+    "What to say of a part that an older version wrote, whose footer does not say its columns; empty for all others"
+    return f'{path.parent} holds rows that an older version wrote: they are left alone; choose another results folder in settings.ini.' if {*(metadata or {})} == {b'key', b'pandas'} else ''
+
 def _read(path, key=None, **kw):
-    "A file's rows as an Arrow table; None where there is none or it is damaged"
+    "A file's rows as an Arrow table; None where there is none, it is damaged or of an older version. Raises `ValueError` where that one was asked for by its key."
     try:
         t = pq.read_table(path, partitioning=None, **kw) if kw else pq.ParquetFile(path, page_checksum_verification=True).read()
         about = {k.decode(): v.decode() for k, v in (t.schema.metadata or {}).items()}
-        if about['columns'] != _columns(t.schema) or key and about['key'] != canonical(key): raise ValueError('it does not hold what its name says')
-        return t
+        older = _older(path, t.schema.metadata)
+        if not older and about['columns'] != _columns(t.schema) or key and about['key'] != canonical(key): raise ValueError('it does not hold what its name says')
     except FileNotFoundError: return None
     except MemoryError: raise
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as e:
         if getattr(e, 'errno', None): raise                        # the system's fault, not the file's
-        _damaged(path, e)
+        return _damaged(path, e)
+    if not older: return t
+    if key: raise ValueError(older)
+    warnings.warn(older)
 
 def _whole(path):
     "Whether a part is there with both its ends; what lies between is checked on reading"
@@ -166,7 +173,10 @@ class Store:
         "The keys of all units that can be read"
         found = {}
         for path in self.parts():
-            try: found[pq.read_schema(path).metadata[b'key'].decode()] = 1
+            try:
+                metadata = pq.read_schema(path).metadata
+                if older := _older(path, metadata): warnings.warn(older)
+                else: found[metadata[b'key'].decode()] = 1
             except (pa.ArrowException, OSError, KeyError, TypeError, ValueError): pass
         return [json.loads(text) for text in dict.fromkeys([*found, *(t for texts in self.packs().values() for t in texts)])]
 
@@ -300,6 +310,7 @@ def summary(self:Store,
     seen, sums = set(), []
     for p in [*self.parts(), *self.packs()]:
         schema = pq.read_schema(p)
+        if older := _older(p, schema.metadata): warnings.warn(older); continue
         if not {value, *by} <= set(schema.names): continue
         texts = self.packs()[p] if '_key' in schema.names else [schema.metadata[b'key'].decode()]
         twice = [t for t in texts if t in seen]
@@ -460,11 +471,11 @@ def write_table(
     name:str, # of the files
     caption:str, # a sentence or two
 )->Path: # the Markdown
-    "Write a table as .md, .csv and .tex"
+    "Write a table as .md, .csv and .tex; what a data set calls its kinds is text in all of them"
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    text = lambda v: '' if v is None or v != v else f'{v:.4g}' if isinstance(v, float) else str(v)
-    cells = [[str(c) for c in table.columns]] + [[text(v) for v in row] for row in table.itertuples(index=False)]
-    line = lambda row: '| ' + ' | '.join(c.replace('|', r'\|') for c in row) + ' |'
+    text = lambda v: '' if v is None or v != v else f'{v:.4g}' if isinstance(v, float) else ' '.join(str(v).split())
+    cells = [[text(c) for c in table.columns]] + [[text(v) for v in row] for row in table.itertuples(index=False)]
+    line = lambda row: '| ' + ' | '.join(html.escape(c, quote=False).replace('|', r'\|') for c in row) + ' |'
     (folder/f'{name}.md').write_text('\n'.join([caption, '', line(cells[0]), '|---'*len(table.columns) + '|', *map(line, cells[1:])]) + '\n')
     table.to_csv(folder/f'{name}.csv', index=False, float_format='%.6g', lineterminator='\n')
     special = str.maketrans({c: '\\' + c for c in '&%$#_{}'} | {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '−': '$-$', '×': r'$\times$', 'ρ': r'$\rho$', 'λ': r'$\lambda$'})

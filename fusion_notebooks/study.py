@@ -7,9 +7,9 @@ __all__ = ['PACKAGE', 'BENCHMARKS', 'FOLDERS', 'KEYS', 'Job', 'HOWS', 'SOFT', 'R
            'Analysis', 'ANALYSES', 'CALIBRATED', 'STOP', 'ONE', 'Settings', 'find_settings', 'read_settings',
            'notebooks', 'draw', 'questions', 'listing', 'code_of', 'find_model', 'revision', 'load', 'masking_rows',
            'known_answers_rows', 'attention_rows', 'early_exit_rows', 'refine_rows', 'candidates_rows', 'jobs', 'units',
-           'compute', 'gently', 'teller', 'fill', 'failure', 'require', 'Calibration', 'calibrate', 'findings', 'place',
-           'stamp', 'card', 'work', 'on_workers', 'on_cluster', 'parameters', 'of_all', 'execute', 'Report', 'choose',
-           'run', 'status', 'verify']
+           'compute', 'gently', 'teller', 'fill', 'failure', 'require', 'Calibration', 'calibrate', 'calibrations',
+           'findings', 'place', 'stamp', 'card', 'work', 'on_workers', 'on_cluster', 'parameters', 'of_all', 'execute',
+           'Report', 'choose', 'run', 'status', 'verify']
 
 # %% ../nbs/11_study.ipynb #c003
 import ast, configparser, hashlib, inspect, json, math, multiprocessing, os, random, re, signal, sys, textwrap, threading, time, zlib
@@ -575,6 +575,14 @@ def calibrate(
     curves = {how: fusion.masked(rows, how) for how in HOWS}
     return Calibration({how: fusion.fusion_layers(*c, how=how) for how, c in curves.items()},
                        {how: fusion.review_layer(*fusion.masked(rows, {how, 'knockout', 'swap'}), how=how) for how in HOWS}, rows['sample'].nunique(), int(rows.layer.max()) + 1)
+
+def calibrations(
+    model:str, # demo name, local folder or Hub id
+): # pairs: `Settings`, and the `Calibration` or None where there are no rows
+    "What the study here found out about a model, and what its quick slice did; nothing where there are no settings, or none for this model"
+    for quick in (False, True):
+        try: yield (s := read_settings(quick=quick)), calibrate(model, settings=s, compute=False)
+        except (ValueError, FileNotFoundError): pass
 
 # %% ../nbs/11_study.ipynb #c032
 def findings(

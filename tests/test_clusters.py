@@ -65,7 +65,6 @@ def test_a_scheduler_elsewhere_is_refused_by_the_command(tmp_path):
 @pytest.mark.faults
 def test_certificates_and_a_cluster_behind_tls(tmp_path, want):
     "The guide's own lines make the certificate; then scheduler, worker and study speak TLS, and nobody else is let in"
-    pytest.importorskip('distributed')
     s, home, running = _made(tmp_path/'study') if (tmp_path/'study').mkdir() is None else None, tmp_path/'home', []
     home.mkdir()
     env = s.env | dict(HOME=str(home), FAKE_SECONDS='.2')

@@ -26,7 +26,7 @@ def test_pyproject_says_what_settings_say(migrated):
     assert got['optional-dependencies'].pop('benchmarks') == ['datasets>=4.0'] # nbdev's keys know no second extra
     assert got['optional-dependencies'].pop('explore') == ['ipywidgets>=8.1', 'anywidget>=0.9'] and {'ipywidgets>=8.1', 'anywidget>=0.9'} <= {*got['optional-dependencies']['dev']}
     assert got['optional-dependencies'].pop('browser') == ['playwright>=1.50', 'notebook>=7.2']
-    assert got['optional-dependencies'].pop('cluster') == ['distributed>=2025.1', 'dask-jobqueue>=0.9']
+    assert got['optional-dependencies'].pop('cluster') == ['distributed>=2025.1', 'dask-jobqueue>=0.9'] == got['optional-dependencies']['dev'][-2:]
     assert got['optional-dependencies'].pop('docs') == ['sphinx>=9.0', 'myst-nb>=1.4', 'furo>=2025.12', 'sphinx-mathjax-offline>=0.0.2']
     assert got.pop('version') == fusion_notebooks.__version__ and f'"{fusion_notebooks.__version__}"' in init
     assert want.pop('dynamic') == ['version']

@@ -1,5 +1,5 @@
 "The store: whole units or nothing, each unit once, readers undisturbed"
-import multiprocessing, os, signal, subprocess, sys, time
+import multiprocessing, os, re, signal, subprocess, sys, time
 import numpy as np, pandas as pd, pytest
 from pathlib import Path
 from fusion_notebooks import results
@@ -45,6 +45,22 @@ def test_damaged_part_counts_as_missing(store, damage):
     assert store.missing([key(0), key(1)]) == [key(1)] and len(store.read()) == 3
     store.add(rows(1), key(1))
     assert len(store.read()) == 6
+
+def older(store, i):
+    "A part as the first version of the store wrote it"
+    import pyarrow as pa, pyarrow.parquet as pq
+    part = pa.Table.from_pandas(rows(i), preserve_index=False)
+    store.folder.mkdir(exist_ok=True)
+    pq.write_table(part.replace_schema_metadata({**part.schema.metadata, b'key': canonical(key(i)).encode()}), store.path(key(i)))
+
+def test_an_older_versions_parts_are_left_alone(store):
+    older(store, 0); store.add(rows(1), key(1))
+    before, said = store.path(key(0)).read_bytes(), 'results holds rows that an older version wrote: they are left alone; choose another results folder'
+    for look, want in ((lambda: len(store.read()), 3), (store.keys, [key(1)]), (lambda: store.summary(['layer']).n.sum(), 3), (store.compact, 1), (lambda: len(store.read()), 3), (store.compact, 0)):
+        with pytest.warns(UserWarning, match=said) as warned: assert look() == want
+        assert len({str(w.message) for w in warned}) == 1
+    with pytest.raises(ValueError, match=said): store.read([key(0), key(1)])        # nothing is mixed, nothing is computed over it
+    assert store.missing([key(0)]) == [] and store.path(key(0)).read_bytes() == before and not list(store.folder.glob('*.damaged'))
 
 KILLED = '''
 import sys, time
@@ -229,6 +245,14 @@ def test_tables_are_written_three_times(tmp_path):
     assert md.splitlines() == ['ρ & λ', '', '| method | p % |', '|---|---|', '| a_b | 0.5 |', r'| c\|d |  |']
     tex = (tmp_path/'x/main.tex').read_text()
     assert r'a\_b & 0.5 \\' in tex and r'p \%' in tex and r'$\rho$ \& $\lambda$' in tex and pd.read_csv(tmp_path/'x/main.csv').equals(t)
+
+def test_what_stands_in_a_table_is_text(tmp_path):
+    "Whatever a data set calls its kinds: no HTML in Markdown, no command in LaTeX, one line per row"
+    bad = '<script>alert(1)</script>\n| a | b |\n\n\\input{/etc/passwd} $x$ &'
+    md = results.write_table(pd.DataFrame({'kind': [bad, 'fine'], bad: [1., 2.]}), tmp_path, 'main', 'c').read_text()
+    lines, tex = md.splitlines(), (tmp_path/'main.tex').read_text()
+    assert len(lines) == 6 and '<' not in md and md.count('&lt;script&gt;') == 2 and all(len(re.findall(r'(?<!\\)\|', l)) == 3 for l in lines[2:])
+    assert r'\textbackslash{}input\{/etc/passwd\} \$x\$ \&' in tex and r'\input' not in tex and len(tex.splitlines()) == 11
 
 def test_choices_against_their_default():
     rows = pd.concat([refine_rows(right={'mask': 60}).assign(choice='default', value='default'), refine_rows(right={'mask': 40}).assign(choice='rho', value='0.4'), refine_rows(right={'base': 50}).assign(choice='default', value='default')])
