@@ -19,7 +19,7 @@ def study(a)->int:
         print(_table(t := status(s), ['forwards', 'gigabytes', 'hours']))
         print(f"to do: {(t.units - t.done).sum()} of {t.units.sum()} units, {t.forwards.sum():,.0f} forwards, weights up to {t.gigabytes.max():.1f} GB, {_hours(t)}")
         return 0
-    return run(s, workers=a.workers, scheduler=a.scheduler, figures=not a.rows).code
+    return _drawn(run(s, workers=a.workers, scheduler=a.scheduler, figures=not a.rows), s, not a.rows)
 
 def _chosen(a):
     from fusion_notebooks.study import choose
@@ -39,21 +39,30 @@ def status(a)->int:
     return int((t.failed > 0).any())
 
 def figures(a)->int:
-    "Draw the figures again, from the rows that are there"
+    "Draw the figures and the fusion card again, from the rows that are there"
     from fusion_notebooks.study import run
-    if a.card: return _cards(_chosen(a))
-    return run(_chosen(a), rows=False).code
-
-def _cards(s):
-    "One page per model: HTML, PDF and PNG"
-    from fusion_notebooks import plots, study
-    for model in s.models:
-        cards = {b: study.card(model, b, s) for b in s.benchmarks}
-        folder = s.figures/study.find_model(model, s)[1]
-        for b, c in cards.items(): plots.save(plots.card(**c), folder, 'card' + f'-{b}'*(len(cards) > 1), c['stamp'])
-        (folder/'card.html').write_text(plots.card_page(list(cards.values())))
-        print(os.path.relpath(folder/'card.html'))
+    s = _chosen(a)
+    if not a.card: return _drawn(run(s, rows=False), s)
+    for model in s.models: _card(model, s)
     return 0
+
+def _drawn(report, s, cards=True):
+    "Exit code of a run; a model of which something was drawn gets its card as well"
+    for model in s.models if cards and report.done else ():
+        try: _card(model, s)
+        except (ValueError, OSError): pass                                 # no rows of it; what failed has been said
+    return report.code
+
+def _card(model, s):
+    "One page on a model: HTML, PDF and PNG, drawn where it says something new"
+    from fusion_notebooks import plots, study
+    cards = {b: study.card(model, b, s) for b in s.benchmarks}
+    page, folder = plots.card_page(list(cards.values())), s.figures/study.find_model(model, s)[1]
+    file = folder/'card.html'
+    if not file.exists() or file.read_text() != page:
+        for b, c in cards.items(): plots.save(plots.card(**c), folder, 'card' + f'-{b}'*(len(cards) > 1), c['stamp'])
+        file.write_text(page)                                              # last: it says that the others are there
+    print(f'fusion card: {os.path.relpath(file)}', flush=True)
 
 def verify(a)->int:
     "Compute a random share of the rows again and compare"
@@ -155,7 +164,7 @@ def parser()->argparse.ArgumentParser:
     c.add_argument('--rows', action='store_true', help='rows only, no notebooks: for each task of a job array')
     c.add_argument('--dry-run', action='store_true', help='only say what there is to do')
     of_study('status', status).add_argument('--json', action='store_true')
-    of_study('figures', figures).add_argument('--card', action='store_true', help='one page per model instead: where it fuses, whether it reviews, what refinement gains or costs')
+    of_study('figures', figures).add_argument('--card', action='store_true', help='only the page per model: where it fuses, whether it reviews, what refinement gains or costs')
     c = of_study('verify', verify)
     c.add_argument('--share', type=float, default=.01, help='of the samples (default: 0.01)')
     c.add_argument('--seed', type=int, help='which samples; default: others every time')
