@@ -67,6 +67,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fusion_notebooks.cli._count': ('cli.html#_count', 'fusion_notebooks/cli.py'),
                                       'fusion_notebooks.cli._drawn': ('cli.html#_drawn', 'fusion_notebooks/cli.py'),
                                       'fusion_notebooks.cli._hours': ('cli.html#_hours', 'fusion_notebooks/cli.py'),
+                                      'fusion_notebooks.cli._known': ('cli.html#_known', 'fusion_notebooks/cli.py'),
                                       'fusion_notebooks.cli._table': ('cli.html#_table', 'fusion_notebooks/cli.py'),
                                       'fusion_notebooks.cli.ask': ('cli.html#ask', 'fusion_notebooks/cli.py'),
                                       'fusion_notebooks.cli.calibrated': ('cli.html#calibrated', 'fusion_notebooks/cli.py'),

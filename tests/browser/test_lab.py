@@ -92,7 +92,7 @@ def control(page, words): return page.locator(f'.widget-inline-hbox:has(> label:
 def button(page, words): return page.locator(f'button.jupyter-button:text-is("{words}")')
 def pixels(page): return np.array(Image.open(io.BytesIO(base64.b64decode(get(page, 'canvas').evaluate("c => c.toDataURL('image/png')").split(',')[1]))).convert('RGB'), float)
 def patches(a): h, w = a.shape[0]//8, a.shape[1]//8; return np.array([[a[y*h + 3:(y + 1)*h - 3, x*w + 3:(x + 1)*w - 3].mean((0, 1)) for x in range(8)] for y in range(8)]).reshape(64, 3)
-def spot(page, i): b = get(page, 'canvas').bounding_box(); return b['x'] + (i % 8 + .5)*b['width']/8, b['y'] + (i//8 + .5)*b['height']/8
+def press(page, i): side = get(page, 'canvas').bounding_box()['width']/8; get(page, 'canvas').click(position=dict(x=(i % 8 + .5)*side, y=(i//8 + .5)*side))      # waits until nothing moves
 
 def painted(seen, m, palette):
     "The mean colour of each patch, by hand: the grey picture under the map's colour"
@@ -122,7 +122,7 @@ def page(request, browser, server):
 
 def test_slider_moves_the_map(page, seen, times):
     page.evaluate(WATCH)
-    attention = seen.grid.of(seen.look.maps)
+    attention, pictures = seen.grid.of(seen.look.maps), []
     handle = control(page, 'Layer').locator('.noUi-handle')
     handle.focus()
     for _ in range(7): page.keyboard.press('ArrowLeft')
@@ -130,10 +130,11 @@ def test_slider_moves_the_map(page, seen, times):
         if layer: page.keyboard.press('ArrowRight')
         assert caption(page).startswith(f'Layer {layer}') and handle.get_attribute('aria-valuenow') in (f'{layer}', f'{layer}.0')
         assert shown(page, painted(seen, attention[layer], plots.HEAT)) < 3
+        pictures.append(patches(pixels(page)))
+    assert all(abs(a - b).max() > 10 for a, b in zip(pictures, pictures[1:]))      # another layer's picture is another one
     both = np.array(page.evaluate('drawn'))/1000
     times['slider redraw'] += both[:, 0].tolist(); times['drawing alone'] += both[:, 1].tolist()
     assert len(both) >= 14 and np.median(both[:, 0]) < .05
-    assert shown(page, painted(seen, attention[0], plots.HEAT)) > 10        # another layer's picture is another one
 
 def test_maps_and_heads(page, seen):
     select = lambda words, what: control(page, words).locator('select').select_option(what)
@@ -150,7 +151,7 @@ def test_masked_patches_change_the_answer(page, seen, times):
     assert start['plain'][:2] == (seen.look.base.text, round(seen.look.base.p, 3))
     for k, i in enumerate(STAR):
         began = time.perf_counter()
-        page.mouse.click(*spot(page, i))
+        press(page, i)
         until(page, f"a => Object.keys(a).some(l => l.startsWith('{k + 1} token'))")
         times['answer with patches masked'].append(time.perf_counter() - began)
         want = explore.masked(seen, STAR[:k + 1])
@@ -182,7 +183,7 @@ def test_keys_stay_in_the_canvas(page, seen):
     before = page.evaluate(f'() => {{ {state.replace("; [", "; return [")} }}')
     get(page, 'canvas').focus()
     page.keyboard.press('Escape'); until(page, "a => !Object.keys(a).some(l => l.includes('masked'))")
-    page.mouse.click(*spot(page, 0))
+    press(page, 0)
     for key in ('ArrowRight', 'ArrowDown', ' ', 'Shift+ArrowRight', 'PageDown'): page.keyboard.press(key)
     until(page, "a => Object.keys(a).some(l => l.startsWith('3 tokens'))")
     want = explore.masked(seen, [0, 9, 10])
@@ -220,15 +221,16 @@ def test_another_question_and_another_picture(page, mllm):
     assert get(page, 'b').count() == 0
 
 def test_dark(page):
-    page.screenshot(path=SHOTS/f'explorer-{page.front}-light.png')
-    page.evaluate("() => jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")
-    page.wait_for_function("() => document.body.dataset.jpThemeLight == 'false'")
+    def theme(name, light): page.evaluate("theme => { jupyterapp.commands.execute('apputils:change-theme', { theme }) }", f'JupyterLab {name}'); page.wait_for_function(f"() => document.body.dataset.jpThemeLight == '{light}'")
+    theme('Light', 'true'); page.screenshot(path=SHOTS/f'explorer-{page.front}-light.png')
+    theme('Dark', 'false')
     ink, ground = page.evaluate(f"""() => {{ const d = document.createElement('canvas').getContext('2d'), c = v => {{ d.fillStyle = v; d.fillRect(0, 0, 1, 1); return [...d.getImageData(0, 0, 1, 1).data].slice(0, 3) }}
         return [c(getComputedStyle(document.querySelector('{WIDGET} p')).color), c(getComputedStyle(document.body).getPropertyValue('--jp-layout-color0'))] }}""")
     light = lambda c: sum(w*(v/255/12.92 if v/255 <= .03928 else ((v/255 + .055)/1.055)**2.4) for w, v in zip((.2126, .7152, .0722), c))
     a, b = sorted((light(ink), light(ground)))
     assert a < .1 and (b + .05)/(a + .05) > 4.5
     page.screenshot(path=SHOTS/f'explorer-{page.front}-dark.png')
+    theme('Light', 'true')
 
 def test_the_recorded_page_draws_as_well(page):
     still = page.locator('.jp-RenderedHTML .fx')
@@ -245,7 +247,7 @@ def test_tutorial(browser, server, mllm):
     s = next(s for s in demo.samples(48) if s.kind == 'fine')
     want = mllm.answer(s.image, s.question)
     assert rows(page)['plain'][:2] == (want.text, round(want.p, 3)) and any('evidence-and-answer.png' in o['text'] for c in cells for o in c['outputs'])
-    page.mouse.click(*spot(page, 9)); until(page, "a => '1 token masked' in a")
+    press(page, 9); until(page, "a => '1 token masked' in a")
     page.screenshot(path=SHOTS/'tutorial.png')
     quiet(page, server)
     page.context.close()
