@@ -124,6 +124,7 @@ def demo_train(a)->int:
 
 def demo_eval(a)->int:
     "Evaluate a demo model"
+    _known(a.name)
     from fusion_notebooks import demo
     from fusion_notebooks.mllm import MLLM
     got = demo.evaluate(MLLM.load(a.name, device=a.device), n=a.n, seed=a.seed)

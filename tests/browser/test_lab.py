@@ -19,8 +19,9 @@ def server(tmp_path_factory):
     room, token = tmp_path_factory.mktemp('lab'), secrets.token_hex(16)
     for folder in ('nbs', 'figures'): shutil.copytree(ROOT/folder, room/folder)
     shutil.copy(ROOT/'settings.ini', room); (room/'data').mkdir()
-    quiet = room/'.JUPYTERLAB_SETTINGS_DIR/@jupyterlab/apputils-extension/notification.jupyterlab-settings'     # no question about news
-    quiet.parent.mkdir(parents=True); quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    for plugin, text in {'apputils-extension/notification': '{"fetchNews": "false", "checkForUpdates": false}', 'notebook-extension/tracker': '{"windowingMode": "none"}'}.items():
+        file = room/f'.JUPYTERLAB_SETTINGS_DIR/@jupyterlab/{plugin}.jupyterlab-settings'          # no question about news; cells out of sight are drawn as well
+        file.parent.mkdir(parents=True); file.write_text(text)
     for f in (ROOT/'data').iterdir():
         if f.name not in ('results', 'runs'): (room/'data'/f.name).symlink_to(f)
     started = re.search(r'^lab:.*\n\t\$\(BIN\)/jupyter (.+)$', (ROOT/'Makefile').read_text(), re.M)[1].split()
@@ -61,6 +62,11 @@ def opened(browser, server, front, path):
     page.evaluate('async () => { await jupyterapp.shell.currentWidget.sessionContext.session.kernel.info; jupyterapp.commands.execute("notebook:run-all-cells").then(() => { window.ran = true }) }')
     page.wait_for_function('() => window.ran && jupyterapp.shell.currentWidget.sessionContext.session.kernel.status == "idle"')
     return page
+
+def bring(page, start):
+    "Scroll to the cell with a line that starts so"
+    page.evaluate('''async start => { const n = jupyterapp.shell.currentWidget.content, i = n.widgets.findIndex(w => w.model.type == 'code' && w.model.sharedModel.source.split('\\n').some(l => l.startsWith(start)))
+        n.activeCellIndex = i; await n.scrollToItem(i, 'start') }''', start)
 
 CELLS = """() => jupyterapp.shell.currentWidget.content.widgets.filter(w => w.model.type == 'code' && w.model.sharedModel.source.trim()).map(w => ({
     count: w.model.executionCount, source: w.model.sharedModel.source, outputs: w.model.outputs.toJSON().map(o => ({ kind: o.output_type, types: Object.keys(o.data ?? {}), text: (o.evalue ?? o.text ?? o.data?.['text/plain'] ?? '').toString() })) }))"""
@@ -113,7 +119,7 @@ def page(request, browser, server):
     page = opened(browser, server, request.param, '12_explore.ipynb')
     finished(page)
     page.front = request.param
-    get(page, 'canvas[data-draws]').scroll_into_view_if_needed()
+    bring(page, 'explore('); get(page, 'canvas[data-draws]').wait_for()
     until(page, "a => 'refined by crop' in a")
     yield page
     page.screenshot(path=SHOTS/f'explorer-{page.front}.png')
@@ -234,7 +240,7 @@ def test_dark(page):
 
 def test_the_recorded_page_draws_as_well(page):
     still = page.locator('.jp-RenderedHTML .fx')
-    still.locator('canvas[data-draws]').scroll_into_view_if_needed()
+    bring(page, 'HTML(page)'); still.locator('canvas[data-draws]').wait_for()
     still.locator('input[type=range]').focus(); page.keyboard.press('Home')
     assert still.locator('p[aria-live]').inner_text().startswith('Layer 0')
 
@@ -242,7 +248,7 @@ def test_tutorial(browser, server, mllm):
     page = opened(browser, server, 'lab', 'guides/tutorial.ipynb')
     cells = finished(page)
     assert sum('image/png' in o['types'] for c in cells for o in c['outputs']) >= 7 and not [o['text'] for c in cells for o in c['outputs'] if 'Warning' in o['text']]
-    get(page, 'canvas[data-draws]').scroll_into_view_if_needed()
+    bring(page, 'explore('); get(page, 'canvas[data-draws]').wait_for()
     until(page, "a => 'refined by crop' in a")
     s = next(s for s in demo.samples(48) if s.kind == 'fine')
     want = mllm.answer(s.image, s.question)
