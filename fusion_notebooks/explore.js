@@ -76,6 +76,7 @@ export function render({ model, el }) {
   function fit() {                                       // as many pixels as the screen has
     const [w, h] = get('size') ?? [1, 1], wide = Math.round((canvas.clientWidth || 400)*(window.devicePixelRatio || 1))
     canvas.width = wide; canvas.height = Math.max(1, Math.round(wide*h/w))
+    root.closest('.widget-vbox')?.setAttribute('data-lm-suppress-shortcuts', 'true')   // the sliders above as well: an arrow would fold the notebook's section
     draw()
   }
 
