@@ -33,7 +33,7 @@ const short = (text, n) => text.length > n ? text.slice(0, n - 1) + '…' : text
 export function render({ model, el }) {
   const get = k => model.get(k), put = (k, v) => { model.set(k, v); model.save_changes() }
   const root = make('div', 'fx'), left = make('div'), right = make('div')
-  const canvas = make('canvas'), pen = canvas.getContext('2d'), caption = make('p'), ramp = make('div', 'fx-ramp'), status = make('p', 'fx-dim')
+  const canvas = make('canvas'), pen = canvas.getContext('2d', { willReadFrequently: true }), caption = make('p'), ramp = make('div', 'fx-ramp'), status = make('p', 'fx-dim')
   const answers = make('table'), chips = make('div'), chart = drawn('svg', { role: 'img' }), tools = make('div')
   const style = make('style', '', CSS)
   canvas.tabIndex = 0
@@ -76,7 +76,6 @@ export function render({ model, el }) {
   function fit() {                                       // as many pixels as the screen has
     const [w, h] = get('size') ?? [1, 1], wide = Math.round((canvas.clientWidth || 400)*(window.devicePixelRatio || 1))
     canvas.width = wide; canvas.height = Math.max(1, Math.round(wide*h/w))
-    root.closest('.widget-vbox')?.setAttribute('data-lm-suppress-shortcuts', 'true')   // the sliders above as well: an arrow would fold the notebook's section
     draw()
   }
 
