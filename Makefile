@@ -2,7 +2,7 @@
 # make test   notebook examples and pytest                            make lab     JupyterLab on the notebooks
 # make bench  what things cost here, against naive (meant to take ≤ 15 minutes)
 # make docs   the site, in docs/_build/html/index.html
-# make test-browser   the explorer's canvas in headless Chromium (the system's, or that of `playwright install chromium`)
+# make test-browser   headless Chromium (the system's, or that of `playwright install chromium`): the explorer in JupyterLab, every page of the site
 .PHONY: demo test study lab docs readme bench test-browser
 .DELETE_ON_ERROR:
 
@@ -25,7 +25,7 @@ bench: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engine.py
 
-test-browser: .venv/browser
+test-browser: .venv/browser docs/_build/html/index.html
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -s tests/browser
 
 lab: .venv/installed
@@ -37,6 +37,10 @@ docs: .venv/docs
 	OMP_NUM_THREADS=1 $(BIN)/python docs/stage.py docs/_staged
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs docs/_staged docs/_build/html
 	$(BIN)/python -m pytest tests/test_docs.py -k built
+
+# made anew when something that it shows is newer
+docs/_build/html/index.html: $(shell find nbs docs fusion_notebooks figures \( -name _build -o -name _staged -o -name __pycache__ -o -name .ipynb_checkpoints \) -prune -o -type f -print)
+	$(MAKE) docs
 
 # README.md is nbs/index.ipynb as Markdown, with the outputs saved in it (nbdev-test --save nbs/index.ipynb renews them);
 # links start from the notebook's folder there and from the root here, and code cells are marked as Python

@@ -3,12 +3,12 @@
 FLOPs are counted by torch and decide; times are CPU times, medians of pairs with their quartiles; peak memory is that of fresh processes.
 Models have random weights and the proportions of real ones; answers have one token, so that the sweep and not the decoding is measured.
 """
-import argparse, os, platform, resource, statistics, subprocess, sys, tempfile, time
+import argparse, os, platform, resource, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 import numpy as np, pandas as pd, torch, transformers
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from fusion_notebooks import contrast, demo, masking
+from fusion_notebooks import contrast, demo, explore, masking
 from fusion_notebooks.hooks import capture, edit
 from fusion_notebooks.mllm import MLLM, Sample
 
@@ -195,6 +195,24 @@ def demo_bench(n):
     start = time.perf_counter(); subprocess.run([sys.executable, '-c', 'import fusion_notebooks'], check=True)
     row('import fusion_notebooks, python included', time.perf_counter() - start, limit=.3, unit='s')
 
+def explorer_bench(moves):
+    "From a key on the layer slider to the picture, in Chromium where there is one and playwright to drive it: a recorded page runs the code that a notebook runs"
+    try: from playwright.sync_api import sync_playwright
+    except ImportError: return
+    if not (chromium := shutil.which('chromium') or shutil.which('google-chrome')): return
+    shown = explore.recorded(explore.see(MLLM.load('glyph-llava'), HERE.parent/'data/example.png', 'Which digit is on the purple star?'), patches=False)
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as p:
+        (file := Path(folder)/'page.html').write_text(f'<!doctype html><meta charset="utf-8">{shown}')
+        page = p.chromium.launch(executable_path=chromium, args=['--no-sandbox']).new_page()
+        page.goto(file.as_uri()); page.wait_for_selector('.fx canvas[data-draws]'); page.focus('.fx input[type=range]')
+        page.evaluate("""() => { const c = document.querySelector('.fx canvas'); window.drawn = []; document.addEventListener('keydown', () => { window.pressed = performance.now() }, true)
+            new MutationObserver(() => { if (window.pressed) drawn.push((performance.now() - window.pressed)/1000); window.pressed = null }).observe(c, { attributeFilter: ['data-draws'] }) }""")
+        for _ in range(moves):
+            for key in ('ArrowLeft', 'ArrowRight'): page.keyboard.press(key)
+        drawn = page.evaluate('drawn')
+        page.context.browser.close()
+    row('explorer: the layer slider moves, until the picture is drawn (Chromium)', statistics.median(drawn), f'≤ {max(drawn):.3f}', limit=.05, unit='s')
+
 def engine_bench(units, samples):
     "The command `fusion` over an analysis without a model (tests/fake_study.py): what the engine adds to units that wait for a second, and how soon a finished study is over"
     def study(folder, samples, wait, runs, unit):
@@ -236,14 +254,14 @@ def main():
     start = time.perf_counter()
     if a.quick:
         sweep_bench('8 layers, 144 + 24', 8, 12, 24, 3, width=128, loop=8)
-        capture_bench(40, 4, 3); refine_bench(6, 12, 3); demo_bench(8); engine_bench(8, 100)
+        capture_bench(40, 4, 3); refine_bench(6, 12, 3); demo_bench(8); explorer_bench(10); engine_bench(8, 100)
     else:
         sweep_bench('24 layers, 576 + 40', 24, 24, 40, 3, limit_time=2.2, loop=3, width=512, heads=8, kv=8)
         sweep_bench('LLaVA-1.5, 32 layers, 576 + 40', 32, 24, 40, 2)
         sweep_bench('12 layers, 2025 + 40', 12, 45, 40, 3, limit_time=1.4)
         sweep_bench('LLaVA-NeXT, 16 layers, 2916 + 40', 16, 54, 40, 2, width=128)
         sweep_bench('Qwen2-VL, 28 layers, 1369 + 40, grouped queries', 28, 37, 40, 2, width=128, kv=1)
-        growth_bench(3); capture_bench(54, 6, 5); refine_bench(6, 24, 3, width=1024, heads=16, kv=16); refine_bench(6, 24, 0); demo_bench(24); engine_bench(12, 1250)
+        growth_bench(3); capture_bench(54, 6, 5); refine_bench(6, 24, 3, width=1024, heads=16, kv=16); refine_bench(6, 24, 0); demo_bench(24); explorer_bench(20); engine_bench(12, 1250)
     row('this benchmark', time.perf_counter() - start, limit=600, unit='s')
     if not a.quick: write('cpu', 'Costs on a CPU')
     return int(any(r['holds'] == 'no' and 'FLOPs' in r['what'] for r in rows))

@@ -44,9 +44,12 @@ def documented(
     text = re.sub(r'(?<=[:\[|>])fusion_notebooks\.\w+\.|:NoneType(?==None)', '', text)
     return f'({target(room, re.search("^### (.+)$", text, re.M)[1])})=\n{text}'
 
+ALT = r'^#\| *fig-alt: *(.+)\n'
+
 def drawn(
     source:str, # of a cell that shows a figure
-)->str: # alternative text: what the function that draws it says of itself
+)->str: # alternative text: what stands behind `#| fig-alt:`, else what the function that draws it says of itself
+    if said := re.search(ALT, source, re.M): return said[1]
     docs = [getattr(plots, name).__doc__ for name in re.findall(r'(\w+)\(', source) if inspect.isfunction(getattr(plots, name, None)) and name in plots.__all__]
     return docs[-1] if docs else 'Figure drawn by the code above'
 
@@ -70,6 +73,7 @@ def document(
         else: out.append(c)
         c.metadata.pop('execution', None)
         if any('image/png' in o.get('data', {}) for o in c.get('outputs', [])): c.metadata['mystnb'] = dict(image=dict(alt=drawn(c.source)))
+        c.source = re.sub(ALT, '', c.source, flags=re.M)
     return out
 
 def links(
@@ -183,7 +187,7 @@ def gallery(
     for pattern, alt, title, said, path, sources in entries():
         shown = pictures(pattern, alt, Path('gallery.md'))
         if shown: text.append(entry(': '.join(dict.fromkeys([path.stem.replace('_', ' ').capitalize(), title])) + ', one by one'*('*' in pattern), shown, said, made_by(sources, pattern, MODEL), f'[{path.stem}]({path})'))
-    if shown := pictures('card', plots.card.__doc__, Path('gallery.md')):
+    if shown := pictures('card*', plots.card.__doc__, Path('gallery.md')):
         pages = ', '.join(f'[{p.parent.name}]({p.relative_to(ROOT)})' for p in sorted((ROOT/'figures').glob('*/card.html')))
         text.append(entry('Fusion card', shown, f'The page to attach to a model, as HTML: {pages}.', CARD.format(model=MODEL), '`fusion figures --card`'))
     done = re.findall(r'plots\.(\w+)\(', ''.join(text))
@@ -313,9 +317,9 @@ def contents(
     "The table of contents, in the order in which things are read"
     some = lambda start, names: [str(p.with_suffix('')) for p in names if re.match(start, str(p))]
     there = lambda *names: [n for n in names if any(str(Path(p).with_suffix('')) == re.sub(r'.*<|>', '', n) for p in pages)]
-    first = [p for p in ('nbs/guides/tutorial',) if Path(f'{p}.ipynb') in books]
-    named = {'index', 'interactive', 'gallery', 'api', 'comparison', 'citation', 'CHANGELOG', 'methods', 'matrix'}
-    parts = {'Start': ['Overview <overview>'] + first + there('Try it here <interactive>', 'gallery', 'comparison'), 'Guides': [p for p in some('nbs/guides/', books) if p not in first], 'Analyses': some('nbs/analyses/', books),
+    first, beside = ([p for p in (f'nbs/guides/{name}',) if Path(f'{p}.ipynb') in books] for name in ('tutorial', 'comparison'))
+    named = {'index', 'interactive', 'gallery', 'api', 'citation', 'CHANGELOG', 'methods', 'matrix'}
+    parts = {'Start': ['Overview <overview>'] + first + there('Try it here <interactive>', 'gallery') + beside, 'Guides': [p for p in some('nbs/guides/', books) if p not in first + beside], 'Analyses': some('nbs/analyses/', books),
              'Library': there('Every function <api>') + some(r'nbs/\d\d_', books), 'When it goes wrong': some('errors/', pages),
              'Numbers': there('methods', 'matrix') + [p for p in some('(?!errors/|data/)', pages) if p not in named] + [f'Model card of {Path(p).parent.name} <{p}>' for p in some('data/', pages)],
              'About': there('Changelog <CHANGELOG>', 'citation')}

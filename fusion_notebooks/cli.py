@@ -19,7 +19,7 @@ def study(a)->int:
         print(_table(t := status(s), ['forwards', 'gigabytes', 'hours']))
         print(f"to do: {(t.units - t.done).sum()} of {t.units.sum()} units, {t.forwards.sum():,.0f} forwards, weights up to {t.gigabytes.max():.1f} GB, {_hours(t)}")
         return 0
-    return run(s, workers=a.workers, scheduler=a.scheduler, figures=not a.rows).code
+    return _drawn(run(s, workers=a.workers, scheduler=a.scheduler, figures=not a.rows), s, not a.rows)
 
 def _chosen(a):
     from fusion_notebooks.study import choose
@@ -39,21 +39,30 @@ def status(a)->int:
     return int((t.failed > 0).any())
 
 def figures(a)->int:
-    "Draw the figures again, from the rows that are there"
+    "Draw the figures and the fusion card again, from the rows that are there"
     from fusion_notebooks.study import run
-    if a.card: return _cards(_chosen(a))
-    return run(_chosen(a), rows=False).code
-
-def _cards(s):
-    "One page per model: HTML, PDF and PNG"
-    from fusion_notebooks import plots, study
-    for model in s.models:
-        cards = {b: study.card(model, b, s) for b in s.benchmarks}
-        folder = s.figures/study.find_model(model, s)[1]
-        for b, c in cards.items(): plots.save(plots.card(**c), folder, 'card' + f'-{b}'*(len(cards) > 1), c['stamp'])
-        (folder/'card.html').write_text(plots.card_page(list(cards.values())))
-        print(os.path.relpath(folder/'card.html'))
+    s = _chosen(a)
+    if not a.card: return _drawn(run(s, rows=False), s)
+    for model in s.models: _card(model, s)
     return 0
+
+def _drawn(report, s, cards=True):
+    "Exit code of a run; a model of which something was drawn gets its card as well"
+    for model in s.models if cards and report.done else ():
+        try: _card(model, s)
+        except (ValueError, OSError): pass                                 # no rows of it; what failed has been said
+    return report.code
+
+def _card(model, s):
+    "One page on a model: HTML, PDF and PNG, drawn where it says something new"
+    from fusion_notebooks import plots, study
+    cards = {b: study.card(model, b, s) for b in s.benchmarks}
+    page, folder = plots.card_page(list(cards.values())), s.figures/study.find_model(model, s)[1]
+    file = folder/'card.html'
+    if not file.exists() or file.read_text() != page:
+        for b, c in cards.items(): plots.save(plots.card(**c), folder, 'card' + f'-{b}'*(len(cards) > 1), c['stamp'])
+        file.write_text(page)                                              # last: it says that the others are there
+    print(f'fusion card: {os.path.relpath(file)}', flush=True)
 
 def verify(a)->int:
     "Compute a random share of the rows again and compare"
@@ -73,6 +82,8 @@ def compact(a)->int:
 def ask(a)->int:
     "Ask one question about one picture, plainly and refined"
     if not a.question.strip(): raise ValueError('The question is empty: ask something about the picture.')
+    if not Path(a.image).is_file(): raise ValueError(f'No picture at {a.image}: check the path.')
+    _known(a.model)                                                        # both before torch is there
     from fusion_notebooks import contrast, plots, study
     image = contrast.open_image(a.image)
     candidates, review, known = calibrated(a.model)
@@ -86,6 +97,13 @@ def ask(a)->int:
     out = Path(a.out or f'data/runs/ask/{Path(a.image).stem}-{a.refine}.png')
     print('figure ', plots.save(fig, out.parent, out.stem, mllm.stamp() | dict(question=a.question)))
     return 0
+
+def _known(model):
+    "Refuse at once what can be no model, and say which come along"
+    from types import SimpleNamespace
+    from fusion_notebooks.study import PACKAGE, find_model
+    try: find_model(model, SimpleNamespace(root=Path()))
+    except ValueError as e: raise ValueError(f"{e} Demo models: {', '.join(sorted(p.parent.name for p in (PACKAGE.parent/'data/models').glob('*/config.json')))}.") from None
 
 def calibrated(
     model:str, # demo name, local folder or Hub id
@@ -104,6 +122,7 @@ def demo_train(a)->int:
 
 def demo_eval(a)->int:
     "Evaluate a demo model"
+    _known(a.name)
     from fusion_notebooks import demo
     from fusion_notebooks.mllm import MLLM
     got = demo.evaluate(MLLM.load(a.name, device=a.device), n=a.n, seed=a.seed)
@@ -114,8 +133,9 @@ def demo_eval(a)->int:
 
 def doctor(a)->int:
     "What was found in a model, and whether everything that is done with it is right"
-    from fusion_notebooks import doctor as d
     if a.all == bool(a.model): raise ValueError('Give either a MODEL or --all.')
+    if a.model and not a.config_only: _known(a.model)
+    from fusion_notebooks import doctor as d
     if a.all:
         reports = d.survey(progress=True)
         Path(a.out).parent.mkdir(parents=True, exist_ok=True)
@@ -145,24 +165,24 @@ def parser()->argparse.ArgumentParser:
         c.add_argument('--quick', action='store_true', help='a few samples, everything under data/runs/quick')
         for what in ('models', 'benchmarks', 'analyses'): c.add_argument(f'--{what}', nargs='+', metavar=what[0].upper(), help='instead of those in the settings')
         c.add_argument('--limit', type=_count, metavar='N', help='N samples per kind of question (of a benchmark: in all); figures go to data/runs/limit-N')
-        c.add_argument('--settings', default='settings.ini', metavar='F')
+        c.add_argument('--settings', default='settings.ini', metavar='F', help='what the study is (default: %(default)s)')
         return c
     c = of_study('study', study)
     c.add_argument('--workers', type=_count, default=1, metavar='N', help='local processes, one per graphics card')
     c.add_argument('--scheduler', metavar='ADDRESS', help='of a Dask cluster; see the guides')
     c.add_argument('--rows', action='store_true', help='rows only, no notebooks: for each task of a job array')
     c.add_argument('--dry-run', action='store_true', help='only say what there is to do')
-    of_study('status', status).add_argument('--json', action='store_true')
-    of_study('figures', figures).add_argument('--card', action='store_true', help='one page per model instead: where it fuses, whether it reviews, what refinement gains or costs')
+    of_study('status', status).add_argument('--json', action='store_true', help='print the table as JSON')
+    of_study('figures', figures).add_argument('--card', action='store_true', help='only the page per model: where it fuses, whether it reviews, what refinement gains or costs')
     c = of_study('verify', verify)
-    c.add_argument('--share', type=float, default=.01, help='of the samples (default: 0.01)')
-    c.add_argument('--seed', type=int, help='which samples; default: others every time')
-    c.add_argument('--tolerance', type=float, default=1e-4, help='largest difference of a number (default: 1e-4)')
+    c.add_argument('--share', type=float, default=.01, metavar='X', help='of the samples (default: 0.01)')
+    c.add_argument('--seed', type=int, metavar='N', help='which samples; default: others every time')
+    c.add_argument('--tolerance', type=float, default=1e-4, metavar='X', help='largest difference of a number (default: 1e-4)')
     of_study('compact', compact)
     c = command(sub, 'ask', ask)
     c.add_argument('model', metavar='MODEL', help='demo name, local folder or Hub id')
-    c.add_argument('image', metavar='IMAGE')
-    c.add_argument('question', metavar='QUESTION')
+    c.add_argument('image', metavar='IMAGE', help='a file that Pillow can read')
+    c.add_argument('question', metavar='QUESTION', help='in quotes')
     c.add_argument('--refine', choices=('crop', 'mask'), default='crop', help='how to refine the answer (default: crop)')
     c.add_argument('--out', metavar='FIG', help='where the figure goes (default: data/runs/ask/IMAGE-crop.png)')
     c = command(sub, 'doctor', doctor)
@@ -173,14 +193,14 @@ def parser()->argparse.ArgumentParser:
     c.add_argument('--out', metavar='F', default='data/matrix.csv', help='where --all writes its table (default: %(default)s)')
     demo = sub.add_parser('demo', help='Train or evaluate the demo models').add_subparsers(required=True, metavar='COMMAND')
     c = command(demo, 'train', demo_train)
-    c.add_argument('name', metavar='NAME', nargs='?', default='glyph-llava')
+    c.add_argument('name', metavar='NAME', nargs='?', default='glyph-llava', help='of a demo model (default: %(default)s)')
     c.add_argument('--out', metavar='F', help='where the model goes (default: data/models/NAME)')
     c.add_argument('--folder', metavar='F', help='checkpoints and log; an interrupted training goes on from there (default: data/runs/train/NAME)')
     c.add_argument('--device', metavar='D', help='cpu, cuda, …')
     c = command(demo, 'eval', demo_eval)
-    c.add_argument('name', metavar='NAME', nargs='?', default='glyph-llava')
-    c.add_argument('--n', type=int, default=1000, help='questions per kind')
-    c.add_argument('--seed', type=int, default=0, help='of the scenes')
+    c.add_argument('name', metavar='NAME', nargs='?', default='glyph-llava', help='of a demo model (default: %(default)s)')
+    c.add_argument('--n', type=_count, default=1000, metavar='N', help='questions per kind (default: %(default)s)')
+    c.add_argument('--seed', type=int, default=0, metavar='N', help='of the scenes (default: %(default)s)')
     c.add_argument('--json', action='store_true', help='print {kind: {n, one_pass, oracle, blind}}')
     c.add_argument('--device', metavar='D', help='cpu, cuda, …')
     return p

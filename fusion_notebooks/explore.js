@@ -33,7 +33,7 @@ const short = (text, n) => text.length > n ? text.slice(0, n - 1) + '…' : text
 export function render({ model, el }) {
   const get = k => model.get(k), put = (k, v) => { model.set(k, v); model.save_changes() }
   const root = make('div', 'fx'), left = make('div'), right = make('div')
-  const canvas = make('canvas'), pen = canvas.getContext('2d'), caption = make('p'), ramp = make('div', 'fx-ramp'), status = make('p', 'fx-dim')
+  const canvas = make('canvas'), pen = canvas.getContext('2d', { willReadFrequently: true }), caption = make('p'), ramp = make('div', 'fx-ramp'), status = make('p', 'fx-dim')
   const answers = make('table'), chips = make('div'), chart = drawn('svg', { role: 'img' }), tools = make('div')
   const style = make('style', '', CSS)
   canvas.tabIndex = 0
@@ -161,7 +161,7 @@ export function render({ model, el }) {
       const top = k*(H + T) + T - 4, values = p.values.filter(v => v != null), all = p.base == null ? values : [...values, p.base]
       const low = p.low ?? Math.min(...all), high = p.high ?? Math.max(...all), y = v => top + 14 + (H - 26)*(1 - (v - low)/(high - low || 1))
       chart.append(drawn('text', { x: 2, y: top - 2 }, p.title))
-      for (const v of [low, high]) chart.append(drawn('text', { class: 'dim', x: L - 6, y: y(v) + 3, 'text-anchor': 'end' }, Math.abs(v) >= 10 ? v.toFixed(0) : v.toFixed(2)), drawn('line', { x1: L - 3, x2: W, y1: y(v), y2: y(v), stroke: 'currentColor', opacity: .18 }))
+      for (const v of [low, high]) chart.append(drawn('text', { class: 'dim', x: L - 6, y: y(v) + 3, 'text-anchor': 'end' }, Math.abs(v) >= 10 ? v.toFixed(0) : (Math.abs(v) < .005 ? 0 : v).toFixed(2)), drawn('line', { x1: L - 3, x2: W, y1: y(v), y2: y(v), stroke: 'currentColor', opacity: .18 }))
       if (p.base != null) chart.append(drawn('line', { x1: L, x2: W, y1: y(p.base), y2: y(p.base), stroke: 'currentColor', opacity: .7, 'stroke-dasharray': '2 3' }))
       chart.append(drawn('polyline', { fill: 'none', stroke: p.colour, 'stroke-width': 2, points: p.values.map((v, i) => v == null ? '' : `${across(i)},${y(v)}`).join(' ') }))
       p.values.forEach((v, i) => {

@@ -1,5 +1,5 @@
 "The command line: bad input is one sentence and exit code 2"
-import json, shutil
+import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
@@ -41,6 +41,13 @@ def test_bad_pictures(kind, tmp_path, model_folder, fails):
 def picture(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype='uint8')).save(tmp_path/'picture.png')
     return tmp_path/'picture.png'
+
+def test_typos_cost_no_import(picture):
+    "Names that can be no model and pictures that are not there are refused before torch is loaded"
+    for argv, word in ((['ask', 'glyph-lava', str(picture), 'What?'], "No model 'glyph-lava'.*Demo models: glyph-llava"), (['ask', 'glyph-llava', 'none.png', 'What?'], 'No picture at none.png'), (['doctor', 'glyph-lava'], 'No model'), (['demo', 'eval', 'glyph-lava'], 'No model')):
+        code = f"import sys; from fusion_notebooks.cli import main; sys.exit(main({argv}) + 10*('torch' in sys.modules))"
+        run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE='1'))
+        assert run.returncode == 2 and re.search(word, run.stderr) and run.stderr.count('\n') == 1, run.stderr
 
 def test_empty_question(picture, model_folder, fails): assert 'question is empty' in fails('ask', model_folder, picture, ' ')
 

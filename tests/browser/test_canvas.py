@@ -1,11 +1,10 @@
 "The explorer's canvas alone, without Jupyter and without a model: made-up maps on a plain page (make test-browser)"
-import base64, json, shutil
+import base64, json
 from pathlib import Path
 import numpy as np
 import pytest
 
 ROOT, SHOTS = Path(__file__).parents[2], Path(__file__).parent/'shots'
-sync = pytest.importorskip('playwright.sync_api')
 pytestmark = pytest.mark.browser
 text = lambda data: base64.b64encode(data).decode()
 rng = np.random.default_rng(0)
@@ -21,23 +20,20 @@ def data():
                 maps={k: packed(m) for k, m in MAPS.items()}, curves=[curve], answers=[dict(label='plain', text='<img src=x onerror="window.pwned=1">', p=.25, note='')], crop=[], chosen=[], layer=5, kind=0, head=0, status='', uploads=True, upload={})
 
 @pytest.fixture(scope='module')
-def page(tmp_path_factory):
+def page(browser, tmp_path_factory):
     code = (ROOT/'fusion_notebooks/explore.js').read_text().replace('export default { render }', '').replace('export function', 'function')
     file = tmp_path_factory.mktemp('canvas')/'page.html'
     made = json.dumps(data()).replace('<', '\\u003c')
     file.write_text(f'<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark"><div id="here"></div><script type="module">{code}\nwindow.model = still({made}); render({{ model, el: document.getElementById("here") }})</script>')
-    with sync.sync_playwright() as p:
-        try: b = p.chromium.launch(executable_path=shutil.which('chromium') or shutil.which('google-chrome'), args=['--no-sandbox'])
-        except sync.Error as e: pytest.skip(f'no Chromium: {str(e).splitlines()[0]}')
-        page = b.new_page(viewport=dict(width=1000, height=700))
-        page.set_default_timeout(120_000)
-        page.said, page.asked = [], []
-        page.on('pageerror', lambda e: page.said.append(str(e))); page.on('request', lambda r: page.asked.append(r.url))
-        page.goto(file.as_uri()); page.wait_for_selector('canvas[data-draws]')
-        yield page
-        SHOTS.mkdir(exist_ok=True); page.screenshot(path=SHOTS/'canvas.png')
-        assert not page.said and page.asked == [file.as_uri()]           # nothing in the console, nothing asked of the net
-        b.close()
+    page = browser.new_page(viewport=dict(width=1000, height=700))
+    page.set_default_timeout(120_000)
+    page.said, page.asked = [], []
+    page.on('pageerror', lambda e: page.said.append(str(e))); page.on('request', lambda r: page.asked.append(r.url))
+    page.goto(file.as_uri()); page.wait_for_selector('canvas[data-draws]')
+    yield page
+    page.screenshot(path=SHOTS/'canvas.png')
+    assert not page.said and page.asked == [file.as_uri()]           # nothing in the console, nothing asked of the net
+    page.close()
 
 get = lambda page, k: page.evaluate(f'model.get({k!r})')
 put = lambda page, k, v: page.evaluate(f'v => model.set({k!r}, v)', v)
