@@ -462,15 +462,19 @@ def test_mutated_settings(tmp_path):
 @often
 def test_a_finished_study_is_looked_through_quickly(tmp_path):
     s, quick = _made(tmp_path, samples=2504, more='unit = 32'), dict(FAKE_SECONDS=0)
-    code, out, err = s.run('study', '--settings', s.ini, **quick)
-    assert code == 0 and len(s.table()) == 10016, err
-    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    code, out, err = s.run('study', '--settings', s.ini, **quick)
-    seconds, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert 'done before, unchanged' in err and code == 0, err
-    count(**{'seconds to resume a finished study of 10,000 rows': seconds, 'of which computing': busy})
-    assert busy < 3                                                                 # the rest is what others do on this machine
+    def run():
+        "Its messages, seconds, and those of them that it computed"
+        start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        code, out, err = s.run('study', '--settings', s.ini, **quick)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert code == 0, err
+        return err, time.monotonic() - start, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    _, _, first = run()
+    assert len(s.table()) == 10016
+    err, seconds, busy = run()
+    assert 'done before, unchanged' in err
+    count(**{'seconds to resume a finished study of 10,000 rows': seconds, 'of which computing': busy, 'computing of the first run': first})
+    assert busy < first                                                             # the limit in seconds is in `make bench`
     code = f"import sys, runpy\nsys.argv = ['fusion', 'status', '--settings', {str(s.ini)!r}]\ntry: runpy.run_path({str(FAKE)!r}, run_name='__main__')\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code], env=os.environ | s.env | {k: str(v) for k, v in quick.items()}, stdout=subprocess.DEVNULL).returncode == 0
 

@@ -82,7 +82,9 @@ def test_image_matters(mllm):
 
 def p_width(mllm): return mllm.model.get_input_embeddings().weight.shape[1]
 
-def test_capture_equals_written_out_attention(mllm):
+def test_capture_equals_written_out_attention(double):
+    "In float64: what remains in float32 is rounding, up to 2e-5 where logits are large"
+    mllm = double
     for images in (PICTURE, [PICTURE, SMALL]):
         p = mllm.prompt(images, ASK)
         rows = [p.length - 1, p.length - 3]
@@ -93,7 +95,7 @@ def test_capture_equals_written_out_attention(mllm):
             got = tape.attention[0, i]
             if mllm.cross and i not in mllm.cross: assert got.isnan().all(); continue
             want = attention_of(mllm, i).seen[0][:, rows]
-            assert (got - (want if mllm.cross else want[..., p.visual])).abs().max() < 1e-5
+            assert (got - (want if mllm.cross else want[..., p.visual])).abs().max() < 1e-6
 
 def test_capture_in_padded_batches(mllm):
     ps = [mllm.prompt(PICTURE, ASK), mllm.prompt(PICTURE if mllm.cross else SMALL, OTHER)]
