@@ -74,7 +74,8 @@ CELLS = """() => jupyterapp.shell.currentWidget.content.widgets.filter(w => w.mo
 def finished(page):
     "Every cell ran and none failed"
     cells = page.evaluate(CELLS)
-    assert all(c['count'] for c in cells) and not [o['text'] for c in cells for o in c['outputs'] if o['kind'] == 'error']
+    assert not [(c['source'][:60], o['text']) for c in cells for o in c['outputs'] if o['kind'] == 'error']
+    assert not [c['source'][:60] for c in cells if not c['count']]
     return cells
 
 def quiet(page, server): assert not page.failed and all(u.startswith((server[0], server[0].replace('http', 'ws', 1), 'data:', 'blob:')) for u in page.asked)
