@@ -1,6 +1,6 @@
 # make demo   the quick slice of the study, findings and figures      make study   all of settings.ini
 # make test   notebook examples and pytest                            make lab     JupyterLab on the notebooks
-# make bench  what things cost here, against naive (meant to take ≤ 15 minutes)
+# make bench  what things cost here, against naive: a quarter of an hour on two free cores
 # make docs   the site, in docs/_build/html/index.html
 # make test-browser   headless Chromium (the system's, or that of `playwright install chromium`): the explorer in JupyterLab, every page of the site
 .PHONY: demo test study lab docs readme bench test-browser

@@ -280,7 +280,7 @@ def stage(
     "Write everything that Sphinx reads"
     shutil.rmtree(out, ignore_errors=True)
     paths = [p.relative_to(ROOT) for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if not re.search(r'/[._]', str(p.relative_to(ROOT)))]
-    with get_context('fork').Pool(1, maxtasksperchild=1) as fresh:      # a process each, as in nbdev-test: rooms register things under the same names
+    with get_context('fork').Pool(min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()), maxtasksperchild=1) as fresh: # a process each, as in nbdev-test: rooms register things under the same names
         books = dict(zip(paths, fresh.map(process, [ROOT/p for p in paths], chunksize=1)))
     targets = {t for nb in books.values() for c in nb.cells for t in re.findall(r'^\(([\w.-]+)\)=$', c.source, re.M)}
     shown = {}

@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from .mllm import GREEDY, Answer, Grid, MLLM, Prompt, _pixels, _tiles, _until_end, in_batches
 from .hooks import EAGER, NAME, Tape, _as_float_mask, _hidden, _listening, _recording_attention, _recording_eager, _removing, capture, check_layers, edit
-from .masking import Ladder, Row, facts, fitting, scoped
+from .masking import Ladder, Row, answer_of, facts, fitting, scoped
 from .contrast import Look, beside, look, regions, view_side, window_box
 
 # %% ../nbs/05_baselines.ipynb #c005
@@ -142,10 +142,25 @@ def vicrop_grad(
     return _with_crop(mllm, first, grid, grid.of((a*slope.relu()).mean(0).double().cpu().numpy()), base, max_new_tokens)
 
 # %% ../nbs/05_baselines.ipynb #c015
+def _measured(what):
+    "Let something that follows from the sizes of a prompt's pictures be kept until pictures of other sizes come"
+    def kept(mllm, p):
+        last, sizes = mllm.__dict__.setdefault('_measured', {}), tuple(im.size for im in p.images)
+        if last.get(what, (None,))[0] != sizes: last[what] = sizes, what(mllm, p)
+        return last[what][1]
+    return kept
+
+_places = _measured(_tiles)
+
+@_measured
+def _ends(mllm, p): "Black and white pictures as the processor hands them out"; return [_pixels(mllm, p, [Image.new('RGB', im.size, c) for im in p.images]) for c in ('black', 'white')]
+
+@_measured
 def _apart(mllm, p):
     "What takes pixels as the processor hands them out to (tiles, 3, height, width) or (patches, 3, pixels): colours apart, patches of padding left out"
-    black, *lit = (_pixels(mllm, p, [Image.new('RGB', im.size, c) for im in p.images]) for c in ('black', 'red', 'lime', 'blue'))
+    black = _ends(mllm, p)[0]
     if black.ndim > 2: return lambda v: v
+    lit = [_pixels(mllm, p, [Image.new('RGB', im.size, c) for im in p.images]) for c in ('red', 'lime', 'blue')]
     lit = [np.abs(v - black) > 1e-3 for v in lit]
     seen = np.logical_or.reduce(lit).all(1)
     places = np.stack([np.flatnonzero(l[seen][0]) for l in lit])
@@ -167,12 +182,12 @@ def _detail(image, side):
 
 def _seen_as(mllm, p, image, apart):
     "(tiles, height, width) or (patches, pixels): a black and white picture as the processor hands it out, 0…1"
-    got, black, white = (apart(_pixels(mllm, p, [im])) for im in (image, *(Image.new('RGB', image.size, c) for c in ('black', 'white'))))
+    got, black, white = map(apart, (_pixels(mllm, p, [image]), *_ends(mllm, p)))
     return _ratio(got - black, white - black).mean(1)
 
 def _on_grid(mllm, p, grid, values):
     "(h·w,) mean over the pixels that lie in each cell; values (tiles, height, width) or (patches, pixels)"
-    tiles = _tiles(mllm, p)
+    tiles = _places(mllm, p)
     if values.ndim == 2: (_, x, y), v = np.array(tiles).T, values.mean(1)
     else:
         edge = lambda line, n: line[0]*(np.arange(n) + .5) + line[1]
@@ -202,9 +217,8 @@ def vicrop_pure(
     return _with_crop(mllm, first, grid, _on_grid(mllm, asked, grid, values), base, max_new_tokens)
 
 # %% ../nbs/05_baselines.ipynb #c018
-def _steps(mllm, p, layers, max_new_tokens):
-    "(steps, layers, cells) attention of every step of the greedy answer, on the picture"
-    ids = mllm.generate(p, 1, max_new_tokens)[0].ids
+def _steps(mllm, p, ids, layers):
+    "(steps, layers, cells) attention of every step of an answer, on the picture"
     a = _attention(mllm, p, layers, range(p.length - 1, p.length - 1 + len(ids)), ids[:-1])
     return p.grids[0].of(a).swapaxes(0, 1)
 
@@ -224,7 +238,8 @@ def carve(
     layers = [i for i in check_layers(mllm, layers) if not mllm.cross or i in mllm.cross] or [_at(mllm, None, 20/32)]
     first = _look(mllm, image, question)
     asked, plain = first.prompt, mllm.prompt(first.prompt.images, general)
-    pair = [_steps(mllm, p, layers, max_new_tokens) for p in (asked, plain)]
+    said = answer_of(mllm, first.seen, max_new_tokens), mllm.generate(plain, 1, max_new_tokens)[0]
+    pair = [_steps(mllm, p, a.ids, layers) for p, a in zip((asked, plain), said)]
     n, grid, im = min(map(len, pair)), asked.grids[0], asked.images[0]
     values = (np.arange(1, n + 1)[:, None, None]*pair[0][:n]/(pair[1][:n] + lam)).sum((0, 1))
     l, r, b, t = map(round, grid.extent)

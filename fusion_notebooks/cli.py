@@ -50,7 +50,8 @@ def _drawn(report, s, cards=True):
     "Exit code of a run; a model of which something was drawn gets its card as well"
     for model in s.models if cards and report.done else ():
         try: _card(model, s)
-        except (ValueError, OSError): pass                                 # no rows of it; what failed has been said
+        except ValueError: pass                                            # no rows of it; what failed has been said
+        except OSError as e: print(f'fusion card of {model} failed: {e}', file=sys.stderr); report.failed[model, 'card'] = str(e)
     return report.code
 
 def _card(model, s):

@@ -102,15 +102,16 @@ def crop_box(
     values:np.ndarray, # (h·w,) a map over the tokens of one image; negative values count as 0
     grid:Grid, # where the tokens lie
     base:float, # side of the smallest window, pixels
-    rule:str='vicrop', # window that stands out most; components: CARVE's regions; meanstd: cells above mean + standard deviation
+    rule:str='vicrop', # window that stands out most; components: CARVE's regions; meanstd: cells above mean + standard deviation; focus: `focus_box` of 1.5 times `base`
 )->tuple: # (left, top, right, bottom), whole pixels
     "Where to crop. Raises `ValueError` for an unknown rule."
     if rule not in RULES: raise ValueError(f"rule is one of {', '.join(RULES)}, not {rule!r}.")
+    if rule == 'focus': return focus_box(values, grid, 1.5*base)
     m = np.maximum(np.asarray(values, float), 0).reshape(grid.h, grid.w)
     if rule == 'vicrop' or not m.any(): return window_box(values, grid, base)
     return kept_box(regions(m, min(.2, (m > 0).mean())) if rule == 'components' else (m > m.mean() + m.std()) | (m == m.max()), grid)
 
-RULES = ('vicrop', 'components', 'meanstd')
+RULES = ('vicrop', 'components', 'meanstd', 'focus')
 
 def _windows(values, grid, side):
     "(rows, columns) sums of a map's positive part over every window of a side in pixels, and that part (h, w)"
@@ -226,7 +227,7 @@ def _crop_box(p, maps, c, candidates, by, base, box, rule, seed):
     if by == 'late': return crop_box(grid.of(c.late), grid, base, rule)
     if by in ('read', 'focus'):
         read = grid.of(np.nan_to_num(normalise(maps[candidates])).mean(0))           # a layer that does not look has no map
-        return crop_box(read, grid, base, rule) if by == 'read' else focus_box(read, grid, 1.5*base)
+        return crop_box(read, grid, base, rule if by == 'read' else 'focus')
     if by == 'random': return box_around((rng.uniform(0, W), rng.uniform(0, H)), side, (W, H))
     if by == 'centre': return box_around((W/2, H/2), side, (W, H))
     return box_around(((box[0] + box[2])/2, (box[1] + box[3])/2), 1.5*max(box[2] - box[0], box[3] - box[1]), (W, H))
@@ -263,7 +264,7 @@ def refine(
     soft:bool=False, # mask: weaken attention at layers ≥ review instead of states at review
     base:float|None=None, # crop: side of the smallest window, pixels; default: the side of the model's view
     box:tuple|None=None, # crop by oracle: the evidence box
-    rule:str='vicrop', # crop: how a map becomes a box, see `crop_box`; focus has its own
+    rule:str='vicrop', # crop: how a map becomes a box, see `crop_box`; `by='focus'` is read with the rule focus
     order:str='after', # crop: [picture, crop], or before: [crop, picture]
     distance:str='hellinger', # or js2, see `contrastive_attention`
     raw:bool=False, # subtract maps that are not renormalised

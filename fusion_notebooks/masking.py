@@ -105,16 +105,27 @@ def _runs(stems): # per row (keys, values)
     batch = lambda first, s: first.as_strided((s, *first.shape), (first.numel(), *first.stride()))
     return [(*(batch(x, len(run)) for x in stems[run[0][0]]), torch.tensor(run)) for run in runs]
 
+def _halves(mask, query, key, n):
+    "What a mask closes among the rows' own keys (None: what comes later and nothing else, then half of the blocks need not be looked at) and among the n keys of stems (None: nothing). Layers share a mask, so it is read once"
+    kind = len(key), n, query.shape[1]//key.shape[1]
+    if getattr(mask, 'halves', (None,))[0] == kind: return mask.halves[1]
+    whole = _as_float_mask(mask, query[:1 if mask is None else len(mask)].transpose(1, 2), n + key.shape[2] - query.shape[2])
+    over, own = whole[..., :n], whole[..., n:]
+    causal = (own == 0).equal(torch.ones_like(own, dtype=torch.bool).tril())
+    grouped = lambda part: part.repeat(1, 1, kind[2], 1)                        # query heads that share a key head ask as further queries
+    found = None if causal else grouped(own), grouped(over).expand(len(key), -1, -1, -1) if over.any() else None
+    if mask is not None: mask.halves = kind, found
+    return found
+
 def _over_stems(module, query, key, value, mask, scaling=None, **kw):
     "Attention to stems that are not copied: the rows of a stem ask it together, stems side by side as a batch; each row asks its own keys, and the two are weighed"
     stems, flash = getattr(key, 'stems', None), torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     if not stems: return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kw)
-    rows, heads, n, T = len(key), key.shape[1], stems[0][0].shape[1], query.shape[2]
-    mask = _as_float_mask(mask, query[:1 if mask is None else len(mask)].transpose(1, 2), n + key.shape[2] - T)
-    q, mask = query.reshape(rows, heads, -1, query.shape[-1]), mask.repeat(1, 1, query.shape[1]//heads, 1)    # query heads that share a key head are queries like any other
-    causal = (mask[..., n:] == 0).equal(torch.ones_like(mask[..., n:], dtype=torch.bool).tril())                # then half of the blocks need not be looked at
-    own, weight = flash(q, key, value, is_causal=causal, attn_mask=None if causal else mask[..., n:], scale=scaling)
-    over = mask[..., :n].expand(rows, -1, -1, -1) if mask[..., :n].any() else None
+    rows, heads, n = len(key), key.shape[1], stems[0][0].shape[1]
+    q, per = query.reshape(rows, heads, -1, query.shape[-1]), query.shape[1]//heads
+    mine, over = _halves(mask, query, key, n)
+    if mine is None and per > 1: own, weight = (x.reshape(*q.shape[:3], *x.shape[3:]) for x in flash(query, key.repeat_interleave(per, 1), value.repeat_interleave(per, 1), is_causal=True, scale=scaling))
+    else: own, weight = flash(q, key, value, is_causal=mine is None, attn_mask=mine, scale=scaling)
     out, total = torch.empty_like(own), torch.empty_like(weight)
     for k, v, some in _runs(stems):
         line = lambda x: x[some].transpose(1, 2).flatten(2, 3)                   # (rows, heads, T, …) → (stems, heads, rows of each · T, …)

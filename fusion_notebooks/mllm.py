@@ -152,9 +152,16 @@ class PlainProcessor:
         self.image_processor, self.tokenizer, self.model = image_processor, tokenizer, model
         self.image_token = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
         self.chat_template = chat_template or tokenizer.chat_template or PLAIN.replace('<image>', self.image_token)
+        self._counts = {} # shape of what the tower gets → visual tokens
 
     def apply_chat_template(self, messages, add_generation_prompt=True, tokenize=False):
         return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False)
+
+    def _count(self, seen):
+        "How many visual tokens a picture becomes: its shape and the whole numbers beside its pixels settle it"
+        key = tuple((k, v.shape, () if v.is_floating_point() else tuple(v.flatten().tolist())) for k, v in sorted(seen.items()))
+        if key not in self._counts: self._counts[key] = len(flat(image_features(self.model, seen)))
+        return self._counts[key]
 
     def __call__(self, images, text, return_tensors='pt', add_special_tokens=True):
         own = next(self.model.parameters())
@@ -162,7 +169,7 @@ class PlainProcessor:
         moved = lambda d: {k: v.to(own.device, own.dtype) if v.is_floating_point() else v.to(own.device) for k, v in d.items()}
         pieces, seen = text.split(self.image_token), pixels(images)
         if len(pieces) != len(images) + 1: raise ValueError(f'The text has {len(pieces) - 1} placeholders {self.image_token} for {len(images)} pictures.')
-        counts = [len(flat(image_features(self.model, moved(seen if len(images) == 1 else pixels([im]))))) for im in images]
+        counts = [self._count(moved(seen if len(images) == 1 else pixels([im]))) for im in images]
         text = pieces[0] + ''.join(self.image_token*n + piece for n, piece in zip(counts, pieces[1:]))
         inputs = dict(self.tokenizer(text, return_tensors='pt', add_special_tokens=add_special_tokens))
         inputs.pop('token_type_ids', None)
@@ -574,7 +581,7 @@ def copies(self:MLLM,
     batch:int=1, # how many
     ids:list=(), # token ids to append to each
 )->dict: # inputs of a forward
-    "The prompt's tensors, repeated, followed by given tokens; more than one copy share the image features"
+    "The prompt's tensors, repeated, followed by given tokens; copies share the image features, and one takes those that are kept"
     n, tail = p.length, torch.tensor([ids], device=self.device, dtype=torch.long)
     def more(k, v):
         if k == 'input_ids': new = tail.expand(len(v), -1)
@@ -583,8 +590,9 @@ def copies(self:MLLM,
         else: new = torch.zeros_like(tail).expand(len(v), -1)
         return torch.cat([v, new.to(v.dtype)], 1).repeat(batch, *[1]*(v.ndim - 1))
     out = {k: more(k, v) for k, v in p.inputs.items() if _is_row(v, n)}
+    if batch == 1: return out | {k: v for k, v in self.encoded([p]).items() if k not in out}
     seen = {k: v for k, v in p.inputs.items() if k not in out}
-    if batch == 1 or not self.shares_vision: return out | {k: torch.cat([v]*batch, -1 if _is_strip(k, seen) else 0) for k, v in seen.items()}
+    if not self.shares_vision: return out | {k: torch.cat([v]*batch, -1 if _is_strip(k, seen) else 0) for k, v in seen.items()}
     features, again = image_features(self.model, p.inputs), lambda t: t.repeat(batch, *[1]*(t.ndim - 1))
     n = len(flat(features))
     def repeat(v):                                                      # a tensor or a list of tensors with all visual tokens, or several such (DeepStack)

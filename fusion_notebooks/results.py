@@ -399,7 +399,7 @@ def say(
         def cell(r): d = against.loc[r['finding'], r['kind']] if r['finding'] != 'base' else None; return f"{100*r['value']:.1f}" + ('' if d is None else f" {100*d.value:+.1f} [{100*d.low:+.1f}, {100*d.high:+.1f}]{'*' if d.p < .05 else ' '}")
         right = table.assign(value=[cell(r) for r in table.to_dict('records')]).pivot(index='finding', columns='kind', values='value').loc[table.finding.unique(), table.kind.unique()]
         lines += ['', f'% right, n = {table.n.min()} per kind; paired difference to base in points with its 95 % interval; * p (Holm) below 0.05', right.rename_axis(index=None, columns=None).to_string()]
-        lines += [f"{r['finding']}, {r['kind']}: {percent(r)}, p (Holm) = {r['p']:.2g}" for r in part(kind=['all'], finding=['mask − mask-late', 'crop − crop-late', 'crop − vicrop-rel', 'crop-read − crop', 'crop-focus − crop-late', 'crop-focus − crop-oracle']).to_dict('records')]
+        lines += [f"{r['finding']}, {r['kind']}: {percent(r)}, p (Holm) = {r['p']:.2g}" for r in part(kind=['all'], finding=[f'{a} − {b}' for a, b in COMPARE]).to_dict('records')]
     return '\n'.join(lines)
 
 # %% ../nbs/08_results.ipynb #r002

@@ -83,7 +83,12 @@ def read_settings(
     file = find_settings(over.pop('file'))
     ini = configparser.ConfigParser(default_section='', interpolation=None)
     try: ini.read_string(file.read_text())
-    except (configparser.Error, UnicodeDecodeError) as e: raise ValueError(f'{file.name} cannot be read: {" ".join(str(e).split())}') from None
+    except configparser.DuplicateOptionError as e: raise ValueError(f'{file.name} [{e.section}]: {e.option} is there twice (line {e.lineno}).') from None
+    except configparser.DuplicateSectionError as e: raise ValueError(f'{file.name}: the section [{e.section}] is there twice (line {e.lineno}).') from None
+    except configparser.Error as e:
+        line = getattr(e, 'lineno', None) or e.errors[0][0]
+        raise ValueError(f"{file.name} is no settings file: line {line} is neither a [section] nor 'key = value' in one.") from None
+    except UnicodeDecodeError: raise ValueError(f'{file.name} is no settings file: it is not text.') from None
     got = {}
     for section in ini.sections():
         if section == 'DEFAULT': continue                         # nbdev's own keys
@@ -224,7 +229,7 @@ RIVALS = {'vicrop-rel': 3, 'vicrop-grad': 5, 'vicrop-pure': 8, 'carve': 7, 'cd':
 METHODS = {'base': ('base', '')} | {f'{how}{"" if by == "contrast" else "-" + by}': (how, by) for how, known in RANKED.items() for by in known} | {m: ('rival', m) for m in RIVALS}
 
 CHOICES = dict(mask=dict(candidates=('all', 'deep', 'shallow', 'fixed'), rho=(.1, .4, .6), strength=(1e-3, .1, .5), soft=(0., 1e-3, .1, .5)),
-               crop=dict(candidates=('all', 'deep', 'shallow', 'fixed'), distance=('js2',), raw=(True,), rule=('components', 'meanstd'), order=('before',))) # what the paper leaves open, one choice at a time
+               crop=dict(candidates=('all', 'deep', 'shallow', 'fixed'), distance=('js2',), raw=(True,), rule=('components', 'meanstd', 'focus'), order=('before',))) # what the paper leaves open, one choice at a time
 
 def _score(predictions, samples, metric):
     from fusion_notebooks import metrics
@@ -266,7 +271,7 @@ def _first_pass(mllm, image, question):
         h = hooks._hidden(args, kw)[0]
         sinks.append(fusion.massive(h[p.visual.to(h.device)], h[0]))
     handles = [] if mllm.cross else [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in mllm.layers] # a picture beside the text has no states there
-    with torch.inference_mode(), hooks._removing(handles), hooks.capture(mllm) as tape: mllm.model(**p.inputs, use_cache=False, logits_to_keep=1)
+    with torch.inference_mode(), hooks._removing(handles), hooks.capture(mllm) as tape: mllm.model(**mllm.encoded([p]), use_cache=False, logits_to_keep=1)
     maps = tape.attention[0, :, 0].float().cpu().numpy()
     return p, maps, np.stack(sinks) if sinks else np.full(maps.shape, np.nan)
 

@@ -114,7 +114,7 @@ def test_colours_are_told_apart(tiny, monkeypatch):
     want = np.moveaxis(np.asarray(im, float).reshape(4, 4, 3), -1, 1)
     p = type('P', (), dict(images=[im]))
     for order in ('first', 'last'):
-        monkeypatch.setattr(baselines, '_pixels', pixels(order))
+        monkeypatch.setattr(baselines, '_pixels', pixels(order)); monkeypatch.setitem(tiny.__dict__, '_measured', {})
         assert np.array_equal(baselines._apart(tiny, p)(baselines._pixels(tiny, p, [im])), want)
 
 @pytest.mark.parametrize('name', ['llava_next', 'qwen2_5_vl', 'instructblip', 'smolvlm'])

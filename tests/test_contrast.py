@@ -55,7 +55,7 @@ def test_box_rules_by_hand(rule):
         ys, xs = kept.any(1).nonzero()[0], kept.any(0).nonzero()[0]
         assert crop_box(m, grid, 96, rule) == (48*xs[0], 48*ys[0], 48*(xs[-1] + 1), 48*(ys[-1] + 1))
     assert crop_box(-np.ones(64), grid, 96, rule) == window_box(-np.ones(64), grid, 96)      # nothing stands out
-    with pytest.raises(ValueError, match='rule is one of vicrop, components, meanstd'): crop_box(m, grid, 96, 'largest')
+    with pytest.raises(ValueError, match='rule is one of vicrop, components, meanstd, focus'): crop_box(m, grid, 96, 'largest')
 
 def test_focus_box_by_hand():
     m = np.zeros((8, 8)); m[3, 5], m[3, 6], m[3, 0], m[0, 0] = 3, 1, 2, -9           # cells of 48 pixels; 2 is farther than a window
@@ -134,11 +134,11 @@ def test_mask_reads_before_it_edits(tiny, seen):
 
 def test_options_of_the_crop_by_hand(tiny, samples, seen):
     im, ask = samples[0].image, samples[0].question
-    for kw in (dict(rule='meanstd', distance='js2'), dict(rule='components', raw=True, candidates='shallow'), dict(by='read', candidates=(1, 4)), dict(by='focus', candidates=(1, 4))):
+    for kw in (dict(rule='meanstd', distance='js2'), dict(rule='components', raw=True, candidates='shallow'), dict(by='read', candidates=(1, 4)), dict(by='focus', candidates=(1, 4)), dict(rule='focus')):
         r = refine(tiny, seen, **kw)
         p = seen.prompt.grids[0]
         values = seen.maps[[1, 4]]/seen.maps[[1, 4]].sum(1, keepdims=True) if 'by' in kw else contrastive_attention(seen.maps, kw.get('candidates'), 7, kw.get('distance', 'hellinger'), kw.get('raw', False)).map[None]
-        assert r.box == (focus_box(p.of(values.mean(0)), p, 144) if kw.get('by') == 'focus' else crop_box(p.of(values.mean(0)), p, 96, kw.get('rule', 'vicrop')))
+        assert r.box == (focus_box(p.of(values.mean(0)), p, 144) if 'focus' in kw.values() else crop_box(p.of(values.mean(0)), p, 96, kw.get('rule', 'vicrop')))
         close(r.answer, tiny.answer([im, im.crop(r.box)], ask))
     r = refine(tiny, seen, order='before')
     assert r.answer == tiny.answer([r.crop, im], ask) and r.answer != refine(tiny, seen).answer and r.path == 'two passes'

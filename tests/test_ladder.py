@@ -1,5 +1,6 @@
 "The ladder equals one forward per edit in every kind of model, and says where it cannot be used"
 import pytest, torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import noise_image
 from fusion_notebooks import masking, mllm as room
 from fusion_notebooks.contrast import refine
@@ -54,6 +55,29 @@ def test_stems_that_are_read_equal_stems_that_are_copied(family, mean, monkeypat
     assert masking._can_be_apart(family)
     monkeypatch.setattr(masking, '_can_be_apart', lambda m: False)
     same(read, sweep(family, SAMPLES, HOWS, layers=[1, 3], mean=mean, limit=3))
+
+class Kernels(TorchDispatchMode):
+    "Which calls of the CPU's attention were causal"
+    def __init__(self): super().__init__(); self.causal = []
+    def __torch_dispatch__(self, f, types, args=(), kw=None):
+        kw = kw or {}
+        if 'flash_attention_for_cpu' in str(f): self.causal.append(bool(kw.get('is_causal', args[4] if len(args) > 4 else False)))
+        return f(*args, **kw)
+
+def test_rows_without_padding_take_the_causal_kernel():
+    "Their own keys need half of the blocks; a mask that says the same would be read whole"
+    mllm = twin('llava')
+    def calls(samples):
+        p = [mllm.prompt(s.image, s.question) for s in samples]
+        n = int(p[0].visual[-1]) + 1
+        ids = [q.inputs['input_ids'][0, n:] for q in p]
+        width, some = max(map(len, ids)), stems(mllm, p, n)
+        pad = lambda x, v=0: torch.cat([x.new_full((width - len(x),), v), x])
+        ladder = masking.Ladder(mllm, [masking.Row(k) for k in range(len(p))], some, [q.visual for q in p])
+        with Kernels() as seen: ladder.forward(torch.stack([pad(x) for x in ids]), seen=torch.stack([pad(torch.ones_like(x)) for x in ids]))
+        return seen.causal
+    assert sum(calls(SAMPLES[:1])) == mllm.n_layers and len(calls(SAMPLES[:1])) == 2*mllm.n_layers       # once for its own keys, once for the stem's
+    assert not any(calls(SAMPLES))                                                                       # of unequal length
 
 def test_exits_equal_early_exit(family):
     p = family.prompt(SAMPLES[0].image, SAMPLES[0].question)
