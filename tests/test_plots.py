@@ -216,3 +216,13 @@ def test_another_figure_looks_different(examples):
     assert len(pairs) > 40 and not close
     table = pd.DataFrame([dict(model='m', sample=s, layer=i, evidence=.1*i, chance=.25, hellinger=0., noise=0.) for s in range(9) for i in range(4)])
     assert apart(small(plots.evidence(table)), small(plots.evidence(table.assign(evidence=table.evidence*(1 + .5*(table.layer == 2)))))) > 12
+
+def test_front_has_what_is_better_than_all_that_is_cheaper_but_for_the_oracle():
+    methods = {'base': (10, 1), 'mask': (9, 1), 'crop': (14, 2), 'crop-oracle': (18, 2), 'vicrop-rel': (13, 3), 'carve': (16, 4)}
+    rows = pd.DataFrame([dict(sample=f's{k}', method=m, score=float(k < right), flops=cost) for m, (right, cost) in methods.items() for k in range(20)])
+    axes = plots.pareto(rows).axes[0]
+    assert axes.lines[0].get_xydata().tolist() == [[1, 50], [2, 70], [4, 80]]
+    assert {t.get_text() for t in axes.texts} == {*methods}
+
+def test_controls_are_hollow():
+    assert {m for m in ('base', 'mask', 'crop', 'crop-read', 'crop-focus', 'vicrop-rel', 'cd', 'mask-late', 'mask-highest', 'crop-random', 'crop-centre', 'crop-oracle') if plots._inner(m) == 'white'} == {'mask-late', 'mask-highest', 'crop-random', 'crop-centre', 'crop-oracle'}
