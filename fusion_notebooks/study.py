@@ -225,7 +225,7 @@ def load(
 # %% ../nbs/11_study.ipynb #c018
 HOWS, SOFT = ('zero', 'mean', 'swap', 'knockout', 'soft'), .05 # semantics side by side; λ of soft
 RANKED = dict(mask=('contrast', 'late', 'random', 'highest'), crop=('contrast', 'late', 'read', 'focus', 'random', 'centre', 'oracle')) # as in contrast
-RIVALS = {'vicrop-rel': 3, 'vicrop-grad': 5, 'vicrop-pure': 8, 'carve': 7, 'cd': 2, 'vcd': 2, 'dola': 1, 'opera': 3} # as in baselines; passes over a prompt, a gradient counts as two
+RIVALS = {'vicrop-rel': 3, 'vicrop-grad': 5, 'vicrop-pure': 8, 'carve': 5, 'cd': 2, 'vcd': 2, 'dola': 1, 'opera': 3} # as in baselines; passes over a prompt, a gradient counts as two
 METHODS = {'base': ('base', '')} | {f'{how}{"" if by == "contrast" else "-" + by}': (how, by) for how, known in RANKED.items() for by in known} | {m: ('rival', m) for m in RIVALS}
 
 CHOICES = dict(mask=dict(candidates=('all', 'deep', 'shallow', 'fixed'), rho=(.1, .4, .6), strength=(1e-3, .1, .5), soft=(0., 1e-3, .1, .5)),

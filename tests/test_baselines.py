@@ -117,6 +117,14 @@ def test_colours_are_told_apart(tiny, monkeypatch):
         monkeypatch.setattr(baselines, '_pixels', pixels(order)); monkeypatch.setitem(tiny.__dict__, '_measured', {})
         assert np.array_equal(baselines._apart(tiny, p)(baselines._pixels(tiny, p, [im])), want)
 
+def test_what_is_kept_by_size_is_that_of_the_size():
+    mllm = family('llava_next')
+    p = [mllm.prompt(noise_image(0, size), ASK) for size in ((96, 96), (120, 60), (96, 96))]
+    for q in p:
+        assert str(baselines._places(mllm, q)) == str(baselines._tiles(mllm, q))
+        assert all(map(np.array_equal, baselines._ends(mllm, q), [baselines._pixels(mllm, q, [Image.new('RGB', q.images[0].size, c)]) for c in ('black', 'white')]))
+    assert str(baselines._places(mllm, p[0])) != str(baselines._places(mllm, p[1]))
+
 @pytest.mark.parametrize('name', ['llava_next', 'qwen2_5_vl', 'instructblip', 'smolvlm'])
 def test_pixels_land_in_their_cells(name):
     "Where the picture is brighter, so are the cells that the processor's pixels are gathered in"

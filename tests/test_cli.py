@@ -93,3 +93,11 @@ def test_demo_eval(model_folder, capsys):
     assert main(['demo', 'eval', str(model_folder), '--n', '2', '--json']) == 0
     got = json.loads(capsys.readouterr().out)
     assert set(got) == {'fine', 'colour', 'shape', 'relation'} and all(set(v) == {'n', 'one_pass', 'oracle', 'blind'} and v['n'] == 2 for v in got.values())
+
+def test_a_card_that_cannot_be_written_is_said(ini, capsys, monkeypatch):
+    from fusion_notebooks import cli, study
+    def full(*_): raise OSError('No space left on device')
+    monkeypatch.setattr(cli, '_card', full)
+    report = study.Report([('m', 'masking')], {})
+    assert cli._drawn(report, study.read_settings(ini)) == 1 and 'fusion card of' in (err := capsys.readouterr().err) and 'No space left on device' in err
+    assert cli._drawn(study.Report([('m', 'masking')], {}), study.read_settings(ini), cards=False) == 0

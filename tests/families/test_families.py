@@ -80,6 +80,23 @@ def test_image_matters(mllm):
         with hooks.edit(mllm, mllm.cross[:1] or 0, some, how, states=states): assert (logits(mllm, p)[-1] - a).abs().max() > 1e-3, how
     assert torch.equal(logits(mllm, p)[-1], a)
 
+def test_kept_features_say_what_the_pixels_say(mllm):
+    "One copy takes what the tower made of the picture; asked again, and after another picture, it is still that picture's"
+    prompts = [mllm.prompt(noise_image(k, (120, 80)), ASK) for k in (0, 1)]
+    want = []
+    for p in prompts:
+        with torch.inference_mode(): want.append(mllm.model(**p.inputs, use_cache=False).logits[0])
+    assert (want[0][-1] - want[1][-1]).abs().max() > 1e-4
+    for k in (0, 1, 0): assert (logits(mllm, prompts[k]) - want[k]).abs().max() < 1e-5
+
+def test_tokens_are_counted_by_shape(mllm):
+    "A kept count is what the tower would give, for every size"
+    if not isinstance(mllm.processor, PlainProcessor): return
+    for size in ((120, 80), (64, 64), (120, 80)):
+        kept = mllm.prompt(noise_image(2, size), ASK).inputs['input_ids']
+        mllm.processor._counts = {}
+        assert torch.equal(kept, mllm.prompt(noise_image(2, size), ASK).inputs['input_ids']) and mllm.processor._counts
+
 def p_width(mllm): return mllm.model.get_input_embeddings().weight.shape[1]
 
 def test_capture_equals_written_out_attention(double):
