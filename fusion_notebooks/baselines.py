@@ -37,7 +37,7 @@ class Cost:
 @dataclass
 class Rival:
     "An answer by another method, and what it was based on"
-    answer:Answer # `logp` is the model's own, whatever a contrast preferred
+    answer:Answer|None # `logp` is the model's own, whatever a contrast preferred
     method:str='' # as given to `answer`
     cost:Cost=field(default_factory=Cost) # of everything the method did
     map:np.ndarray|None=None # (h·w,) over the cells of `grid`
@@ -76,10 +76,10 @@ def _attention(mllm, p, layers, rows='last', ids=()):
 def _look(mllm, image, question): return image if isinstance(image, Look) else look(mllm, image, question)
 def _prompt(mllm, image, question): return image.prompt if isinstance(image, Look) else mllm.prompt(image, question)
 
-def _with_crop(mllm, first, grid, values, base, max_new_tokens):
-    box = window_box(values, grid, base or view_side(mllm))
-    crop = first.prompt.images[0].crop(box)
-    return Rival(beside(mllm, first.seen, crop, max_new_tokens)[0], map=values, grid=grid, box=box, crop=crop)
+def _with_crop(mllm, first, grid, values, max_new_tokens, ask, base=None, box=None, crop=None):
+    box = box or window_box(values, grid, base or view_side(mllm))
+    crop = crop or first.prompt.images[0].crop(box)
+    return Rival(beside(mllm, first.seen, [crop], max_new_tokens)[0][0] if ask else None, map=values, grid=grid, box=box, crop=crop)
 
 def vicrop_rel(
     mllm:MLLM, # the model
@@ -89,11 +89,12 @@ def vicrop_rel(
     general:str=GENERAL, # the prompt that attention is divided by
     base:float|None=None, # side of the smallest window, pixels; default: the side of the model's view
     max_new_tokens:int=32, # of the answer
+    ask:bool=True, # False makes the crop and leaves the answer to `contrast.beside`
 )->Rival:
     "ViCrop by relative attention"
     l, first = _at(mllm, layer, 14/32), _look(mllm, image, question)
     plain, grid = mllm.prompt(first.prompt.images, general), first.prompt.grids[0]
-    return _with_crop(mllm, first, grid, _ratio(grid.of(first.maps[l]), plain.grids[0].of(_attention(mllm, plain, [l])[0, 0])), base, max_new_tokens)
+    return _with_crop(mllm, first, grid, _ratio(grid.of(first.maps[l]), plain.grids[0].of(_attention(mllm, plain, [l])[0, 0])), max_new_tokens, ask, base)
 
 # %% ../nbs/05_baselines.ipynb #c012
 _kept = {} # attention module → (its output, its values) while a gradient is wanted
@@ -135,11 +136,12 @@ def vicrop_grad(
     layer:int|None=None, # decoder layer; default 14/32 of the depth
     base:float|None=None, # side of the smallest window, pixels; default: the side of the model's view
     max_new_tokens:int=32, # of the answer
+    ask:bool=True, # False makes the crop and leaves the answer to `contrast.beside`
 )->Rival:
     "ViCrop by gradient-weighted attention"
     first = _look(mllm, image, question)
     (a, slope), grid = _attention_slope(mllm, first.prompt, _at(mllm, layer, 14/32)), first.prompt.grids[0]
-    return _with_crop(mllm, first, grid, grid.of((a*slope.relu()).mean(0).double().cpu().numpy()), base, max_new_tokens)
+    return _with_crop(mllm, first, grid, grid.of((a*slope.relu()).mean(0).double().cpu().numpy()), max_new_tokens, ask, base)
 
 # %% ../nbs/05_baselines.ipynb #c015
 def _measured(what):
@@ -207,6 +209,7 @@ def vicrop_pure(
     general:str=GENERAL, # the prompt that gradients are divided by
     base:float|None=None, # side of the smallest window, pixels; default: the side of the model's view
     max_new_tokens:int=32, # of the answer
+    ask:bool=True, # False makes the crop and leaves the answer to `contrast.beside`
 )->Rival:
     "ViCrop by pixel gradients"
     first = _look(mllm, image, question)
@@ -214,7 +217,7 @@ def vicrop_pure(
     grid, apart = asked.grids[0], _apart(mllm, asked)
     kept = _seen_as(mllm, asked, _detail(asked.images[0], view_side(mllm)), apart) > .5
     values = _ratio(*(_pixel_slope(mllm, p, apart) for p in (asked, plain)))*kept
-    return _with_crop(mllm, first, grid, _on_grid(mllm, asked, grid, values), base, max_new_tokens)
+    return _with_crop(mllm, first, grid, _on_grid(mllm, asked, grid, values), max_new_tokens, ask, base)
 
 # %% ../nbs/05_baselines.ipynb #c018
 def _steps(mllm, p, ids, layers):
@@ -232,6 +235,7 @@ def carve(
     share:float=.2, # of the pixels that are kept at first
     least:int=3, # regions that stay
     max_new_tokens:int=32, # of every answer
+    ask:bool=True, # False makes the crop and leaves the answer to `contrast.beside`
 )->Rival:
     "CARVE: mask, crop and enlarge what the question looks at more than a description does"
     if layers is None: first = round(20/32*mllm.n_layers); layers = range(first, max(first + 1, round(26/32*mllm.n_layers)))
@@ -251,7 +255,7 @@ def carve(
     crop = Image.fromarray(np.asarray(im)*np.uint8(kept)[..., None]).crop(box)
     scale = min(max(w/crop.width, h/crop.height), 2*math.sqrt(w*h/(crop.width*crop.height)))
     crop = crop.resize([max(2, int(scale*v)) for v in crop.size], Image.Resampling.LANCZOS)
-    return Rival(beside(mllm, first.seen, crop, max_new_tokens)[0], map=values, grid=grid, box=box, crop=crop)
+    return _with_crop(mllm, first, grid, values, max_new_tokens, ask, box=box, crop=crop)
 
 # %% ../nbs/05_baselines.ipynb #c021
 @torch.inference_mode()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DISTANCES', 'DEPTHS', 'RULES', 'MASKS', 'CROPS', 'PAPER', 'Contrast', 'js2', 'candidate_layers',
            'contrastive_attention', 'lowest', 'regions', 'kept_box', 'crop_box', 'window_box', 'focus_box',
-           'box_around', 'Look', 'Refined', 'look', 'beside', 'refine', 'view_side']
+           'box_around', 'Look', 'Refined', 'look', 'beside', 'masked', 'refine', 'view_side']
 
 # %% ../nbs/04_contrast.ipynb #c003
 from contextlib import ExitStack
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy.ndimage import label
-from .mllm import Answer, Grid, MLLM, open_image
+from .mllm import Answer, Grid, MLLM, Prompt, in_batches, open_image
 from .hooks import capture, check_layers, edit
-from .masking import Ladder, Pass, Row, answer_of, facts, record, second_image
+from .masking import Ladder, Pass, Row, answer_of, facts, fitting, record, second_answers, second_image
 from .fusion import hellinger, normalise
 
 # %% ../nbs/04_contrast.ipynb #c005
@@ -179,7 +179,7 @@ class Look:
 @dataclass
 class Refined:
     "An answer before and after"
-    answer:Answer # after
+    answer:Answer|None # after
     plain:object # () → `Answer` before
     contrast:Contrast # what was seen in the first pass
     how:str # mask or crop
@@ -202,6 +202,11 @@ def look(
     "Watch where the last prompt token looks"
     return Look(mllm, record(mllm, mllm.prompt(image, question)))
 
+def _least(c, by, rho, seed):
+    "The visual tokens that a mask takes"
+    value = dict(contrast=c.map, late=c.late, highest=-c.map, random=np.random.default_rng(seed).random(len(c.map)))[by]
+    return lowest(value, rho)
+
 def _mask(mllm, p, candidates, post, by, review, rho, strength, soft, seed, temperature, **kw):
     "(answer, contrast, tokens) in one pass"
     with ExitStack() as stack, capture(mllm, layers=sorted({*candidates, post})) as tape:
@@ -211,8 +216,7 @@ def _mask(mllm, p, candidates, post, by, review, rho, strength, soft, seed, temp
             maps = np.ones((mllm.n_layers, tape.attention.shape[-1]))
             maps[tape.layers] = tape.attention[0, :, 0].double().cpu().numpy()
             c = contrastive_attention(maps, candidates, post, **kw)
-            value = dict(contrast=c.map, late=c.late, highest=-c.map, random=np.random.default_rng(seed).random(len(c.map)))[by]
-            found.extend((c, lowest(value, rho)))
+            found.extend((c, _least(c, by, rho, seed)))
             layers, how = (range(review, mllm.n_layers), 'soft') if soft else (review, 'zero')
             stack.enter_context(edit(mllm, layers, p.visual[found[1]], how, strength, text_from=int(p.visual.max()) + 1))
         stack.callback(mllm.layers[review - 1].register_forward_hook(decide).remove)
@@ -235,20 +239,37 @@ def _crop_box(p, maps, c, candidates, by, base, box, rule, seed):
 def beside(
     mllm:MLLM, # the model
     seen:Pass, # of the picture alone
-    crop, # PIL image to put beside it
+    crops:list, # of PIL images, each put beside it by itself
     limit:int=32, # tokens
-)->tuple: # (`Answer`, path)
-    "The answer to [picture, crop], over the keys and values of the picture where they are the same"
-    one = seen.prompt
-    two, n = mllm.prompt([one.images[0], crop], one.question), int(one.visual.max()) + 1
-    known = facts(mllm, one)
-    if known.causal and known.closed and seen.stem is not None:
-        part = mllm.prompt(crop, one.question)
-        rest = second_image(mllm, one, part, two, n)
-        if rest is not None:
-            ladder = Ladder(mllm, [Row(0)], [seen.stem.head(n)], [one.visual])
-            return ladder.greedy(ladder.forward(rest.pop('input_ids'), **rest)[:, -1], limit)[0], 'reused'
-    return mllm.generate(two, max_new_tokens=limit)[0], two.path or 'two passes'
+)->list: # of (`Answer`, path, rows that were read for it), one per crop
+    "The answers to [picture, crop], in one batch over the keys and values of the picture where they are the same; equal crops are asked once"
+    one, alike = seen.prompt, {(c.size, c.tobytes()): c for c in crops}
+    both, n, known, got = [mllm.prompt([one.images[0], c], one.question) for c in alike.values()], int(one.visual.max()) + 1, facts(mllm, one), {}
+    sliding, together = getattr(mllm.model.config.get_text_config(), 'sliding_window', None), {}  # counts keys, so nothing may be padded
+    for k, p in enumerate(both):
+        if known.causal and known.closed and seen.stem is not None and (rest := second_image(mllm, one, p, n)): together.setdefault(p.length if sliding else 0, []).append((k, rest))
+        else: got[k] = mllm.generate(p, max_new_tokens=limit)[0], p.path or 'two passes', p.length
+    for some in together.values():
+        work, most = lambda rests: second_answers(mllm, seen.stem.head(n), one.visual, rests, limit), max(r.length for _, (r, _) in some)
+        for (k, (r, _)), a in zip(some, in_batches(work, [rest for _, rest in some], fitting(mllm, n, most))): got[k] = a, 'reused', r.length
+    return [got[list(alike).index((c.size, c.tobytes()))] for c in crops]
+
+def masked(
+    mllm:MLLM, # the model
+    p:Prompt, # a prompt
+    tokens:list, # of arrays, each a choice of visual tokens
+    review:int, # layer at whose input their states become 0
+    limit:int=32, # tokens of an answer
+)->list: # of `Answer`, one per choice
+    "The answers to one prompt with some visual tokens masked, in one batch that leaves the plain pass at the review layer; equal to `edit` with zero"
+    at, known = [p.visual[t] for t in tokens], facts(mllm, p)
+    if known.plain and review >= known.clean:
+        ladder, inputs = Ladder(mllm, [Row(0)] + [Row(0, review, value=torch.zeros(1), at=t) for t in at], [], [p.visual]), mllm.encoded([p])
+        logits = ladder.forward(inputs.pop('input_ids'), **inputs)[1:, -1]
+        return ladder.pick(range(1, len(at) + 1)).greedy(logits, limit)
+    def alone(t):
+        with edit(mllm, review, t, 'zero'): return mllm.generate(p, max_new_tokens=limit)[0]
+    return [alone(t) for t in at]
 
 def refine(
     mllm:MLLM, # the model
@@ -270,6 +291,7 @@ def refine(
     raw:bool=False, # subtract maps that are not renormalised
     temperature:float=0., # above 0: answers are sampled
     seed:int=0, # of random controls and of sampling
+    ask:bool=True, # False leaves the answer to `beside` or `masked`, which take several at a time
 )->Refined:
     "Answer with contrastive attention. Raises `ValueError` for unknown `how`, `by`, `rule`, `order`, `distance` and candidates, missing layers and a missing box."
     if how not in ('mask', 'crop'): raise ValueError(f"how is 'mask' or 'crop', not {how!r}.")
@@ -282,17 +304,19 @@ def refine(
     if how == 'mask' and post >= review: raise ValueError(f'mask reads its map before it edits: post-fusion layer {post} must lie below review layer {review}.')
     candidates = candidate_layers(candidates, mllm.n_layers, post)
     said = lambda p: mllm.generate(p, temperature=temperature, seed=seed)[0]
-    if how == 'mask':
+    if how == 'mask' and ask:
         p = image.prompt if isinstance(image, Look) else mllm.prompt(image, question)
         answer, c, tokens = _mask(mllm, p, candidates, post, by, review, rho, strength, soft, seed, temperature, distance=distance, raw=raw)
         return Refined(answer, lambda: image.base if isinstance(image, Look) and not temperature else said(p), c, how, by, 'one pass', tokens=tokens)
     first = image if isinstance(image, Look) else look(mllm, image, question)
-    c = contrastive_attention(first.maps, candidates, post, distance, raw)
+    c, plain = contrastive_attention(first.maps, candidates, post, distance, raw), lambda: said(first.prompt) if temperature else first.base
+    if how == 'mask': return Refined(None, plain, c, how, by, '', tokens=_least(c, by, rho, seed))
     cut = _crop_box(first.prompt, first.maps, c, candidates, by, base or view_side(mllm), box, rule, seed)
     picture, crop = first.prompt.images[0], first.prompt.images[0].crop(cut)
-    if temperature or order == 'before': answer, path = said(mllm.prompt([picture, crop] if order == 'after' else [crop, picture], first.prompt.question)), 'two passes'
-    else: answer, path = beside(mllm, first.seen, crop)
-    return Refined(answer, lambda: said(first.prompt) if temperature else first.base, c, how, by, path, box=cut, crop=crop)
+    if not ask: answer, path = None, ''
+    elif temperature or order == 'before': answer, path = said(mllm.prompt([picture, crop] if order == 'after' else [crop, picture], first.prompt.question)), 'two passes'
+    else: answer, path, _ = beside(mllm, first.seen, [crop])[0]
+    return Refined(answer, plain, c, how, by, path, box=cut, crop=crop)
 
 def view_side(
     mllm:MLLM, # the model

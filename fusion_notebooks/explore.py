@@ -52,7 +52,7 @@ class Seen:
         other = contrast.look(self.mllm, self.look.prompt.images[0], baselines.GENERAL).maps
         return baselines._ratio(self.grid.of(self.look.maps), self.grid.of(other))
     @cached_property
-    def exits(self): "The `Answer` of every layer"; return masking.exits(self.mllm, self.look.seen)
+    def exits(self): "The `Answer` of every layer"; return masking.exits(self.mllm, [self.look.seen])[0]
 
 def _check(mllm, fusion=(), review=None, **_):
     check_layers(mllm, [*fusion] + [i for i in (review,) if i is not None])

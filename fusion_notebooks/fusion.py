@@ -342,7 +342,7 @@ def _semantics(curve, base, how):
 def review_layer(
     curve:pd.DataFrame, # as in `fusion_layers`; may hold the rows of several semantics
     base, # as in `fusion_layers`
-    how:str='zero', # the semantic whose dips are read
+    how:str=None, # the semantic whose dips are read; None: knockout, which alone shows a planted review, where its rows are there; else zero, that of published curves, or the only one there is
     rule:str='paper', # accepted so that both functions can be called alike
     n:int=None, # samples behind each accuracy, for curves without sample rows
     n_layers:int=None, # depth of the model; None: the last layer of the curve is the model's last
@@ -351,6 +351,7 @@ def review_layer(
     seed:int=0, # of the resampling
 )->Layers: # deepest dip first; `.dip` = (dip as a share of the base, low, high) of it, or of the deepest late one when none counts
     "The layer of a second, isolated, late drop, if there is one. Raises `ValueError` for what is no curve."
+    if how is None: how = next((h for h in ('knockout', 'zero') if h in set(curve.how)), curve.how.iloc[0]) if 'how' in curve and len(curve) else 'zero'
     curve, honest = _semantics(curve, base, how)
     choose = lambda drop, level, mean: (drop > threshold) & (drop > 1 - level)
     def dips(curve, how): return _judge(curve, base, _isolated, (late, 1), choose, f'{how}: dip below both neighbours above {threshold:g} of the base, deeper than {late:g} L', n, n_layers, seed)

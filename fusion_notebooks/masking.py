@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STEMS', 'TOKENS', 'visual_states', 'mean_states', 'Stem', 'Row', 'next_position', 'best_token', 'Ladder', 'head_of',
-           'fitting', 'stems', 'Facts', 'facts', 'bank', 'Pass', 'record', 'answer_of', 'second_image', 'leaving',
-           'exits', 'play', 'scoped', 'Variant', 'donor_states', 'path_of', 'sweep']
+           'fitting', 'stems', 'Facts', 'facts', 'bank', 'Pass', 'record', 'answer_of', 'second_image',
+           'second_answers', 'leaving', 'side_by_side', 'exits', 'play', 'scoped', 'Variant', 'donor_states', 'path_of',
+           'sweep']
 
 # %% ../nbs/02_masking.ipynb #c003
 import math
@@ -52,6 +53,7 @@ class Stem:
     keys:list # per decoder layer (heads, n, width); None below the layer from which the stem is read
     values:list # likewise
     position:int # position of the row that follows
+    blank:int=0 # rows at its beginning that nothing sees
     @property
     def length(self): "Rows"; return self.keys[-1].shape[1]
     @property
@@ -66,6 +68,7 @@ class Row:
     stem:Stem|None=None # what it reads from there on; None: what the plain row reads
     bias:dict=field(default_factory=dict) # decoder layer → added to the logits of visual keys; -inf closes them
     value:object=None # written over the visual tokens where it enters, (n, width) or (width,); only without stems
+    at:torch.Tensor|None=None # positions of the visual tokens that are edited; None: all of the plain row's
 
 class _Layer(DynamicLayer):
     "One layer's keys and values: every row reads a stem that it may share, and appends its own"
@@ -194,6 +197,7 @@ class Ladder:
         self.apart = _can_be_apart(mllm)
         self.cache = Cache(layers=[_Layer([at(r, j) for r in rows] if stems else [], self.apart) for j in range(mllm.n_layers)])
         self.seen = torch.ones(self.plain, stems[0].length if stems else 0, dtype=torch.long, device=mllm.device) # (rows, keys), 0 at padding
+        for row, s in zip(self.seen, stems): row[:s.blank] = 0
         self.position = torch.tensor([s.position for s in stems], device=mllm.device) if stems else None # (rows,) of the next token
 
     @torch.inference_mode()
@@ -227,10 +231,12 @@ class Ladder:
             return ((h, *args[1:]), kw) if args else (args, kw | dict(hidden_states=h))
         return hook
 
+    def _edited(self, row, h): return (self.visual[row.of] if row.at is None else row.at).to(h.device)
+
     def _enter(self, h, row):
         "The state with which a row leaves its plain row"
         if row.value is None: return h
-        h, at = h.clone(), self.visual[row.of].to(h.device)
+        h, at = h.clone(), self._edited(row, h)
         h[at] = row.value.to(h).expand(len(at), -1)
         return h
 
@@ -241,7 +247,7 @@ class Ladder:
         text = torch.arange(past, past + h.shape[1], device=h.device) >= self.text_from
         for b, row in enumerate(here):
             if j not in row.bias: continue
-            at = (b, 0, text.nonzero(), self.visual[row.of].to(h.device)[None])
+            at = (b, 0, text.nonzero(), self._edited(row, h)[None])
             mask[at] = torch.finfo(h.dtype).min if row.bias[j] == -math.inf else mask[at] + row.bias[j]
         return mask
 
@@ -440,22 +446,43 @@ def _positions(mllm, inputs):
         try: mllm.model(**inputs, use_cache=False)
         except _Door as e: return e.args[0]
 
+def _rest(x, both):
+    "What follows a tensor in one that begins with it, along its first or second axis; None where it does not"
+    for d in range(min(2, both.ndim) if x.ndim == both.ndim else 0):
+        k = x.shape[d]
+        if both.shape[d] > k and torch.equal(both.narrow(d, 0, k), x): return both.narrow(d, k, both.shape[d] - k)
+
 @torch.inference_mode()
 def second_image(
     mllm:MLLM, # the model
     one:Prompt, # a picture
-    other:Prompt, # another one
-    both:Prompt, # both in this order
+    both:Prompt, # it and another one behind it
     n:int, # rows up to the last visual token of `one`
-)->dict|None: # inputs of a forward over the rows of `both` after the first n; None where they are not made of the parts
+)->tuple|None: # (`Prompt` of the other picture and the rows of `both` after the first n, their position ids or None where they are just counted); None where `both` is not made of parts
     "What a second picture adds to a prompt"
-    images = lambda p: {k: v for k, v in p.inputs.items() if not _is_row(v, p.length)}
-    a, b, ab = map(images, (one, other, both))
-    joins = lambda x, y, xy: any(x.ndim == y.ndim == xy.ndim > d and torch.equal(torch.cat([x, y], d), xy) for d in (0, 1) if x.shape[:d] == y.shape[:d] and x.shape[d + 1:] == y.shape[d + 1:])
-    if not torch.equal(one.inputs['input_ids'][:, :n], both.inputs['input_ids'][:, :n]) or not all(joins(a[k], b[k], ab[k]) for k in ab): return None
-    rest = {k: v[:, n:] for k, v in both.inputs.items() if _is_row(v, both.length) and k != 'attention_mask'}
-    at = _positions(mllm, mllm.encoded([both], [one, other]))
-    return rest | {k: v for k, v in mllm.encoded([other]).items() if k not in both.inputs or k in b} | ({} if at is None else dict(position_ids=at[..., n:]))
+    rows, pictures = ({k for k, v in both.inputs.items() if _is_row(v, both.length) == which} for which in (True, False))
+    other = {k: _rest(one.inputs[k], both.inputs[k]) for k in pictures}
+    if not torch.equal(one.inputs['input_ids'][:, :n], both.inputs['input_ids'][:, :n]) or any(v is None for v in other.values()): return None
+    tail = {k: both.inputs[k][:, n:] for k in rows}
+    tail |= dict(attention_mask=torch.ones_like(tail['input_ids']))
+    rest = replace(both, inputs=tail | other, visual=both.visual[len(one.visual):] - n)
+    at = _positions(mllm, mllm.encoded([both], [one, rest]))
+    return rest, None if at is None else at[..., n:]
+
+def second_answers(
+    mllm:MLLM, # the model
+    stem:Stem, # of the first picture
+    visual:torch.Tensor, # positions of its visual tokens
+    rests:list, # of `second_image`
+    limit:int=32, # tokens
+)->list: # of `Answer`, greedy
+    "Answers to one picture with each of some others behind it, in one batch"
+    rows, width = mllm.stack([r for r, _ in rests]), max(r.length for r, _ in rests)
+    inputs = mllm.encoded([rows], [r for r, _ in rests])
+    if rests[0][1] is not None: inputs |= dict(position_ids=torch.cat([torch.nn.functional.pad(at, (width - at.shape[-1], 0)) for _, at in rests], -2))
+    k = len(rests)
+    ladder = Ladder(mllm, [Row(i) for i in range(k)], [stem]*k, [visual]*k)
+    return ladder.greedy(ladder.forward(inputs.pop('input_ids'), seen=inputs.pop('attention_mask'), **inputs)[:, -1], limit)
 
 # %% ../nbs/02_masking.ipynb #c024
 @contextmanager
@@ -471,18 +498,31 @@ def leaving(
         return hook
     with _removing([layer.register_forward_hook(stay(j), with_kwargs=True) for j, layer in enumerate(mllm.layers)]): yield
 
+def side_by_side(
+    stems:list, # of `Stem`
+)->list: # of `Stem`, all of one length, which attention can read as one batch
+    "Stems of several prompts; shorter ones begin with rows that nothing sees"
+    n = max(s.length for s in stems)
+    keys, values = ([torch.stack([torch.nn.functional.pad(x, (0, 0, n - x.shape[1], 0)) for x in layer]) for layer in zip(*(getattr(s, what) for s in stems))] for what in ('keys', 'values'))
+    return [Stem([k[b] for k in keys], [v[b] for v in values], s.position, n - s.length) for b, s in enumerate(stems)]
+
 def exits(
     mllm:MLLM, # the model
-    seen:Pass, # from `record`
+    seen:list, # of `Pass`, from `record`
     layers=None, # layers after which to answer; None for all
     limit:int=32, # tokens
-)->list: # of `Answer`, one per layer
-    "The whole answer from each layer, all from one recorded pass"
+)->list: # per pass a list of `Answer`, one per layer
+    "The whole answers from each layer, all from recorded passes, decoded together"
     layers = check_layers(mllm, layers)
-    if seen.stem is None: return [_exit_alone(mllm, seen.prompt, i, limit) for i in layers]
-    rows = Ladder(mllm, [Row(0)], [seen.stem], [seen.prompt.visual])
-    first = lens(mllm, seen.hidden[1:][layers])
-    with leaving(mllm, torch.tensor(layers, device=mllm.device)): return rows.pick([0]*len(layers)).greedy(first, limit)
+    if any(s.stem is None for s in seen): return [[_exit_alone(mllm, s.prompt, i, limit) for i in layers] for s in seen]
+    def together(some):
+        stems = side_by_side([s.stem for s in some])
+        rows = Ladder(mllm, [Row(b) for b in range(len(some))], stems, [s.prompt.visual + stem.blank for s, stem in zip(some, stems)]).pick([b for b in range(len(some)) for _ in layers])
+        first = torch.cat([lens(mllm, s.hidden[1:][layers]) for s in some])
+        with leaving(mllm, torch.tensor(layers*len(some), device=mllm.device)): said = rows.greedy(first, limit)
+        return [said[k:k + len(layers)] for k in range(0, len(said), len(layers))]
+    sliding = getattr(mllm.model.config.get_text_config(), 'sliding_window', None)    # counts keys, so nothing may be padded
+    return in_batches(together, seen, 1 if sliding else max(1, fitting(mllm, max(s.stem.length for s in seen), limit)//len(layers)))
 
 def _exit_alone(mllm, p, layer, limit):
     with early_exit(mllm, layer): return mllm.generate(p, max_new_tokens=limit)[0]

@@ -287,6 +287,8 @@ def test_a_dip_is_information_only_if_knockout_or_swap_shows_it():
     assert kind(('knockout', flat), ('swap', (*(.1,)*5, *flat[:5]))).kind == 'edit' and not kind(('knockout', flat)).note
     assert kind().kind == 'edit' and 'knockout' in kind().note and kind(('mean', late)).kind == 'edit'      # another state edit is no witness
     assert kind(('knockout', seen['knockout']), how='knockout').kind == 'information' and kind(('knockout', flat), how='knockout').kind == 'none'
+    assert kind(('knockout', flat), how=None).layers == () and kind(('knockout', seen['knockout']), how=None).layers == (8,)   # knockout where it is there, else zero, else what there is
+    assert kind(('mean', flat), how=None).layers == (8,) and review_layer(table(*late, how='swap'), .9, n=500).layers == review_layer(table(*late), .9, n=500).layers == (8,)
     found = kind(('knockout', flat))
     assert found.layers == (8,) and found.table.set_index('layer').kind[8] == 'edit' and (found.table.kind != '').sum() == 1
 

@@ -80,11 +80,14 @@ def test_rows_without_padding_take_the_causal_kernel():
     assert not any(calls(SAMPLES))                                                                       # of unequal length
 
 def test_exits_equal_early_exit(family):
-    p = family.prompt(SAMPLES[0].image, SAMPLES[0].question)
-    seen = record(family, p)
-    close(answer_of(family, seen, 4), family.answer(p, max_new_tokens=4))
-    for i, a in enumerate(exits(family, seen, limit=4)):
-        with early_exit(family, i): close(a, family.answer(p, max_new_tokens=4))
+    "Two questions of unequal length, decoded together"
+    prompts = [family.prompt(s.image, q) for s, q in ((SAMPLES[0], SAMPLES[0].question), (SAMPLES[1], 'What is it, and which colour has it?'))]
+    seen = [record(family, p) for p in prompts]
+    for p, watched, said in zip(prompts, seen, exits(family, seen, limit=4)):
+        close(answer_of(family, watched, 4), family.answer(p, max_new_tokens=4))
+        for i, a in enumerate(said):
+            with early_exit(family, i): close(a, family.answer(p, max_new_tokens=4))
+    assert prompts[0].length != prompts[1].length
 
 def test_crop_reuses_what_it_can(family):
     s = SAMPLES[0]

@@ -235,6 +235,20 @@ def test_refine(mllm, how):
         with hooks.edit(mllm, review, low, 'zero'): answer = mllm.answer(p)
     assert r.base.ids == mllm.answer(p).ids and r.answer.ids == answer.ids and abs(r.answer.logp - answer.logp) < 1e-4
 
+def test_many_crops_and_masks_in_one_batch(mllm):
+    "Each crop is answered as beside the picture alone, whatever its size; each mask as by an edit of its own"
+    seen, wide, high = contrast.look(mllm, PICTURE, ASK), PICTURE.crop((0, 0, 60, 30)), PICTURE.crop((10, 4, 40, 64))
+    got = contrast.beside(mllm, seen.seen, [wide, high, wide], 6)
+    for crop, (a, path, n) in zip((wide, high), got):
+        p = mllm.prompt([PICTURE, crop], ASK)
+        b = mllm.generate(p, max_new_tokens=6)[0]
+        assert a.ids == b.ids and abs(a.logp - b.logp) < 1e-4 and n == p.length - (int(seen.prompt.visual.max()) + 1 if path == 'reused' else 0)
+    assert got[2] == got[0] and (got[0][0].ids != got[1][0].ids or abs(got[0][0].logp - got[1][0].logp) > 1e-6)
+    review, some = 4 if mllm.cross else 3, [np.arange(0, len(seen.prompt.visual), 2), np.arange(len(seen.prompt.visual)//2)]
+    for tokens, a in zip(some, contrast.masked(mllm, seen.prompt, some, review, 6)):
+        with hooks.edit(mllm, review, seen.prompt.visual[tokens], 'zero'): b = mllm.generate(seen.prompt, max_new_tokens=6)[0]
+        assert a.ids == b.ids and abs(a.logp - b.logp) < 1e-4
+
 def test_load_from_a_folder(mllm, tmp_path):
     "As saved by transformers; where the family's processor cannot be built here, the plain one stands in"
     processor = mllm.processor
