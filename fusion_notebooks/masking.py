@@ -10,7 +10,7 @@ __all__ = ['STEMS', 'TOKENS', 'visual_states', 'mean_states', 'Stem', 'Row', 'ne
 
 # %% ../nbs/02_masking.ipynb #c003
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 import pandas as pd
 import torch
@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from .mllm import Answer, MLLM, Prompt, _is_row, _until_end, digest, entering, free_memory, in_batches
+from .mllm import Answer, MLLM, Prompt, _is_row, digest, entering, free_memory, in_batches
 from .hooks import ATTENTION_EDITS, STATE_EDITS, _as_float_mask, _hidden, _removing, capture, check_layers, early_exit, edit, lens
 
 # %% ../nbs/02_masking.ipynb #c005
@@ -69,6 +69,7 @@ class Row:
     bias:dict=field(default_factory=dict) # decoder layer → added to the logits of visual keys; -inf closes them
     value:object=None # written over the visual tokens where it enters, (n, width) or (width,); only without stems
     at:torch.Tensor|None=None # positions of the visual tokens that are edited; None: all of the plain row's
+    leave:int|None=None # the last decoder layer that computes for it, see `leaving`; None: all do
 
 class _Layer(DynamicLayer):
     "One layer's keys and values: every row reads a stem that it may share, and appends its own"
@@ -212,7 +213,8 @@ class Ladder:
         self.seen = torch.cat([self.seen, new], 1)
         if self.position is not None: inputs = dict(position_ids=self.position[:, None] + (new.cumsum(1) - 1).clamp(min=0)) | inputs
         handles = [layer.register_forward_pre_hook(self._step(j), with_kwargs=True) for j, layer in enumerate(self.mllm.layers)]
-        with _removing(handles), next_position(self.mllm) as position, _attending(self.mllm, STEMS if self.apart else None):
+        after = [self.mllm.n_layers if r.leave is None else r.leave for r in self.rows]
+        with _removing(handles), next_position(self.mllm) as position, _attending(self.mllm, STEMS if self.apart else None), leaving(self.mllm, torch.tensor(after, device=ids.device)) if min(after) < self.mllm.n_layers else nullcontext():
             out = self.mllm.model(input_ids=ids, **dict(attention_mask=self.seen) | inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
         self.position = position[0]
         if self.entering: self._settle()
@@ -281,20 +283,20 @@ class Ladder:
         logits:torch.Tensor, # (rows, vocabulary) of the next token
         limit:int=32, # tokens
     )->list: # of `Answer`, one per row
-        "Decode every row until all have ended"
-        m, ids, logp = self.mllm, [], []
-        end = m.model.generation_config.eos_token_id
-        end = torch.tensor(end if isinstance(end, list) else [end], device=logits.device)
-        done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        "Decode every row until all have ended; those that have are let go"
+        m, rows, here, ids, logp = self.mllm, self, list(range(len(logits))), [[] for _ in logits], [0.]*len(logits)
+        end, live = m.model.generation_config.eos_token_id, here
+        end = set(end if isinstance(end, list) else [end])
         while True:
-            ids.append(best_token(m, logits))
-            logp.append(logits.log_softmax(-1).gather(1, ids[-1][:, None])[:, 0]*~done)
-            done |= torch.isin(ids[-1], end)
-            if done.all() or len(ids) == limit: break
-            logits = self.forward(ids[-1][:, None])[:, -1]
-        logp = torch.stack(logp).sum(0).tolist()
-        rows = [_until_end(m, r) for r in torch.stack(ids, 1).tolist()]
-        return [Answer(m.decode(r), r, lp) for r, lp in zip(rows, logp)]
+            new = best_token(m, logits)
+            said = logits.log_softmax(-1).gather(1, new[:, None])[:, 0].tolist()
+            for k, t, lp in zip(here, new.tolist(), said):
+                if k in live: ids[k].append(t); logp[k] += lp
+            live = [k for k in live if ids[k][-1] not in end]
+            if not live or len(ids[live[0]]) == limit: break
+            if 2*len(live) <= len(here): at = [here.index(k) for k in live]; rows, new, here = rows.pick(at), new[at], live
+            logits = rows.forward(new[:, None])[:, -1]
+        return [Answer(m.decode(r), r, lp) for r, lp in zip(ids, logp)]
 
 # %% ../nbs/02_masking.ipynb #c014
 def head_of(
@@ -518,8 +520,8 @@ def exits(
     def together(some):
         stems = side_by_side([s.stem for s in some])
         rows = Ladder(mllm, [Row(b) for b in range(len(some))], stems, [s.prompt.visual + stem.blank for s, stem in zip(some, stems)]).pick([b for b in range(len(some)) for _ in layers])
-        first = torch.cat([lens(mllm, s.hidden[1:][layers]) for s in some])
-        with leaving(mllm, torch.tensor(layers*len(some), device=mllm.device)): said = rows.greedy(first, limit)
+        rows.rows = [replace(r, leave=i) for r, i in zip(rows.rows, layers*len(some))]
+        said = rows.greedy(torch.cat([lens(mllm, s.hidden[1:][layers]) for s in some]), limit)
         return [said[k:k + len(layers)] for k in range(0, len(said), len(layers))]
     sliding = getattr(mllm.model.config.get_text_config(), 'sliding_window', None)    # counts keys, so nothing may be padded
     return in_batches(together, seen, 1 if sliding else max(1, fitting(mllm, max(s.stem.length for s in seen), limit)//len(layers)))
