@@ -2,11 +2,11 @@
 import pytest, torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import noise_image
-from fusion_notebooks import masking, mllm as room
+from fusion_notebooks import demo, masking, mllm as room
 from fusion_notebooks.contrast import refine
 from fusion_notebooks.hooks import early_exit, edit
 from fusion_notebooks.masking import Facts, answer_of, bank, exits, facts, mean_states, record, stems, sweep
-from fusion_notebooks.mllm import Kept, Sample
+from fusion_notebooks.mllm import MLLM, Kept, Sample
 from test_masking import same
 from twins import FAMILIES, family as twin
 
@@ -88,6 +88,19 @@ def test_exits_equal_early_exit(family):
         for i, a in enumerate(said):
             with early_exit(family, i): close(a, family.answer(p, max_new_tokens=4))
     assert prompts[0].length != prompts[1].length
+
+def test_rows_that_have_ended_are_let_go():
+    "Of eight exits one talks on; each says what it says alone"
+    mllm, s = MLLM.load('glyph-llava', dtype=torch.float32), demo.samples(10)[9]
+    p, sizes = mllm.prompt(s.image, s.question), []
+    seen = record(mllm, p)
+    handle = mllm.layers[0].register_forward_pre_hook(lambda layer, args, kw: sizes.append(len(args[0] if args else kw['hidden_states'])), with_kwargs=True)
+    try: said, = exits(mllm, [seen])
+    finally: handle.remove()
+    steps, sizes = sorted(len(a.ids) for a in said), sizes[1:]                           # the first is `lens`
+    assert steps[0] < 5 and steps[-1] == 32 and sizes[0] == 8 and sizes[-1] == 1 and sizes == sorted(sizes, reverse=True) and len(sizes) == 31
+    for i, a in enumerate(said):
+        with early_exit(mllm, i): close(a, mllm.answer(p))
 
 def test_crop_reuses_what_it_can(family):
     s = SAMPLES[0]
