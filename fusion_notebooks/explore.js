@@ -37,7 +37,6 @@ export function render({ model, el }) {
   const answers = make('table'), chips = make('div'), chart = drawn('svg', { role: 'img' }), tools = make('div')
   const style = make('style', '', CSS)
   canvas.tabIndex = 0
-  root.dataset.lmSuppressShortcuts = 'true'              // JupyterLab would take arrows and escape for itself
   canvas.setAttribute('role', 'application')
   canvas.setAttribute('aria-label', 'Picture with attention map. Arrow keys move over the patches, space masks one, shift and arrows mask several, escape clears, page up and page down change the layer.')
   caption.setAttribute('aria-live', 'polite'); status.setAttribute('role', 'status')
@@ -275,7 +274,10 @@ export function render({ model, el }) {
     chosen: () => { draw(); say() }, marks: () => { mark(); curves(); say() }, curves, answers: tell, status: tell,
   }
   for (const [k, f] of Object.entries(on)) model.on(`change:${k}`, f)
-  const watch = new ResizeObserver(fit)
+  // A key pressed in the explorer, its ipywidgets included, is no shortcut of the notebook. Notebook 7 listens before any widget does: an arrow on a slider
+  // would fold the section. The mark must be on what has the focus, since shortcuts match that first; the box of all is there once the canvas has a size.
+  const own = e => { e.target.dataset.lmSuppressShortcuts = 'true' }
+  const watch = new ResizeObserver(() => { (root.closest('.widget-vbox') ?? root).addEventListener('focusin', own); fit() })
   watch.observe(canvas)
   unpack(); tell(); mark(); curves(); say(); open()
   return () => { watch.disconnect(); for (const [k, f] of Object.entries(on)) model.off(`change:${k}`, f) }
