@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from importlib import resources
-from threading import Event
+from threading import Event, Lock
 import numpy as np
 import pandas as pd
 from PIL import Image
@@ -243,7 +243,7 @@ class Work:
         mllm:MLLM, # the model in which they compute
         tell, # (words, steps done, steps of the job) → None
     ):
-        self.mllm, self.tell, self.stop = mllm, tell, Event()
+        self.mllm, self.tell, self.stop, self.lock = mllm, tell, Event(), Lock()
         self.jobs, self.name, self.now, self.of, self.task, self.busy, self.failed = {}, '', [], 0, None, False, ''
         try: self.loop = asyncio.get_running_loop()
         except RuntimeError: self.loop = None
@@ -252,10 +252,11 @@ class Work:
         name:str, # what is left of a job of the same name is dropped
         steps:list, # of (words, function)
     ):
-        "Do this next"
-        if not self.jobs and not self.now: self.stop.clear()
-        if name == self.name: self.now = []
-        self.jobs.pop(name, None); self.jobs[name], self.failed = steps, ''
+        "Do this next; from any thread"
+        with self.lock:
+            if not self.jobs and not self.now: self.stop.clear()
+            if name == self.name: self.now = []
+            self.jobs.pop(name, None); self.jobs[name], self.failed = steps, ''
         if self.loop: self.loop.call_soon_threadsafe(self._begin)
         elif not self.busy: self.finish()
 
@@ -274,15 +275,17 @@ class Work:
 
     def step(self):
         "The next step of the first job"
-        if not (now := self.now): self.name = next(iter(self.jobs)); now = self.now = list(self.jobs.pop(self.name)); self.of = len(now)
-        words, f = now.pop(0)
+        with self.lock:
+            if not (now := self.now): self.name = next(iter(self.jobs)); now = self.now = list(self.jobs.pop(self.name)); self.of = len(now)
+            words, f = now.pop(0)
         self.tell(f'{words} …', self.of - len(now) - 1, self.of)
         try:
             if self.stop.is_set(): raise Stopped
             with stoppable(self.mllm, self.stop): f()
         except Stopped: self.jobs.clear(); self.now, self.failed = [], 'Stopped.'; self.stop.clear()
         except Exception as e: self.now, self.failed = [], f'{words}: {str(e) or type(e).__name__}'
-        if not self.now: self.name = ''; self.tell(self.failed, 0, 0)
+        if not self.now: self.name = ''
+        if not self.now and not self.jobs: self.tell(self.failed, 0, 0)
 
 # %% ../nbs/12_explore.ipynb #c024
 @lru_cache(maxsize=1)

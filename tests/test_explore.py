@@ -1,5 +1,7 @@
 "The explorer without a browser: its model side equals the rooms it is made of, and the widgets' side does what it is told"
-import asyncio, base64, io, json, re, threading
+import asyncio, base64, io, json, re, sys, threading, time
+from functools import partial
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 from PIL import Image
 from fusion_notebooks import baselines, contrast, explore, fusion, hooks, masking
@@ -167,6 +169,36 @@ def test_a_failing_step_says_why_and_the_next_job_runs(tiny):
     assert said[-1] == 'halving: division by zero' and not done
     work.ask('good', [('fine', lambda: done.append(2))]); assert done == [2] and said[-1] == ''
 
+def test_quiet_only_when_nothing_is_left(tiny):
+    "An empty status says that the answers shown are the last ones"
+    said = []
+    async def kernel():
+        work = explore.Work(tiny, lambda *a: said.append(a[0]))
+        for name in ('mask', 'effect'): work.ask(name, [(name, lambda: None)])
+        while not said or said[-1]: await asyncio.sleep(.01)
+    asyncio.run(kernel())
+    assert said == ['mask …', 'effect …', '']
+
+class Slow(dict):
+    "Long enough in each of its acts for another thread to come between"
+    def pop(self, *a): got = super().pop(*a); time.sleep(.002); return got
+    def __iter__(self): time.sleep(.002); return super().__iter__()
+
+def test_asked_from_another_thread_while_steps_run():
+    "The last of many is done, however the threads fall"
+    done, wrong = [], []
+    async def kernel():
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: wrong.append(context))
+        work = explore.Work(SimpleNamespace(layers=[]), lambda *_: None)
+        work.jobs = Slow()
+        def press():
+            for i in range(100): work.ask('mask', [('mask', partial(done.append, i))]); time.sleep(.001)
+        t = threading.Thread(target=press); t.start()
+        while t.is_alive() or work.task is None or not work.task.done(): await asyncio.sleep(.001)
+        work.task.result()
+    asyncio.run(kernel())
+    assert done[-1] == 99 and done == sorted(done) and not wrong
+
 def test_newer_question_replaces_the_older(tiny):
     done = []
     work = explore.Work(tiny, lambda *_: None)
@@ -186,7 +218,6 @@ def test_recorded_page_holds_text_only(tiny):
     assert Image.open(io.BytesIO(base64.b64decode(data['picture']))).size == (384, 384)
 
 def test_explorer_says_what_is_missing(tiny, monkeypatch):
-    import sys
     explore._canvas.cache_clear()
     monkeypatch.setitem(sys.modules, 'anywidget', None)
     with pytest.raises(ImportError, match=r'fusion_notebooks\[explore\]'): explore.explore(tiny, noise_image(0), QUESTION, fusion=())
