@@ -2,7 +2,7 @@
 # make test   notebook examples and pytest                            make lab     JupyterLab on the notebooks
 # make bench  what things cost here, against naive: a quarter of an hour on two free cores
 # make docs   the site, in docs/_build/html/index.html
-# make test-browser   headless Chromium (the system's, or that of `playwright install chromium`): the explorer in JupyterLab, every page of the site
+# make test-browser   headless Chromium (the system's, or that of `playwright install chromium`): the explorer in JupyterLab and Notebook 7, every page of the site
 .PHONY: demo test study lab docs readme bench test-browser
 .DELETE_ON_ERROR:
 
