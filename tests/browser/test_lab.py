@@ -70,7 +70,7 @@ def opened(browser, server, front, path):
         page.wait_for_function("""path => { const w = window.jupyterapp?.shell.currentWidget
             return w?.context?.path == path && w.context.isReady && w.sessionContext.isReady && w.sessionContext.session?.kernel?.connectionStatus == 'connected' }""", arg=path)
         page.evaluate('async () => { await jupyterapp.restored; await jupyterapp.shell.currentWidget.sessionContext.session.kernel.info; jupyterapp.commands.execute("notebook:run-all-cells").then(() => { window.ran = true }) }')
-        page.wait_for_function('() => window.ran && jupyterapp.shell.currentWidget.sessionContext.session.kernel.status == "idle"')
+        page.wait_for_function('() => window.ran && jupyterapp.shell.currentWidget.sessionContext.session.kernel.status == "idle"', timeout=3*PATIENCE)
         yield page
         assert not [e for e in page.failed if e.splitlines()[0] not in FAULTS[:2*(front == 'notebook')]] and not [u for u in page.asked if not u.startswith((here, here.replace('http', 'ws', 1), 'data:', 'blob:'))]
     finally:
