@@ -263,10 +263,11 @@ def masked(
 )->list: # of `Answer`, one per choice
     "The answers to one prompt with some visual tokens masked, in one batch that leaves the plain pass at the review layer; equal to `edit` with zero"
     at, known = [p.visual[t] for t in tokens], facts(mllm, p)
-    if known.plain and review >= known.clean:
-        ladder, inputs = Ladder(mllm, [Row(0)] + [Row(0, review, value=torch.zeros(1), at=t) for t in at], [], [p.visual]), mllm.encoded([p])
+    def together(some):
+        ladder, inputs = Ladder(mllm, [Row(0)] + [Row(0, review, value=torch.zeros(1), at=t) for t in some], [], [p.visual]), mllm.encoded([p])
         logits = ladder.forward(inputs.pop('input_ids'), **inputs)[1:, -1]
-        return ladder.pick(range(1, len(at) + 1)).greedy(logits, limit)
+        return ladder.pick(range(1, len(some) + 1)).greedy(logits, limit)
+    if known.plain and review >= known.clean: return in_batches(together, at, fitting(mllm, 0, p.length))
     def alone(t):
         with edit(mllm, review, t, 'zero'): return mllm.generate(p, max_new_tokens=limit)[0]
     return [alone(t) for t in at]
