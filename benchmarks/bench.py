@@ -35,8 +35,10 @@ def question(mllm, tail):
 
 def flops(work):
     "Of one call, as torch counts them"
-    cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *a, out_shape=None, **kw: sdpa_flop_count(q, k, v)}
-    with FlopCounterMode(display=False, custom_mapping=cpu) as counter: work()
+    def attention(q, k, v, *a, out_shape=None, **kw): return sdpa_flop_count(q, *((x[0], q[1], *x[2:]) for x in (k, v)))       # grouped keys count once per query head
+    kernels = ('flash_attention_for_cpu', 'flash_attention', 'efficient_attention', 'cudnn_attention')
+    ways = {getattr(torch.ops.aten, f'_scaled_dot_product_{k}'): attention for k in kernels}
+    with FlopCounterMode(display=False, custom_mapping=ways) as counter: work()
     return counter.get_total_flops()
 
 CLOCK = time.process_time                                                     # CPU time; gpu.py takes the wall's
@@ -55,8 +57,8 @@ def ratio(seconds, a, b='plain'):
 
 rows = []
 def row(what, value, spread='', limit=None, unit='×'):
-    rows.append(dict(what=what, value=round(float(value), 4), spread=spread, limit=limit, unit=unit, holds='' if limit is None else 'yes' if value <= limit else 'no'))
-    print(f'{what:<92} {value:9.3f} {unit:<4} {spread:<12} {"" if limit is None else f"limit {limit}: " + rows[-1]["holds"]}', flush=True)
+    rows.append(dict(what=what, value=float(f"{value:.4g}"), spread=spread, limit=limit, unit=unit, holds='' if limit is None else 'yes' if value <= limit else 'no'))
+    print(f'{what:<92} {value:9.4g} {unit:<4} {spread:<12} {"" if limit is None else f"limit {limit}: " + rows[-1]["holds"]}', flush=True)
 
 def plain(mllm, ask):
     def work(r=0):

@@ -1,7 +1,7 @@
 """The same on CUDA, at the real shapes of LLaVA-1.5-7B, LLaVA-NeXT and Qwen2.5-VL-7B with random weights in bfloat16: `python benchmarks/gpu.py`.
 
-Times are medians of interleaved pairs. The floor of a forward is the larger of reading every weight once, at the measured copy rate, and of its operations, at the
-measured matrix rate. `--tiny` runs the same code on small models, on any device.
+Times are the wall's, medians of interleaved pairs. The floor of a forward is the larger of reading every weight once, at the measured copy rate, and of its operations, at the
+measured matrix rate; it is compared with a forward whose picture is on the device already, everything else starts from a picture. `--tiny` runs the same code on small models, on any device.
 """
 import argparse, statistics, sys, time
 import torch, transformers as T
@@ -66,11 +66,11 @@ def qwen2(tiny, tok):
     side = 112 if tiny else 1036
     return T.Qwen2VLForConditionalGeneration, config, lambda m: PlainProcessor(T.Qwen2VLImageProcessor(min_pixels=side*side, max_pixels=side*side), tok, m)
 
-def build(make, tiny, device):
-    "Random weights of the real shapes, made on the device in bfloat16"
+def build(make, tiny, device, dtype=torch.bfloat16):
+    "Random weights of the real shapes, made on the device"
     tok = demo.make_tokenizer()
     cls, config, processor = make(tiny, tok)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         with torch.device(device): model = cls(config)
     finally: torch.set_default_dtype(torch.float32)
@@ -99,6 +99,18 @@ def self_checks(make, tiny, device):
     for c in report.checks:
         if not c.ok: print(f'{mllm.name}: {c.name}: {c.reason}')
 
+def exact(make, tiny, device):
+    "Fast sweeps against naive ones at the real size, in float32; weights are enlarged so that the picture matters"
+    mllm = build(make, tiny, device, torch.float32)
+    randomise(mllm.model)
+    ask = question(mllm, 40)
+    some = [Sample(picture(k), ask, id=f'{k}') for k in range(2)]
+    for how in ('knockout', 'zero', 'swap'):
+        fast, slow = (masking.sweep(mllm, some, how, exact=x, limit=1) for x in ('auto', 'naive'))
+        effect = slow.logp[slow.layer >= 0].to_numpy() - slow.groupby('sample').logp.transform('first')[slow.layer >= 0].to_numpy()
+        row(f'{mllm.name}: {how} in float32, fast against naive, largest difference of log-probability', abs(fast.logp - slow.logp).max(), f'{abs(effect).max():.2f} masked', unit='nats')
+        if (fast.prediction != slow.prediction).any(): print(f'{mllm.name}: {how}: {(fast.prediction != slow.prediction).sum()} of {len(fast)} answers differ')
+
 def one_model(make, tiny, device, repeats):
     mllm = build(make, tiny, device)
     name, ask = mllm.name, question(mllm, 40)
@@ -114,20 +126,24 @@ def one_model(make, tiny, device, repeats):
     def captured(r):
         with torch.inference_mode(), capture(mllm) as tape: mllm.model(**mllm.prompt(picture(1000 + r), ask).inputs, use_cache=True, logits_to_keep=1)
         return tape.attention
-    works |= dict(capture=sync(captured), answer=sync(lambda r: mllm.answer(picture(3000 + r), ask)), mask=sync(lambda r: contrast.refine(mllm, picture(4000 + r), ask, how='mask')))
+    def ready(r):
+        with torch.inference_mode(): mllm.model(**p.inputs, use_cache=True, logits_to_keep=1)
+    works |= dict(ready=sync(ready), capture=sync(captured), answer=sync(lambda r: mllm.answer(picture(3000 + r), ask)), mask=sync(lambda r: contrast.refine(mllm, picture(4000 + r), ask, how='mask')))
     try: contrast.refine(mllm, picture(1), ask, base=48); works['crop'] = sync(lambda r: contrast.refine(mllm, picture(5000 + r), ask, base=48))
     except ValueError as e: print(f'{name}: no crop ({e})')
     for w in works.values(): w(9_000)
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats()
     seconds = timed(repeats, plain=sync(forward), naive=naive, **works)
     base = statistics.median(seconds['plain'])
-    row(f'{name}: a forward', base, unit='s')
-    row(f'{name}: a forward over its floor', base/max(weights/read, count/multiply))
+    row(f'{name}: a forward from a picture', base, unit='s')
+    row(f'{name}: a forward, picture on the device', statistics.median(seconds['ready']), unit='s')
+    row(f'{name}: the same over its floor', statistics.median(seconds['ready'])/max(weights/read, count/multiply))
     row(f'{name}: bound of a sweep, 1 + (T/S)(L + 1)/2, in forwards', 1 + tail/p.length*(L + 1)/2)
     for how in ('knockout', 'swap', 'zero'): row(f'{name}: {how} sweep of {L} layers, in forwards', *ratio(seconds, how))
     row(f'{name}: naive sweep, in forwards (from one layer)', 1 + (ratio(seconds, 'naive')[0] - 1)*L)
     row(f'{name}: capture over a forward', *ratio(seconds, 'capture'), limit=1.1)
-    for how in {'mask', 'crop'} & works.keys(): row(f'{name}: refine by {how} over a plain answer', *ratio(seconds, how, 'answer'), limit=dict(mask=1.1, crop=2.2)[how])
+    for how in ('mask', 'crop'):
+        if how in works: row(f'{name}: refine by {how} over a plain answer', *ratio(seconds, how, 'answer'), limit=dict(mask=1.1, crop=2.2)[how])
     some = [Sample(picture(6000 + k), ask, id=f'{k}') for k in range(4 if tiny else 16)]
     seconds = timed(1, all=sync(lambda r: masking.sweep(mllm, some, ('knockout', 'swap', 'zero'), limit=1)))
     row(f'{name}: samples per second, three sweeps each, end to end', len(some)/seconds['all'][0], unit='1/s')
@@ -141,13 +157,13 @@ def main():
     bench.CLOCK = time.perf_counter
     if not (torch.cuda.is_available() or a.tiny): print('No GPU here: run this where there is one, or with --tiny.', file=sys.stderr); return 2
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    for make in (llava, llava_next, vipllava, llava_onevision, instructblip, qwen2, qwen):
-        self_checks(make, a.tiny, device)
+    todo = [(one_model, make, 2 if a.tiny else 5) for make in (llava, llava_next, qwen)] + [(exact, make) for make in (llava, qwen)] + [(self_checks, make) for make in (llava, llava_next, vipllava, llava_onevision, instructblip, qwen2, qwen)]
+    for work, make, *more in todo:
+        start = time.perf_counter()
+        work(make, a.tiny, device, *more)
         if device.type == 'cuda': torch.cuda.empty_cache()
-    for make in (llava, llava_next, qwen):
-        one_model(make, a.tiny, device, 2 if a.tiny else 5)
-        if device.type == 'cuda': torch.cuda.empty_cache()
-    if not a.tiny: bench.write('gpu', 'Costs on a GPU')
+        if not a.tiny: bench.write('gpu', 'Costs on a GPU')                 # after each, so that a run that is cut short has what was measured
+        print(f'({work.__name__} of {make.__name__}: {time.perf_counter() - start:.0f} s)', flush=True)
     return 0
 
 if __name__ == '__main__': sys.exit(main())

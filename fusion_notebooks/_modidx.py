@@ -575,6 +575,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fusion_notebooks.mllm.Prompt': ('mllm.html#prompt', 'fusion_notebooks/mllm.py'),
                                        'fusion_notebooks.mllm.Prompt.grids': ('mllm.html#prompt.grids', 'fusion_notebooks/mllm.py'),
                                        'fusion_notebooks.mllm.Prompt.length': ('mllm.html#prompt.length', 'fusion_notebooks/mllm.py'),
+                                       'fusion_notebooks.mllm.Prompt.shown': ('mllm.html#prompt.shown', 'fusion_notebooks/mllm.py'),
                                        'fusion_notebooks.mllm.Prompt.views': ('mllm.html#prompt.views', 'fusion_notebooks/mllm.py'),
                                        'fusion_notebooks.mllm.Sample': ('mllm.html#sample', 'fusion_notebooks/mllm.py'),
                                        'fusion_notebooks.mllm._Stop': ('mllm.html#_stop', 'fusion_notebooks/mllm.py'),

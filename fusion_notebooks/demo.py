@@ -555,7 +555,7 @@ class Trainer:
             if getattr(self.recipe, stage) and (stage in STAGES[5:]) == bool(self.base): getattr(self, stage)()
 
     def rng(self, stage, step): return np.random.default_rng([self.recipe.seed, sum(map(ord, stage)), step])
-    def cast(self): return torch.autocast(self.device, torch.bfloat16, enabled=self.device != 'cpu' or 'AVX512' in torch.backends.cpu.get_cpu_capability()) # emulated, it is thirty times slower than float32
+    def cast(self): return torch.autocast(self.device, torch.bfloat16, enabled=self.device == 'cpu' and 'AVX512' in torch.backends.cpu.get_cpu_capability()) # emulated, it is thirty times slower than float32; on a GPU, starting the kernels takes the time
     def places(self): k = VIEW//PATCH; third = lambda i: int(3*(i + .5)/k); return torch.tensor([3*third(i//k) + third(i % k) for i in range(k*k)], device=self.device)
     def features(self, views): return self.core.vision_tower(_pixels(views, self.processor, self.device), output_hidden_states=True).hidden_states[-1][:, 1:]
     def draw(self, rng, shares):
@@ -781,9 +781,9 @@ def reading_depth(
 MODELS = {'glyph-llava': Recipe(), # demo models and how they are trained
           'glyph-qwen2vl': Recipe(base='glyph-llava', copy=700, speak=2400),
           'planted-3': Recipe(base='glyph-llava', hops=(3,), decoys=(1, 5), plant=500),
-          'planted-2-6': Recipe(base='glyph-llava', hops=(2, 6), decoys=(1, 4), plant=2200, shares=(.15, .1, .1, .35, .1, .2)),
+          'planted-2-6': Recipe(base='glyph-llava', hops=(2, 6), decoys=(1, 4), plant=7700, scenes_asked=8, shares=(.25, .2, .1, .2, .12, .13)),
           'planted-2-4-6': Recipe(base='glyph-llava', hops=(2, 4, 6), decoys=(1, 5), plant=700, scenes_asked=8),
-          'glyph-next': Recipe(base='glyph-llava', scenes_asked=6, asked=16, tile=350)}
+          'glyph-next': Recipe(base='glyph-llava', scenes_asked=6, asked=16, tile=3800)}
 
 def save_model(
     model, # trained

@@ -183,9 +183,10 @@ def randomise(
     seed:int=0, # of the weights
 ): # the same model
     "Weights large enough that the picture, every layer and every norm matter"
-    g = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    g = torch.Generator(device).manual_seed(seed)
     for name, p in model.named_parameters():
-        r = torch.randn(p.shape, generator=g)
+        r = torch.randn(p.shape, generator=g, device=device)
         if p.ndim < 2 or 'norm' in name: p.copy_(p.nan_to_num() + (.1 if 'bias' in name else .3)*r)
         else: p.copy_(1.5*r/(p.shape[-1] if p.ndim == 3 else p[0].numel())**.5)
     return model

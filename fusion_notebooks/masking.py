@@ -304,11 +304,13 @@ def head_of(
     n:int, # rows
 )->Prompt: # without a question
     "The first rows of a prompt, with all its images"
-    return replace(p, inputs={k: v[:, :n] if _is_row(v, p.length) else v for k, v in p.inputs.items()}, question='')
+    head = replace(p, inputs={k: v[:, :n] if _is_row(v, p.length) else v for k, v in p.inputs.items()}, question='')
+    head.shown = p.shown
+    return head
 
 def _key(mllm, p, n):
     "What the first n rows of a prompt depend on"
-    return mllm.weights_state(), digest(*(x for kv in sorted(head_of(p, n).inputs.items()) for x in kv))
+    return mllm.weights_state(), p.shown, digest(*(x for k, v in sorted(p.inputs.items()) if _is_row(v, p.length) for x in (k, v[:, :n])))
 
 def fitting(
     mllm:MLLM, # the model

@@ -11,6 +11,7 @@ __all__ = ['MAX_PIXELS', 'PLAIN', 'GREEDY', 'FEATURES', 'Sample', 'open_image', 
 # %% ../nbs/00_mllm.ipynb #c003
 import hashlib, inspect, math, os, subprocess, sys, warnings
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -189,6 +190,8 @@ class Prompt:
     path:str='' # 'appended' where the family takes one picture and the tokens of a second one were put behind the first's
     @property
     def length(self): "Rows of the prompt"; return self.inputs['input_ids'].shape[1]
+    @cached_property
+    def shown(self): "A hash of the tensors of its pictures, which are read once"; return digest(*(x for kv in sorted(image_inputs(self.inputs).items()) for x in kv))
     @property
     def views(self): "Every `Grid`: whole pictures and tiles. Raises `ValueError` where no place can be given to the tokens."; return self.find_views()
     @property
@@ -502,13 +505,16 @@ def _as_grids(boxes, valid, sizes):
     image = (boxes[ids].mean(1) + 4.5)//10
     b = boxes[ids] - 10*image[:, None]
     cx, cy = (b[:, 0] + b[:, 2])/2, (b[:, 1] + b[:, 3])/2
-    cuts, near = [0], lambda u, v: abs(u - v) < 2e-3
+    images, at, n = np.unique(image, return_inverse=True, return_counts=True)
+    tall = np.array([sizes[int(k)][1]/sizes[int(k)][0] for k in images])
+    across, down = (.4/np.sqrt(n*np.maximum(1, t))[at] for t in (1/tall, tall))      # under half of what tokens lie apart, square or not; grey levels tell places to 1/255 only
+    cuts, near = [0], lambda u, v, step: abs(u - v) < step
     for k in range(1, len(ids)):
-        i, same_row = cuts[-1], near(cy[k], cy[k - 1])
-        if image[k] != image[i] or (cx[k] < cx[k - 1] if same_row else cy[k] < cy[k - 1] or not near(cx[k], cx[i])): cuts.append(k)
+        i, same_row = cuts[-1], near(cy[k], cy[k - 1], down[k])
+        if image[k] != image[i] or (cx[k] < cx[k - 1] if same_row else cy[k] < cy[k - 1] or not near(cx[k], cx[i], across[k])): cuts.append(k)
     out = []
     for i, j in zip(cuts, [*cuts[1:], len(ids)]):
-        w = int(near(cy[i:j], cy[i]).sum())
+        w = int(near(cy[i:j], cy[i], down[i]).sum())
         if (j - i) % w: raise ValueError(f'{j - i} tokens in rows of {w} form no grid')
         h, size = (j - i)//w, sizes[int(image[i])]
         pitch = lambda c, n, whole: (c[-1] - c[0])/(n - 1) if n > 1 else whole
@@ -803,10 +809,9 @@ def features(self:MLLM,
     p:Prompt, # the prompt
 ): # what `mm_encoder_outputs` takes
     "The vision tower's output for a prompt's pictures"
-    seen = {k: v for k, v in p.inputs.items() if not _is_row(v, p.length)}
-    key = digest(*(x for kv in sorted(seen.items()) for x in kv))
-    if ('features', self.weights_state(), key) in self.kept: return self.kept.use(('features', self.weights_state(), key))
-    file = self.folder and self.folder[0]/f'{digest(self.folder_mark, key)}.safetensors'
+    key = 'features', self.weights_state(), p.shown
+    if key in self.kept: return self.kept.use(key)
+    file = self.folder and self.folder[0]/f'{digest(self.folder_mark, p.shown)}.safetensors'
     if file and file.exists():
         got = SimpleNamespace()
         for name, v in sorted(load_file(file, device=str(self.device)).items(), key=lambda kv: [int(x) if x.isdigit() else x for x in kv[0].split('.')]):
@@ -818,7 +823,7 @@ def features(self:MLLM,
         got = SimpleNamespace(**{n: list(v) if isinstance(v, tuple) else v for n in FEATURES if (v := getattr(out, n, None)) is not None})
         if 'deepstack_features' in vars(got): got.deepstack_features = [torch.cat(v) for v in got.deepstack_features]     # per layer, of all images
         if file: _write(file, got, self.folder)
-    return self.kept.put(('features', self.weights_state(), key), got)
+    return self.kept.put(key, got)
 
 def _write(file, features, folder):
     "Write features as a whole file or not at all, then remove the files least recently used beyond the budget"

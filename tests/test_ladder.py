@@ -133,6 +133,16 @@ def test_a_bank_that_does_not_fit(llava, monkeypatch):
     same(fast, naive)
     assert set(fast.path) == {'plain', 'resume', 'ladder'} and not llava.kept
 
+def test_the_pictures_of_a_prompt_are_hashed_once(llava, monkeypatch):
+    "However many layers read them: to hash the pixels of a large picture costs as much as a layer"
+    kw = dict(how=('swap', 'zero', 'knockout'), limit=1)
+    sweep(llava, SAMPLES, **kw)
+    real, pixels, hashed = room.digest, llava.prompt(SAMPLES[0].image, 'What?').inputs['pixel_values'].nbytes, []
+    def counted(*things): hashed.append(sum(t.nbytes for t in things if isinstance(t, torch.Tensor))); return real(*things)
+    for module in (room, masking): monkeypatch.setattr(module, 'digest', counted)
+    sweep(llava, SAMPLES, **kw)
+    assert sum(n >= pixels for n in hashed) == 2*len(SAMPLES)                          # samples and donors
+
 def test_what_is_kept_is_bounded_and_shared(llava, monkeypatch):
     runs = []
     handle = llava.decoder.register_forward_pre_hook(lambda d, args, kw: runs.append(tuple(kw['inputs_embeds'].shape[:2])), with_kwargs=True)

@@ -22,6 +22,17 @@ def test_dropped_pixels_are_reported(tiny):
     assert tiny.prompt(noise_image(0, (384, 384)), 'What?').grids[0].kept == 1
     assert abs(tiny.prompt(noise_image(0, (400, 200)), 'What?').grids[0].kept - .5) < .02
 
+@pytest.mark.parametrize('size', [(96, 96), (40, 240), (300, 50)])
+def test_a_small_picture_may_become_many_tokens(size):
+    "Places are read from grey levels, of which a small picture has few: rows are told apart all the same"
+    qwen = MLLM.load('glyph-qwen2vl')
+    qwen.processor.image_processor.size = dict(shortest_edge=1400*12**2, longest_edge=1500*12**2)
+    g, = qwen.prompt(noise_image(0, size), 'What?').grids
+    assert g.h*g.w > 1300 and abs(g.h/g.w*size[0]/size[1] - 1) < .1 and g.kept > .99
+    rows, cols = np.divmod(np.arange(g.h*g.w), g.w)
+    want = np.stack([cols/g.w, rows/g.h, (cols + 1)/g.w, (rows + 1)/g.h], 1)*[*size, *size]
+    assert abs(g.boxes - want).max() < max(size)/200
+
 def test_two_images(tiny, samples):
     p = tiny.prompt([samples[0].image, samples[1].image], 'What?')
     assert len(p.visual) == 128 and [g.index[0] for g in p.grids] == [0, 64] and (p.visual.diff() == 1).all()
