@@ -104,9 +104,9 @@ def exact(make, tiny, device):
     mllm = build(make, tiny, device, torch.float32)
     randomise(mllm.model)
     ask = question(mllm, 40)
-    some = [Sample(picture(k), ask, id=f'{k}') for k in range(2)]
+    some, layers = [Sample(picture(k), ask, id=f'{k}') for k in range(2)], [0, mllm.n_layers//2, mllm.n_layers - 1]
     for how in ('knockout', 'zero', 'swap'):
-        fast, slow = (masking.sweep(mllm, some, how, exact=x, limit=1) for x in ('auto', 'naive'))
+        fast, slow = (masking.sweep(mllm, some, how, layers=layers, exact=x, limit=1) for x in ('auto', 'naive'))
         effect = slow.logp[slow.layer >= 0].to_numpy() - slow.groupby('sample').logp.transform('first')[slow.layer >= 0].to_numpy()
         row(f'{mllm.name}: {how} in float32, fast against naive, largest difference of log-probability', abs(fast.logp - slow.logp).max(), f'{abs(effect).max():.2f} masked', unit='nats')
         if (fast.prediction != slow.prediction).any(): print(f'{mllm.name}: {how}: {(fast.prediction != slow.prediction).sum()} of {len(fast)} answers differ')

@@ -227,7 +227,7 @@ def tables(): # name of the page, Markdown
              ('data/reference/paper_tables.csv', "The paper's numbers", 'As published in [arXiv 2601.08151](https://arxiv.org/abs/2601.08151); the per-layer logs of its authors lie beside this table in `data/reference`.')]
     known += [(str(p.relative_to(ROOT)), f'{p.stem.replace("-", " ").capitalize()} of {p.parent.name}', 'The numbers of a figure, with intervals and n.') for p in sorted((ROOT/'figures').glob('*/*.csv')) if p.stem != 'summary']
     known += [(str(p.relative_to(ROOT)), f'Findings on {p.parent.name}', 'Every number of the study with its 95 % interval and its n. Layers are chosen on calibration pictures, everything else is measured on others.') for p in sorted((ROOT/'figures').glob('*/summary.csv'))]
-    known += [(str(p.relative_to(ROOT).with_suffix('.csv')), 'Benchmarks: ' + title.lstrip('# '), f'{about}. Ratios are to one plain forward of the same prompt; `make bench` measures all of it again.') for p in sorted((ROOT/'benchmarks/results').glob('*.md')) for title, about, *_ in [p.read_text().split('\n\n')]]
+    known += [(str(p.relative_to(ROOT).with_suffix('.csv')), 'Benchmarks: ' + title.lstrip('# '), f'{about}. Ratios are to one plain forward of the same prompt; `make bench`, and `python benchmarks/gpu.py` on a GPU, measure all of it again.') for p in sorted((ROOT/'benchmarks/results').glob('*.md')) for title, about, *_ in [p.read_text().split('\n\n')]]
     for path, title, about in known:
         if (ROOT/path).is_file(): yield '-'.join(Path(path).with_suffix('').parts[1:]), table(ROOT/path, title, about)
 

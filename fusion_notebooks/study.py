@@ -14,9 +14,10 @@ __all__ = ['PACKAGE', 'BENCHMARKS', 'FOLDERS', 'KEYS', 'Job', 'HOWS', 'SOFT', 'R
 # %% ../nbs/11_study.ipynb #c003
 import ast, configparser, hashlib, inspect, json, math, multiprocessing, os, random, re, signal, sys, textwrap, threading, time, zlib
 from collections import namedtuple
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -689,6 +690,11 @@ def _gpus():
     given = os.environ.get('CUDA_VISIBLE_DEVICES')
     return [g for g in given.split(',') if g] if given is not None else [str(i) for i, _ in enumerate(Path('/proc/driver/nvidia/gpus').glob('*'))]
 
+def _pinned(i, n, gpus):
+    "Environment of the i-th of n processes: its share of the cores, and its graphics card"
+    threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, (os.cpu_count() or 1)//n))
+    return dict(OMP_NUM_THREADS=threads, OMP_WAIT_POLICY='passive', TOKENIZERS_PARALLELISM='false') | (dict(CUDA_VISIBLE_DEVICES=gpus[i % len(gpus)]) if gpus else {})
+
 def on_workers(
     s:Settings, # the study
     n:int, # processes
@@ -698,8 +704,7 @@ def on_workers(
     todo = {job: units(job, s) for job in jobs(s)}
     tell, before = teller(todo, s), None
     def start(i):
-        pinned = dict(OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS') or str(max(1, (os.cpu_count() or 1)//n)), OMP_WAIT_POLICY='passive', TOKENIZERS_PARALLELISM='false')
-        with patch.dict(os.environ, pinned | (dict(CUDA_VISIBLE_DEVICES=gpus[i % len(gpus)]) if gpus else {})):
+        with patch.dict(os.environ, _pinned(i, n, gpus)):
             alive[i] = spawn.Process(target=_worker, args=(s, os.getpid(), old), name=f'worker {i}')
             alive[i].start()
     try:
@@ -832,6 +837,29 @@ def choose(
         if bad := [x for x in some if x not in known]: raise ValueError(f"No {what} '{bad[0]}'; known: {', '.join(known)}.")
     return s
 
+def _notebook(analysis, where, name, s):
+    "Run one notebook: (what went wrong and whether the input is to blame, or None; what is said of it)"
+    start = time.time()
+    try: ran = execute(analysis, where, name, s)
+    except Exception as e: return _cause(e), ''                    # whatever breaks in one notebook, the others still run
+    return None, f'{time.time() - start:.0f} s' if ran else 'done before, unchanged'
+
+def _pin(pins): os.environ.update(pins.get())
+
+@contextmanager
+def _side_by_side(n):
+    "How to start a notebook in one of n processes, each on its own graphics card where there are any: `_notebook`, arguments → what waits for its result; with one, it runs when it is waited for"
+    if n < 2: yield partial; return
+    spawn, gpus = multiprocessing.get_context('spawn'), _gpus()
+    pins = spawn.SimpleQueue()
+    for i in range(n): pins.put(_pinned(i, n, gpus))
+    pool = ProcessPoolExecutor(n, spawn, _pin, (pins,))
+    def waits(future):
+        try: return future.result()
+        except BrokenExecutor: return ('The process that ran it died: try fewer workers, or one.', False), ''
+    try: yield lambda *call: partial(waits, pool.submit(*call))
+    finally: pool.shutdown(cancel_futures=True)
+
 def run(
     settings='settings.ini', # path, or `Settings` from `choose`
     quick:bool=False, # the quick slice: [quick] overrides the other sections
@@ -856,18 +884,20 @@ def run(
     if rows and any(Store(s.results).missing(units(job, s)) for job in jobs(s)):
         with gently(): on_cluster(s, scheduler) if scheduler else on_workers(s, workers) if workers > 1 else work(s, wait=figures)
     whole = [a for a in s.analyses if of_all(notebooks(s)[a])]
-    for where, benchmark in [(w, b) for w in names for b in s.benchmarks] if figures else ():
-        name, one = _place(names[where], benchmark), replace(s, benchmarks=(benchmark,))
-        for analysis in [a for a in s.analyses if a not in whole]:
-            start, mine = time.time(), jobs(replace(one, models=(where,), analyses=(analysis,)))
-            if missing := [text for job in mine if (text := failure(job, s))]:
-                print(f'{name} · {missing[0]}', file=sys.stderr)
-                if rows: fail(name, analysis, missing[0], False); continue
-            try: ran = execute(analysis, where, name, one)
-            except Exception as e: fail(name, analysis, *_cause(e)); continue     # whatever breaks in one notebook, the others still run
-            report.done.append((name, analysis))
-            print(f'{name} · {analysis}: ' + (f'{time.time() - start:.0f} s' if ran else 'done before, unchanged'), file=sys.stderr, flush=True)
-        if any(m == name for m, _ in report.done): _summarise(where, name, one)
+    places = [(w, _place(names[w], b), replace(s, benchmarks=(b,))) for w in names for b in s.benchmarks] if figures else []
+    with _side_by_side(workers) as start:
+        def begun(analysis, where, name, one):
+            missing = [text for job in jobs(replace(one, models=(where,), analyses=(analysis,))) if (text := failure(job, s))]
+            return analysis, missing, None if missing else start(_notebook, analysis, where, name, one)
+        for (where, name, one), begun in [(p, [begun(a, *p) for a in s.analyses if a not in whole]) for p in places]:
+            for analysis, missing, result in begun:
+                if missing: print(f'{name} · {missing[0]}', file=sys.stderr)
+                wrong, said = ((missing[0], False) if rows else None, '') if missing else result()
+                if wrong: fail(name, analysis, *wrong)
+                if wrong or missing: continue
+                report.done.append((name, analysis))
+                print(f'{name} · {analysis}: {said}', file=sys.stderr, flush=True)
+            if any(m == name for m, _ in report.done): _summarise(where, name, one)
     for analysis in whole if figures and names else ():
         try: execute(analysis, list(names), 'study', s)
         except Exception as e: fail('study', analysis, *_cause(e)); continue

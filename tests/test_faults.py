@@ -339,12 +339,14 @@ def test_units_that_fail_are_said_and_stop_nothing_else(fake, want, fault, said)
     assert fake.rows()[0] == 0 and not fake.store.failures()
     compare(fake.table(), want)
 
-def test_notebooks_that_raise_or_hang(tmp_path, want):
+@pytest.mark.parametrize('workers', [1, 2])
+def test_notebooks_that_raise_or_hang(tmp_path, want, workers):
     s = Study(tmp_path, more='timeout = 2')
-    for cell, said in (('raise RuntimeError("a cell broke\\nbadly")', 'RuntimeError: a cell broke badly'), ('import time; time.sleep(100)', 'CellTimeoutError')):
+    cells = [('raise RuntimeError("a cell broke\\nbadly")', 'RuntimeError: a cell broke badly'), ('import time; time.sleep(100)', 'CellTimeoutError')]
+    for cell, said in cells + [('import os; os.kill(os.getppid(), 9)', 'The process that ran it died')]*(workers > 1):
         s.notebook(cell)
         start = time.monotonic()
-        code, out, err = s.run('study', '--settings', s.ini)
+        code, out, err = s.run('study', '--settings', s.ini, '--workers', workers)
         assert code == 1 and time.monotonic() - start < 40
         one_line(err, 'FAILED model · early_exit', said)
     compare(s.table(), want)
