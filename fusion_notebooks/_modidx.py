@@ -509,6 +509,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fusion_notebooks/masking.py'),
                                           'fusion_notebooks.masking.side_by_side': ( 'masking.html#side_by_side',
                                                                                      'fusion_notebooks/masking.py'),
+                                          'fusion_notebooks.masking.slides': ('masking.html#slides', 'fusion_notebooks/masking.py'),
                                           'fusion_notebooks.masking.stems': ('masking.html#stems', 'fusion_notebooks/masking.py'),
                                           'fusion_notebooks.masking.sweep': ('masking.html#sweep', 'fusion_notebooks/masking.py'),
                                           'fusion_notebooks.masking.visual_states': ( 'masking.html#visual_states',

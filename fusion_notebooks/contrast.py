@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.ndimage import label
 from .mllm import Answer, Grid, MLLM, Prompt, in_batches, open_image
 from .hooks import capture, check_layers, edit
-from .masking import Ladder, Pass, Row, answer_of, facts, fitting, record, second_answers, second_image
+from .masking import Ladder, Pass, Row, answer_of, facts, fitting, record, second_answers, second_image, slides
 from .fusion import hellinger, normalise
 
 # %% ../nbs/04_contrast.ipynb #c005
@@ -245,9 +245,9 @@ def beside(
     "The answers to [picture, crop], in one batch over the keys and values of the picture where they are the same; equal crops are asked once"
     one, alike = seen.prompt, {(c.size, c.tobytes()): c for c in crops}
     both, n, known, got = [mllm.prompt([one.images[0], c], one.question) for c in alike.values()], int(one.visual.max()) + 1, facts(mllm, one), {}
-    sliding, together = getattr(mllm.model.config.get_text_config(), 'sliding_window', None), {}  # counts keys, so nothing may be padded
+    together = {}
     for k, p in enumerate(both):
-        if known.causal and known.closed and seen.stem is not None and (rest := second_image(mllm, one, p, n)): together.setdefault(p.length if sliding else 0, []).append((k, rest))
+        if known.causal and known.closed and seen.stem is not None and (rest := second_image(mllm, one, p, n)): together.setdefault(p.length if slides(mllm) else 0, []).append((k, rest))
         else: got[k] = mllm.generate(p, max_new_tokens=limit)[0], p.path or 'two passes', p.length
     for some in together.values():
         work, most = lambda rests: second_answers(mllm, seen.stem.head(n), one.visual, rests, limit), max(r.length for _, (r, _) in some)

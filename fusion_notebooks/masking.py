@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEMS', 'TOKENS', 'visual_states', 'mean_states', 'Stem', 'Row', 'next_position', 'best_token', 'Ladder', 'head_of',
-           'fitting', 'stems', 'Facts', 'facts', 'bank', 'Pass', 'record', 'answer_of', 'second_image',
+           'fitting', 'slides', 'stems', 'Facts', 'facts', 'bank', 'Pass', 'record', 'answer_of', 'second_image',
            'second_answers', 'leaving', 'side_by_side', 'exits', 'play', 'scoped', 'Variant', 'donor_states', 'path_of',
            'sweep']
 
@@ -324,6 +324,8 @@ def fitting(
     most = int(.5*free_memory(mllm.device)/(numbers*mllm.head.weight.element_size()))
     return max(1, min(most, 1 << 20 if mllm.device.type == 'cuda' else TOKENS//own))
 
+def slides(mllm): "Does some layer see a window of keys? It counts them, so nothing may be padded"; return bool(getattr(mllm.model.config.get_text_config(), 'sliding_window', None))
+
 TOKENS = 2048 # of the tails in one forward on a CPU
 
 @torch.inference_mode()
@@ -525,8 +527,7 @@ def exits(
         rows.rows = [replace(r, leave=i) for r, i in zip(rows.rows, layers*len(some))]
         said = rows.greedy(torch.cat([lens(mllm, s.hidden[1:][layers]) for s in some]), limit)
         return [said[k:k + len(layers)] for k in range(0, len(said), len(layers))]
-    sliding = getattr(mllm.model.config.get_text_config(), 'sliding_window', None)    # counts keys, so nothing may be padded
-    return in_batches(together, seen, 1 if sliding else max(1, fitting(mllm, max(s.stem.length for s in seen), limit)//len(layers)))
+    return in_batches(together, seen, 1 if slides(mllm) else max(1, fitting(mllm, max(s.stem.length for s in seen), limit)//len(layers)))
 
 def _exit_alone(mllm, p, layer, limit):
     with early_exit(mllm, layer): return mllm.generate(p, max_new_tokens=limit)[0]
@@ -660,9 +661,8 @@ def _outcomes(mllm, variants, exact, limit):
         banks |= {id(v): found and found[v.layers[0]] for v in group}
     path = ['resume' if x == 'bank' and banks[id(v)] is None else x for v, x in zip(variants, path)]
     together, out = {}, [None]*len(variants)
-    sliding = getattr(mllm.model.config.get_text_config(), 'sliding_window', None)    # counts keys, so nothing may be padded
     for k, (v, x) in enumerate(zip(variants, path)):
-        key = (v.cut, v.p.length if sliding else 0) if x in ('ladder', 'bank') else id(v.p)
+        key = (v.cut, v.p.length if slides(mllm) else 0) if x in ('ladder', 'bank') else id(v.p)
         together.setdefault((x if x in ('resume', 'naive') else 'climb', key), []).append(k)
     for (x, _), ks in together.items():
         some = [variants[k] for k in ks]
