@@ -2,6 +2,7 @@
 
 Notebooks without stored outputs run here, as in `nbdev-test`; analyses need a whole study, so they show the committed figures instead."""
 import ast, base64, csv, html, inspect, os, re, shutil, sys, tomllib
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 import yaml
@@ -11,7 +12,7 @@ from nbdev.processors import add_links, add_show_docs, exec_show_docs, hide_line
 from fusion_notebooks import plots
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = {p.stem for p in (ROOT/'fusion_notebooks').glob('*.py')}
+ROOMS = {p.stem for p in (ROOT/'fusion_notebooks').glob('[a-z]*.py')}
 markdown = lambda text: mk_cell(text, 'markdown')
 
 # Notebooks
@@ -280,6 +281,7 @@ def stage(
     "Write everything that Sphinx reads"
     shutil.rmtree(out, ignore_errors=True)
     paths = [p.relative_to(ROOT) for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if not re.search(r'/[._]', str(p.relative_to(ROOT)))]
+    for room in sorted(ROOMS): import_module(f'fusion_notebooks.{room}')  # once, for all that fork from here
     with get_context('fork').Pool(min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()), maxtasksperchild=1) as fresh: # a process each, as in nbdev-test: rooms register things under the same names
         books = dict(zip(paths, fresh.map(process, [ROOT/p for p in paths], chunksize=1)))
     targets = {t for nb in books.values() for c in nb.cells for t in re.findall(r'^\(([\w.-]+)\)=$', c.source, re.M)}
@@ -288,7 +290,7 @@ def stage(
     pages = {p.relative_to(ROOT/'docs'): p.read_text() for p in sorted((ROOT/'docs').rglob('*.md')) if not re.search(r'/[._]', str(p.relative_to(ROOT)))}
     pages |= {p.relative_to(ROOT): p.read_text() for p in sorted((ROOT/'data/models').glob('*/README.md'))}
     if (ROOT/'CHANGELOG.md').exists(): pages[Path('CHANGELOG.md')] = (ROOT/'CHANGELOG.md').read_text()
-    shutil.copytree(ROOT/'figures', out/'figures', ignore=shutil.ignore_patterns('*.csv', '*.pdf', '*.json'))
+    shutil.copytree(ROOT/'figures', out/'figures', ignore=shutil.ignore_patterns('*.csv', '*.pdf', '*.json', '*.md', '*.tex'))        # tables have pages of their own
     shutil.copytree(ROOT/'figures', out/'_files/figures', ignore=shutil.ignore_patterns('*.csv', '*.png'))
     extra = {Path(f'{name}.md'): text for name, text in tables()} | {Path('gallery.md'): gallery(out, books.get(Path('nbs/10_plots.ipynb'))), Path('api.md'): api(books)}
     if (ROOT/'CITATION.cff').exists(): extra[Path('citation.md')] = citation()

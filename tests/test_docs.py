@@ -34,6 +34,7 @@ def room(stage, tmp_path, monkeypatch):
     (tmp_path/'nbs/analyses/.notest').touch()
     (tmp_path/'settings.ini').write_text('[study]\n')
     for f in ('masking.png', 'masking.pdf', 'masking-fine.png'): (tmp_path/'figures/m').mkdir(parents=True, exist_ok=True); shutil.copy(ROOT/'figures/glyph-llava/masking.png', tmp_path/'figures/m'/f)
+    for kind, table in dict(csv='how,n\nzero,8\n', md='| how | n |\n|---|---|\n| zero | 8 |\n', tex='how & n').items(): (tmp_path/f'figures/m/masking-numbers.{kind}').write_text(table)
     (tmp_path/'data').mkdir(); (tmp_path/'data/matrix.csv').write_text('class,ok,reason\nA,yes,\nB,no,"<script>alert(1)</script>, 2"\n')
     (tmp_path/'docs').mkdir(); (tmp_path/'docs/page.md').write_text('# A page\n'); (tmp_path/'docs/index.md').write_text('# Welcome\n')
     monkeypatch.setattr(stage, 'ROOT', tmp_path); monkeypatch.setattr(stage, 'MODEL', 'm')
@@ -61,6 +62,7 @@ def test_stage(stage, room):
     shown = [s for kind, s in analysis if ':::{image}' in s]
     assert len(shown) == 2 and '../../figures/m/masking.png' in shown[0] and ':target: ../../figures/m/masking.pdf' in shown[0] and 'masking-fine.png' in shown[1] and ':target:' not in shown[1]
     assert re.search(r':alt: \w[^\n]{20,}; m fine', shown[1])
+    assert 'm-masking-numbers' in toc and [str(f.relative_to(out)) for f in out.rglob('masking-numbers*')] == ['_files/figures/m/masking-numbers.md', '_files/figures/m/masking-numbers.tex']
 
 def test_gallery_shows_the_lines_that_make_a_figure(stage, room):
     text = stage.gallery()

@@ -235,8 +235,8 @@ def test_refine(mllm, how):
         with hooks.edit(mllm, review, low, 'zero'): answer = mllm.answer(p)
     assert r.base.ids == mllm.answer(p).ids and r.answer.ids == answer.ids and abs(r.answer.logp - answer.logp) < 1e-4
 
-def test_many_crops_and_masks_in_one_batch(mllm):
-    "Each crop is answered as beside the picture alone, whatever its size; each mask as by an edit of its own"
+def test_many_crops_and_masks_in_one_batch(mllm, monkeypatch):
+    "Each crop is answered as beside the picture alone, whatever its size; each mask as by an edit of its own; and so where memory holds one at a time"
     seen, wide, high = contrast.look(mllm, PICTURE, ASK), PICTURE.crop((0, 0, 60, 30)), PICTURE.crop((10, 4, 40, 64))
     got = contrast.beside(mllm, seen.seen, [wide, high, wide], 6)
     for crop, (a, path, n) in zip((wide, high), got):
@@ -244,10 +244,14 @@ def test_many_crops_and_masks_in_one_batch(mllm):
         b = mllm.generate(p, max_new_tokens=6)[0]
         assert a.ids == b.ids and abs(a.logp - b.logp) < 1e-4 and n == p.length - (int(seen.prompt.visual.max()) + 1 if path == 'reused' else 0)
     assert got[2] == got[0] and (got[0][0].ids != got[1][0].ids or abs(got[0][0].logp - got[1][0].logp) > 1e-6)
-    review, some = 4 if mllm.cross else 3, [np.arange(0, len(seen.prompt.visual), 2), np.arange(len(seen.prompt.visual)//2)]
-    for tokens, a in zip(some, contrast.masked(mllm, seen.prompt, some, review, 6)):
+    review, some, plain = 4 if mllm.cross else 3, [np.arange(0, len(seen.prompt.visual), 2), np.arange(len(seen.prompt.visual)//2)], mllm.generate(seen.prompt, max_new_tokens=6)[0]
+    masked = contrast.masked(mllm, seen.prompt, some, review, 6)
+    for tokens, a in zip(some, masked):
         with hooks.edit(mllm, review, seen.prompt.visual[tokens], 'zero'): b = mllm.generate(seen.prompt, max_new_tokens=6)[0]
-        assert a.ids == b.ids and abs(a.logp - b.logp) < 1e-4
+        assert a.ids == b.ids and abs(a.logp - b.logp) < 1e-4 and (a.ids != plain.ids or abs(a.logp - plain.logp) > 1e-5)
+    for module in (contrast, masking): monkeypatch.setattr(module, 'fitting', lambda *a: 1)
+    again = [a for a, *_ in contrast.beside(mllm, seen.seen, [wide, high, wide], 6)] + contrast.masked(mllm, seen.prompt, some, review, 6)
+    for a, b in zip([a for a, *_ in got] + masked, again): assert a.ids == b.ids and abs(a.logp - b.logp) < 1e-4
 
 def test_load_from_a_folder(mllm, tmp_path):
     "As saved by transformers; where the family's processor cannot be built here, the plain one stands in"
