@@ -794,6 +794,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fusion_notebooks.study._scored': ('study.html#_scored', 'fusion_notebooks/study.py'),
                                         'fusion_notebooks.study._side_by_side': ('study.html#_side_by_side', 'fusion_notebooks/study.py'),
                                         'fusion_notebooks.study._size': ('study.html#_size', 'fusion_notebooks/study.py'),
+                                        'fusion_notebooks.study._stands': ('study.html#_stands', 'fusion_notebooks/study.py'),
                                         'fusion_notebooks.study._summarise': ('study.html#_summarise', 'fusion_notebooks/study.py'),
                                         'fusion_notebooks.study._worker': ('study.html#_worker', 'fusion_notebooks/study.py'),
                                         'fusion_notebooks.study.attention_rows': ('study.html#attention_rows', 'fusion_notebooks/study.py'),

@@ -47,9 +47,12 @@ def figures(a)->int:
     return 0
 
 def _drawn(report, s, cards=True):
-    "Exit code of a run; a model of which something was drawn gets its card as well"
+    "Exit code of a run; a model of which something was drawn, or that has none, gets its card as well"
+    from fusion_notebooks.study import find_model
     for model in s.models if cards and report.done else ():
-        try: _card(model, s)
+        try:
+            name = find_model(model, s)[1]
+            if name in report.fresh or not (s.figures/name/'card.html').exists(): _card(model, s)
         except ValueError: pass                                            # no rows of it; what failed has been said
         except OSError as e: print(f'fusion card of {model} failed: {e}', file=sys.stderr); report.failed[model, 'card'] = str(e)
     return report.code

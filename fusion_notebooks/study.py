@@ -16,7 +16,7 @@ import ast, configparser, hashlib, inspect, json, math, multiprocessing, os, ran
 from collections import namedtuple
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -784,6 +784,13 @@ def _inputs(nb, where, s, analysis):
 
 def _outputs(analysis, name, s): return {f.name: f.stat().st_size for f in (s.figures/name).glob(f'{analysis}*.p*')} # figures are named after the notebook
 
+def _stands(analysis, where, name, s, **more):
+    "Is what a notebook made still there, and would the same come of it? And the hash of what goes into it"
+    out, inputs = s.runs/name/f'{analysis}.ipynb', _inputs(notebooks(s)[analysis], where, s, analysis) + canonical(more)
+    try: before, now = json.loads(out.with_suffix('.json').read_text()), _outputs(analysis, name, s)
+    except (OSError, ValueError): return False, inputs             # no record, or none that can be read
+    return s.compute and out.exists() and before['inputs'] == inputs and all(now.get(k) == v for k, v in before['outputs'].items()), inputs
+
 def execute(
     analysis:str, # name of a notebook
     where, # model: folder or Hub id; the list of them for a notebook about all
@@ -792,12 +799,10 @@ def execute(
     **more, # further parameters of the notebook
 )->bool: # False where nothing had to be done
     "Run one notebook for one model. Raises `ValueError` for wrong parameters, `PapermillExecutionError` where a cell fails, `CellTimeoutError` where it hangs."
-    nb, out = notebooks(s)[analysis], s.runs/name/f'{analysis}.ipynb'
-    done, inputs = out.with_suffix('.json'), _inputs(nb, where, s, analysis) + canonical(more)
-    if s.compute and out.exists() and done.exists():
-        before, now = json.loads(done.read_text()), _outputs(analysis, name, s)
-        if before['inputs'] == inputs and all(now.get(k) == v for k, v in before['outputs'].items()): return False
+    nb, out, (stands, inputs) = notebooks(s)[analysis], s.runs/name/f'{analysis}.ipynb', _stands(analysis, where, name, s, **more)
+    if stands: return False
     import papermill as pm
+    done = out.with_suffix('.json')
     over = {k: getattr(s, k) for k in ('calibration', 'evaluation', 'compute', 'benchmarks')} | {k: str(getattr(s, k)) for k in ('runs', 'figures')}
     plain = read_settings(s.file, s.quick)
     over = {k: list(v) if isinstance(v, tuple) else v for k, v in over.items() if str(v) != str(getattr(plain, k))}
@@ -818,6 +823,7 @@ class Report:
     done:list # (model, analysis) that stand now
     failed:dict # (model, analysis) → cause, one sentence
     bad_input:bool=True # every failure was the input's, not the program's
+    fresh:set=field(default_factory=set) # models of which a notebook was run
     @property
     def code(self): "Exit code: 0 all stand, 1 something failed, 2 nothing could be run on this input"; return 0 if not self.failed else 2 if self.bad_input and not self.done else 1
 
@@ -840,9 +846,9 @@ def choose(
 def _notebook(analysis, where, name, s):
     "Run one notebook: (what went wrong and whether the input is to blame, or None; what is said of it)"
     start = time.time()
-    try: ran = execute(analysis, where, name, s)
+    try: execute(analysis, where, name, s)
     except Exception as e: return _cause(e), ''                    # whatever breaks in one notebook, the others still run
-    return None, f'{time.time() - start:.0f} s' if ran else 'done before, unchanged'
+    return None, f'{time.time() - start:.0f} s'
 
 def _pin(pins): os.environ.update(pins.get())
 
@@ -888,14 +894,17 @@ def run(
     with _side_by_side(workers) as start:
         def begun(analysis, where, name, one):
             missing = [text for job in jobs(replace(one, models=(where,), analyses=(analysis,))) if (text := failure(job, s))]
-            return analysis, missing, None if missing else start(_notebook, analysis, where, name, one)
-        for (where, name, one), begun in [(p, [begun(a, *p) for a in s.analyses if a not in whole]) for p in places]:
-            for analysis, missing, result in begun:
+            try: stands = _stands(analysis, where, name, one)[0]
+            except Exception: stands = False                       # to run it says what is wrong
+            return analysis, missing, None if missing or stands else start(_notebook, analysis, where, name, one)
+        for (where, name, one), mine in [(p, [begun(a, *p) for a in s.analyses if a not in whole]) for p in places]:
+            for analysis, missing, result in mine:
                 if missing: print(f'{name} · {missing[0]}', file=sys.stderr)
-                wrong, said = ((missing[0], False) if rows else None, '') if missing else result()
+                wrong, said = ((missing[0], False) if rows else None, '') if missing else result() if result else (None, 'done before, unchanged')
                 if wrong: fail(name, analysis, *wrong)
                 if wrong or missing: continue
                 report.done.append((name, analysis))
+                if result: report.fresh.add(names[where])
                 print(f'{name} · {analysis}: {said}', file=sys.stderr, flush=True)
             if any(m == name for m, _ in report.done): _summarise(where, name, one)
     for analysis in whole if figures and names else ():

@@ -312,9 +312,11 @@ def test_run_goes_on_after_failures_and_reports_them(ini, model_folder, monkeypa
     import papermill                                              # again: nothing is run that stands; rows or figures that are gone bring it back
     ran, real = [], papermill.execute_notebook
     monkeypatch.setattr(papermill, 'execute_notebook', lambda nb, *a, **kw: (ran.append(Path(nb).stem), real(nb, *a, **kw)))
-    assert study.run(ini, quick=True, analyses=['attention']).code == 0 and ran == []
+    again = study.run(ini, quick=True, analyses=['attention'])
+    assert again.code == 0 and ran == [] and not again.fresh and again.done == [('tiny', 'attention')]
     (quick/'figures/tiny/attention-evidence.png').unlink()
-    assert study.run(ini, quick=True, analyses=['attention']).code == 0 and ran == ['attention']
+    (quick/'tiny/attention.json').write_text('{')                  # what is no record counts as none
+    assert study.run(ini, quick=True, analyses=['attention']).fresh == {'tiny'} and ran == ['attention']
     assert (quick/'figures/tiny/attention-evidence.png').exists()
 
 def test_a_notebook_about_all_models_runs_once(ini, model_folder, monkeypatch, capsys):
