@@ -22,9 +22,8 @@ def server(tmp_path_factory):
     room, token = tmp_path_factory.mktemp('lab'), secrets.token_hex(16)
     for folder in ('nbs', 'figures'): shutil.copytree(ROOT/folder, room/folder)
     shutil.copy(ROOT/'settings.ini', room); (room/'data').mkdir()
-    for plugin, text in {'apputils-extension/notification': '{"fetchNews": "false", "checkForUpdates": false}'}.items():
-        file = room/f'.JUPYTERLAB_SETTINGS_DIR/@jupyterlab/{plugin}.jupyterlab-settings'          # no question about news
-        file.parent.mkdir(parents=True); file.write_text(text)
+    file = room/'.JUPYTERLAB_SETTINGS_DIR/@jupyterlab/apputils-extension/notification.jupyterlab-settings'        # no question about news
+    file.parent.mkdir(parents=True); file.write_text('{"fetchNews": "false", "checkForUpdates": false}')
     for f in (ROOT/'data').iterdir():
         if f.name not in ('results', 'runs'): (room/'data'/f.name).symlink_to(f)
     started = re.search(r'^lab:.*\n\t\$\(BIN\)/jupyter (.+)$', (ROOT/'Makefile').read_text(), re.M)[1].split()
