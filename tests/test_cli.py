@@ -101,3 +101,16 @@ def test_a_card_that_cannot_be_written_is_said(ini, capsys, monkeypatch):
     report = study.Report([('m', 'masking')], {})
     assert cli._drawn(report, study.read_settings(ini)) == 1 and 'fusion card of' in (err := capsys.readouterr().err) and 'No space left on device' in err
     assert cli._drawn(study.Report([('m', 'masking')], {}), study.read_settings(ini), cards=False) == 0
+
+def test_a_card_is_drawn_where_something_is_new(ini, monkeypatch):
+    from fusion_notebooks import cli, study
+    s, drawn = study.read_settings(ini), []
+    monkeypatch.setattr(cli, '_card', lambda model, s: drawn.append(model))
+    name, done = study.find_model(s.models[0], s)[1], [('m', 'masking')]
+    cli._drawn(study.Report(done, {}), s)                          # there is none yet
+    assert drawn == list(s.models)
+    (s.figures/name).mkdir(parents=True); (s.figures/name/'card.html').touch()
+    cli._drawn(study.Report(done, {}), s)
+    assert drawn == list(s.models)
+    cli._drawn(study.Report(done, {}, fresh={name}), s)
+    assert drawn == 2*list(s.models)

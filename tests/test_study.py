@@ -315,9 +315,10 @@ def test_run_goes_on_after_failures_and_reports_them(ini, model_folder, monkeypa
     again = study.run(ini, quick=True, analyses=['attention'])
     assert again.code == 0 and ran == [] and not again.fresh and again.done == [('tiny', 'attention')]
     (quick/'figures/tiny/attention-evidence.png').unlink()
-    (quick/'tiny/attention.json').write_text('{')                  # what is no record counts as none
     assert study.run(ini, quick=True, analyses=['attention']).fresh == {'tiny'} and ran == ['attention']
     assert (quick/'figures/tiny/attention-evidence.png').exists()
+    (quick/'tiny/attention.json').write_text('{')                  # what is no record counts as none
+    assert study.run(ini, quick=True, analyses=['attention']).code == 0 and ran == ['attention']*2
 
 def test_a_notebook_about_all_models_runs_once(ini, model_folder, monkeypatch, capsys):
     import papermill
