@@ -235,10 +235,12 @@ def hardware():
     kind = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.machine()} CPU'
     return f'{time.strftime("%Y-%m-%d")} · {kind}, {torch.get_num_threads()} thread{"s"*(torch.get_num_threads() > 1)} · Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}'
 
-def write(stem, title):
-    "The rows as CSV and as a Markdown table"
-    folder = HERE/'results'
-    table = pd.DataFrame(rows)
+def write(stem, title, keep=False):
+    "The rows as CSV and as a Markdown table; `keep` leaves rows that the table has already and that were not measured now"
+    folder, table = HERE/'results', pd.DataFrame(rows)
+    if keep and (folder/f'{stem}.csv').exists():
+        table = pd.concat([pd.read_csv(folder/f'{stem}.csv', keep_default_na=False), table.fillna('')])
+        table = table.drop_duplicates('what', keep='last').set_index('what').loc[table.what.unique()].reset_index()
     table.to_csv(folder/f'{stem}.csv', index=False)
     lines = ['| ' + ' | '.join(str('' if v is None or v != v else v) for v in r) + ' |' for r in table.itertuples(index=False)]
     (folder/f'{stem}.md').write_text(f'# {title}\n\n{hardware()}\n\n| ' + ' | '.join(table) + ' |\n|' + ' --- |'*len(table.columns) + '\n' + '\n'.join(lines) + '\n')

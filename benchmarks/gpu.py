@@ -1,7 +1,8 @@
 """The same on CUDA, at the real shapes of LLaVA-1.5-7B, LLaVA-NeXT and Qwen2.5-VL-7B with random weights in bfloat16: `python benchmarks/gpu.py`.
 
 Times are the wall's, medians of interleaved pairs. The floor of a forward is the larger of reading every weight once, at the measured copy rate, and of its operations, at the
-measured matrix rate; it is compared with a forward whose picture is on the device already, everything else starts from a picture. `--tiny` runs the same code on small models, on any device.
+measured matrix rate; it is compared with a forward whose picture is on the device already, everything else starts from a picture. `--tiny` runs the same code on small models, on any device;
+`gpu.py qwen llava` runs these models only. What is measured replaces what the record says of it, and the rest of the record stays.
 """
 import argparse, statistics, sys, time
 import torch, transformers as T
@@ -152,17 +153,18 @@ def one_model(make, tiny, device, repeats):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--tiny', action='store_true', help='small models, nothing written')
+    parser.add_argument('only', nargs='*', help='models to run; default: all')
     a = parser.parse_args()
     T.logging.set_verbosity_error()
     bench.CLOCK = time.perf_counter
     if not (torch.cuda.is_available() or a.tiny): print('No GPU here: run this where there is one, or with --tiny.', file=sys.stderr); return 2
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     todo = [(one_model, make, 2 if a.tiny else 5) for make in (llava, llava_next, qwen)] + [(exact, make) for make in (llava, qwen)] + [(self_checks, make) for make in (llava, llava_next, vipllava, llava_onevision, instructblip, qwen2, qwen)]
-    for work, make, *more in todo:
+    for work, make, *more in (t for t in todo if not a.only or t[1].__name__ in a.only):
         start = time.perf_counter()
         work(make, a.tiny, device, *more)
         if device.type == 'cuda': torch.cuda.empty_cache()
-        if not a.tiny: bench.write('gpu', 'Costs on a GPU')                 # after each, so that a run that is cut short has what was measured
+        if not a.tiny: bench.write('gpu', 'Costs on a GPU', keep=True)      # after each, so that a run that is cut short has what was measured
         print(f'({work.__name__} of {make.__name__}: {time.perf_counter() - start:.0f} s)', flush=True)
     return 0
 

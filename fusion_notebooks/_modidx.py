@@ -460,6 +460,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'fusion_notebooks/masking.py'),
                                           'fusion_notebooks.masking._Layer.update': ( 'masking.html#_layer.update',
                                                                                       'fusion_notebooks/masking.py'),
+                                          'fusion_notebooks.masking._alike': ('masking.html#_alike', 'fusion_notebooks/masking.py'),
                                           'fusion_notebooks.masking._attending': ('masking.html#_attending', 'fusion_notebooks/masking.py'),
                                           'fusion_notebooks.masking._beside': ('masking.html#_beside', 'fusion_notebooks/masking.py'),
                                           'fusion_notebooks.masking._can_be_apart': ( 'masking.html#_can_be_apart',

@@ -1,5 +1,5 @@
 "The ladder equals one forward per edit in every kind of model, and says where it cannot be used"
-import pytest, torch
+import pytest, torch, transformers as T
 from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import noise_image
 from fusion_notebooks import demo, masking, mllm as room
@@ -8,7 +8,7 @@ from fusion_notebooks.hooks import early_exit, edit
 from fusion_notebooks.masking import Facts, answer_of, bank, exits, facts, mean_states, record, stems, sweep
 from fusion_notebooks.mllm import MLLM, Kept, Sample
 from test_masking import same
-from twins import FAMILIES, family as twin
+from twins import FAMILIES, IMAGE, VISION, family as twin, text
 
 HOWS = ('zero', 'mean', 'swap', 'knockout', 'soft')
 SAMPLES = [Sample(noise_image(k, (96, 48)), q, id=f's{k}') for k, q in enumerate(('What color is the circle?', 'Which digit?', 'Name the shape of the object at the top left.'))]
@@ -195,6 +195,20 @@ def test_out_of_memory_halves_and_loses_nothing(llava, monkeypatch):
     got = sweep(llava, SAMPLES, 'knockout', limit=3)
     same(got, want)
     assert max(seen) > 5 and min(seen) <= 5
+
+def test_rounding_of_many_logits_in_bfloat16_forbids_no_ladder(monkeypatch):
+    "Some of a hundred thousand are far off in any deep model; what a ladder gets wrong, all of them show"
+    torch.manual_seed(0)
+    c = T.LlavaConfig(text_config=text(T.LlamaConfig, num_hidden_layers=64, vocab_size=100_000, initializer_range=.2), vision_config=T.CLIPVisionConfig(**VISION, image_size=24, patch_size=6, projection_dim=32), image_token_id=IMAGE, image_seq_length=16)
+    deep = MLLM(T.LlavaForConditionalGeneration(c).to(torch.bfloat16), twin('llava').processor)
+    p, alike, seen = deep.prompt(SAMPLES[0].image, SAMPLES[0].question), masking._alike, []
+    def watched(a, b, tolerance): seen.append(not masking._near(a, b, tolerance)); return alike(a, b, tolerance)
+    monkeypatch.setattr(masking, '_alike', watched)
+    assert facts(deep, p) == Facts(True, True, 0, True) and seen == [True]           # one by one they would forbid it
+    del deep.facts
+    other = stems(deep, [deep.prompt(SAMPLES[1].image, SAMPLES[0].question)], int(p.visual[-1]) + 1)
+    monkeypatch.setattr(masking, 'stems', lambda *a: other)                          # another picture's keys and values
+    assert facts(deep, p) == Facts(True, True, 0, False)
 
 def test_other_errors_pass(llava, monkeypatch):
     def broken(self, ids, **kw): raise RuntimeError('something else')
