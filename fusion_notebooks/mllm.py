@@ -153,16 +153,19 @@ class PlainProcessor:
         self.image_processor, self.tokenizer, self.model = image_processor, tokenizer, model
         self.image_token = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
         self.chat_template = chat_template or tokenizer.chat_template or PLAIN.replace('<image>', self.image_token)
-        self._counts = {} # shape of what the tower gets → visual tokens
+        self._counts = {} # size of a picture, or shape of what the tower gets → visual tokens
 
     def apply_chat_template(self, messages, add_generation_prompt=True, tokenize=False):
         return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False)
 
-    def _count(self, seen):
-        "How many visual tokens a picture becomes: its shape and the whole numbers beside its pixels settle it"
-        key = tuple((k, v.shape, () if v.is_floating_point() else tuple(v.flatten().tolist())) for k, v in sorted(seen.items()))
-        if key not in self._counts: self._counts[key] = len(flat(image_features(self.model, seen)))
-        return self._counts[key]
+    def _count(self, im, prepare):
+        "How many visual tokens a picture becomes: its size and the settings give the shapes and whole numbers that the tower gets, and these the tokens"
+        if (size := (getattr(im, 'shape', None) or im.size, str(vars(self.image_processor)))) not in self._counts:
+            seen = prepare(im)
+            key = tuple((k, v.shape, () if v.is_floating_point() else tuple(v.flatten().tolist())) for k, v in sorted(seen.items()))
+            if key not in self._counts: self._counts[key] = len(flat(image_features(self.model, seen)))
+            self._counts[size] = self._counts[key]
+        return self._counts[size]
 
     def __call__(self, images, text, return_tensors='pt', add_special_tokens=True):
         own = next(self.model.parameters())
@@ -170,7 +173,7 @@ class PlainProcessor:
         moved = lambda d: {k: v.to(own.device, own.dtype) if v.is_floating_point() else v.to(own.device) for k, v in d.items()}
         pieces, seen = text.split(self.image_token), pixels(images)
         if len(pieces) != len(images) + 1: raise ValueError(f'The text has {len(pieces) - 1} placeholders {self.image_token} for {len(images)} pictures.')
-        counts = [self._count(moved(seen if len(images) == 1 else pixels([im]))) for im in images]
+        counts = [self._count(im, lambda im: moved(seen if len(images) == 1 else pixels([im]))) for im in images]
         text = pieces[0] + ''.join(self.image_token*n + piece for n, piece in zip(counts, pieces[1:]))
         inputs = dict(self.tokenizer(text, return_tensors='pt', add_special_tokens=add_special_tokens))
         inputs.pop('token_type_ids', None)
@@ -789,7 +792,10 @@ def digest(
 )->str: # hexadecimal
     "A hash of some values"
     h = hashlib.sha1()
-    for t in things: h.update(repr(t.shape).encode() + t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if isinstance(t, torch.Tensor) and t.ndim else repr(t).encode())
+    for t in things:
+        if not (isinstance(t, torch.Tensor) and t.ndim): h.update(repr(t).encode()); continue
+        h.update(repr(t.shape).encode())
+        h.update(t.detach().cpu().contiguous().view(torch.uint8).flatten().numpy())
     return h.hexdigest()
 
 def remember(self:MLLM,

@@ -33,6 +33,23 @@ def test_a_small_picture_may_become_many_tokens(size):
     want = np.stack([cols/g.w, rows/g.h, (cols + 1)/g.w, (rows + 1)/g.h], 1)*[*size, *size]
     assert abs(g.boxes - want).max() < max(size)/200
 
+def test_pictures_are_prepared_once_and_counted_anew_under_other_settings():
+    "How many tokens a picture of some size becomes is known from then on, as long as the processor stays as it is"
+    qwen, calls, (a, b) = MLLM.load('glyph-qwen2vl'), [], (noise_image(k, size) for k, size in enumerate([(96, 96), (60, 90)]))
+    def prompts():
+        real, calls[:] = qwen.processor.image_processor, []
+        qwen.processor.image_processor = lambda images, **kw: calls.append(len(images)) or real(images=images, **kw)
+        vars(qwen.processor.image_processor).update(vars(real))
+        p = qwen.prompt([a, b], 'What?')
+        qwen.processor.image_processor = real
+        return [len(p.visual), int(p.inputs['image_grid_thw'].prod(1).sum())], calls.copy()
+    (n, want), first = prompts()
+    assert n == want and first == [2, 1, 1]                                          # sizes never seen: each is counted by itself
+    assert prompts() == ([n, want], [2])
+    qwen.processor.image_processor.size = dict(shortest_edge=20*12**2, longest_edge=30*12**2)
+    (fewer, want), again = prompts()
+    assert fewer == want < n/2 and again == [2, 1, 1]
+
 def test_two_images(tiny, samples):
     p = tiny.prompt([samples[0].image, samples[1].image], 'What?')
     assert len(p.visual) == 128 and [g.index[0] for g in p.grids] == [0, 64] and (p.visual.diff() == 1).all()
