@@ -921,8 +921,8 @@ def _summarise(where, name, s):
     if not file.exists():
         found = findings(where, [a for a in FINDINGS if a in ANALYSES], settings=s)
         write_whole(file, lambda f: found.to_csv(f, index=False, float_format='%.6g'))
-    found = pd.read_csv(file, dtype=dict(layers=str))
-    print(f"\n{Path(name).name if s.benchmarks == ('glyph',) else name.removesuffix('/' + s.benchmarks[0])} on {s.benchmarks[0]}{' (quick slice)' if s.quick else ''}\n{say(found)}\n\nfigures and summary.csv: {os.path.relpath(file.parent)}\nexecuted notebooks: {os.path.relpath(s.runs/name)}")
+    found, nothing = pd.read_csv(file, dtype=dict(layers=str)), f'No rows of {", ".join(FINDINGS)} yet: what was computed stands in its tables and its notebook.'
+    print(f"\n{Path(name).name if s.benchmarks == ('glyph',) else name.removesuffix('/' + s.benchmarks[0])} on {s.benchmarks[0]}{' (quick slice)' if s.quick else ''}\n{say(found) if len(found) else nothing}\n\nfigures and summary.csv: {os.path.relpath(file.parent)}\nexecuted notebooks: {os.path.relpath(s.runs/name)}")
 
 # %% ../nbs/11_study.ipynb #c043
 def _size(where):

@@ -222,6 +222,15 @@ def test_choices_one_at_a_time(shared, model_folder, monkeypatch):
         assert mine.prediction[key] == r.answer.text and abs(mine.logp[key] - r.answer.logp) < 1e-4 and mine.pre[key] == r.contrast.pre
     assert [j.split for j in study.jobs(study.replace(s, analyses=('candidates',)))] == ['calibration', 'calibration']
 
+def test_a_summary_without_findings_says_so(ini, shared, model_folder, capsys):
+    "As after the choices alone; where there are rows, it says what they say"
+    study._summarise(str(model_folder), 'tiny', study.replace(study.read_settings(ini), compute=False))
+    assert 'No rows of masking, attention, early_exit, refine yet: what was computed stands in its tables' in capsys.readouterr().out
+    study.require('masking', str(model_folder), settings=shared)
+    study._summarise(str(model_folder), 'tiny', study.replace(shared, compute=False, figures=ini.parent/'figures'/'others'))
+    said = capsys.readouterr().out
+    assert 'No rows' not in said and 'base (evaluation, n = 8)' in said
+
 FIXTURES = ROOT/'tests/fixtures/vqa'
 
 @pytest.fixture
