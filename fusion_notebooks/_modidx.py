@@ -267,6 +267,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fusion_notebooks/doctor.py'),
                                          'fusion_notebooks.doctor.overwritten': ('doctor.html#overwritten', 'fusion_notebooks/doctor.py'),
                                          'fusion_notebooks.doctor.randomise': ('doctor.html#randomise', 'fusion_notebooks/doctor.py'),
+                                         'fusion_notebooks.doctor.same_states': ('doctor.html#same_states', 'fusion_notebooks/doctor.py'),
                                          'fusion_notebooks.doctor.shrink': ('doctor.html#shrink', 'fusion_notebooks/doctor.py'),
                                          'fusion_notebooks.doctor.state_edits': ('doctor.html#state_edits', 'fusion_notebooks/doctor.py'),
                                          'fusion_notebooks.doctor.survey': ('doctor.html#survey', 'fusion_notebooks/doctor.py'),

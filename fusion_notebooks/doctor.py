@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIDTH', 'HEADS', 'LAYERS', 'SIDE', 'VOCAB', 'HEAD', 'SMALL', 'DEPTHS', 'WIDTHS', 'COMPLETE', 'FIXED', 'LAYOUTS',
            'CHAT', 'PROCESSORS', 'QUESTIONS', 'CHECKS', 'default_config', 'shrink', 'randomise', 'tiny_tokenizer',
-           'Patches', 'tiny_images', 'twin', 'noise', 'by_hand', 'overwritten', 'Case', 'image_matters',
+           'Patches', 'tiny_images', 'twin', 'noise', 'by_hand', 'overwritten', 'same_states', 'Case', 'image_matters',
            'capture_is_eager', 'empty_edit', 'state_edits', 'attention_edits', 'edits_move', 'layers_refused', 'causal',
            'batch_is_single', 'cache_is_exact', 'lens_is_exit', 'nothing_stays', 'Check', 'Report', 'cost', 'found',
            'doctor', 'config_of', 'examine', 'survey', 'matrix']
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from .mllm import MLLM, PlainProcessor, Prompt
-from .hooks import STATE_EDITS, capture, early_exit, edit, lens
+from .hooks import STATE_EDITS, _hidden, _removing, capture, early_exit, edit, lens
 from .masking import visual_states
 
 # %% ../nbs/13_doctor.ipynb #c005
@@ -384,6 +384,19 @@ def overwritten(
     finally:
         for layer in layers: del layer.forward
 
+@contextmanager
+def same_states(
+    mllm:MLLM, # the model
+    inputs:dict, # of a forward
+):
+    "Every decoder layer gets what enters it in a plain forward, so that what differs does not add up from layer to layer"
+    states = {}
+    def keep(i): return lambda layer, args, kw: states.update({i: _hidden(args, kw).clone()})
+    def give(i): return lambda layer, args, kw: ((states[i], *args[1:]), kw) if args else (args, kw | dict(hidden_states=states[i]))
+    hooked = lambda hook: _removing([layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(mllm.layers)])
+    with hooked(keep): _logits(mllm, inputs)
+    with hooked(give): yield
+
 # %% ../nbs/13_doctor.ipynb #c020
 class Case:
     "A model, two prompts that differ in their picture, and what several checks need"
@@ -391,7 +404,8 @@ class Case:
         self.mllm, self.tol = mllm, 1e-5 if mllm.dtype == torch.float32 else 3e-2
         self.p, self.q = (mllm.prompt(noise(k), QUESTIONS[0]) for k in (0, 1))
         self.visual, self.plain = self.p.visual.tolist(), _logits(mllm, self.p.inputs)
-        with by_hand(mllm) as maps: self.eager = _logits(mllm, self.p.inputs)
+        with by_hand(mllm): self.eager = _logits(mllm, self.p.inputs)
+        with same_states(mllm, self.p.inputs), by_hand(mllm) as maps: _logits(mllm, self.p.inputs)
         self.maps = {i: w for i, w in sorted(maps.items()) if not mllm.cross or i in mllm.cross}        # layers that attend to visual tokens
         self.some = sorted({list(self.maps)[k] for k in (0, -1)}) if self.maps else []
         self.words = [i for i in dict.fromkeys(mllm.processor.tokenizer('red box', add_special_tokens=False)['input_ids']) if i != mllm.image_token_id][:3]

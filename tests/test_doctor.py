@@ -145,6 +145,19 @@ def test_the_references_are_the_model(case):
     with D.overwritten([case.mllm.layers[1]], [], None): assert torch.equal(D._logits(case.mllm, case.p.inputs), case.plain)
     assert torch.equal(D._logits(case.mllm, case.p.inputs), case.plain) and not D._by_hand
 
+def test_rounding_that_adds_up_over_many_layers_is_no_wrong_map(monkeypatch):
+    "In bfloat16, eager attention and SDPA drift apart from layer to layer; with the same states in, the maps agree, and a wrong one is seen"
+    from twins import IMAGE, VISION, family, text
+    c = T.LlavaConfig(text_config=text(T.LlamaConfig, num_hidden_layers=64), vision_config=T.CLIPVisionConfig(**VISION, image_size=24, patch_size=6, projection_dim=32), image_token_id=IMAGE, image_seq_length=16)
+    deep = D.Case(MLLM(D.randomise(T.LlavaForConditionalGeneration(c), 1).to(torch.bfloat16), family('llava').processor))
+    with D.by_hand(deep.mllm) as drifting: D._logits(deep.mllm, deep.p.inputs)
+    at_end = lambda w: w[0, :, -1].float().mean(0)
+    assert max(float((at_end(drifting[i]) - at_end(w)).abs().max()) for i, w in deep.maps.items()) > deep.tol
+    assert D.capture_is_eager(deep) == ''
+    record = hooks._record
+    monkeypatch.setattr(hooks, '_record', lambda tape, i, module, query, key, mask, scaling, *a: record(tape, i, module, query, key, mask, scaling*(2 if i == 40 else 1), *a))
+    assert D.capture_is_eager(deep).startswith('The map of layer 40 is off eager attention by')
+
 # reports
 
 def test_what_cannot_be_is_refused_with_a_reason():
