@@ -393,6 +393,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fusion_notebooks.hooks': { 'fusion_notebooks.hooks.Tape': ('hooks.html#tape', 'fusion_notebooks/hooks.py'),
                                         'fusion_notebooks.hooks.Tape.__init__': ('hooks.html#tape.__init__', 'fusion_notebooks/hooks.py'),
                                         'fusion_notebooks.hooks.Tape._need': ('hooks.html#tape._need', 'fusion_notebooks/hooks.py'),
+                                        'fusion_notebooks.hooks.Tape._pick': ('hooks.html#tape._pick', 'fusion_notebooks/hooks.py'),
                                         'fusion_notebooks.hooks.Tape._start': ('hooks.html#tape._start', 'fusion_notebooks/hooks.py'),
                                         'fusion_notebooks.hooks.Tape.attention': ('hooks.html#tape.attention', 'fusion_notebooks/hooks.py'),
                                         'fusion_notebooks.hooks.Tape.hidden': ('hooks.html#tape.hidden', 'fusion_notebooks/hooks.py'),

@@ -45,12 +45,20 @@ class Tape:
 
     def _start(self, seen, cross=False):
         "A new forward over a prompt begins; `seen` is (batch, N), True at visual tokens (or, with cross-attention, at their placeholders)"
-        n = int(seen.sum(1).max())
-        self.valid = torch.arange(n, device=seen.device) < seen.sum(1, keepdim=True)
-        self._columns = None if cross else (~seen).to(torch.int8).sort(dim=1, stable=True).indices[:, :n]
+        device, seen = seen.device, seen.cpu()
+        counts = seen.sum(1, keepdim=True)
+        at = torch.arange(n := int(counts.max()))
+        columns = (~seen).to(torch.int8).sort(dim=1, stable=True).indices[:, :n]
+        first, self._short = int(columns[0, 0]), bool((counts < n).any())
+        self.valid, self._columns = (at < counts).to(device), None if cross else columns.to(device)
+        self._span = slice(first, first + n) if (columns == first + at).all() else None                  # all in one piece, at the same place
         rows = [-1] if self.rows == 'last' else range(seen.shape[1]) if self.rows == 'all' else self.rows
-        self._rows = torch.tensor([[r % seen.shape[1] for r in rows]], device=seen.device).expand(len(seen), -1)
+        self._rows = torch.tensor([[r % seen.shape[1] for r in rows]], device=device).expand(len(seen), -1)
         self._maps, self._states, self.listening = {}, {}, True
+
+    def _pick(self, x):
+        "The rows of (batch, heads, N, width) that are recorded"
+        return x[:, :, -1:] if self.rows == 'last' else x.gather(2, self._rows.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
     listening = False
     def _need(self, what):
@@ -69,23 +77,21 @@ class Tape:
 _listeners = {} # attention module → [(tape, layer)]
 
 def _record(tape, i, module, query, key, mask, scaling):
-    rows, k = tape._rows.to(query.device), key.shape[2]
-    pick = lambda x: x.gather(2, rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-    q = pick(query).float()
-    key = key.repeat_interleave(query.shape[1]//key.shape[1], 1).float()
-    logits = q @ key.transpose(2, 3)*(scaling if scaling is not None else query.shape[-1]**-.5)
-    if mask is None and tape._columns is not None: logits = logits.masked_fill((torch.arange(k, device=q.device) > rows[..., None])[:, None], -torch.inf)
-    elif mask is not None:
-        mask = pick(mask[..., :k].expand(len(q), *mask.shape[1:3], -1))
+    k, heads = key.shape[2], key.shape[1]
+    q = tape._pick(query).float()*(scaling if scaling is not None else query.shape[-1]**-.5)
+    logits = (q.reshape(len(q), heads, -1, q.shape[-1]) @ key.float().transpose(2, 3)).reshape(*q.shape[:3], k)    # query heads that share a key head ask it together
+    if mask is not None:
+        mask = tape._pick(mask[..., :k].expand(len(q), *mask.shape[1:3], -1))
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask.float()
+    elif tape._columns is not None and tape.rows != 'last': logits = logits.masked_fill((torch.arange(k, device=q.device) > tape._rows.to(q.device)[..., None])[:, None], -torch.inf)
     _store(tape, i, logits.softmax(-1))
 
 def _store(tape, i, a):
     "Keep the visual columns of attention weights (batch, heads, rows, keys)"
     if tape.heads == 'mean': a = a.mean(1, keepdim=True)
     if tape._columns is not None:
-        a = a.gather(-1, tape._columns.to(a.device)[:, None, None, :].expand(-1, a.shape[1], a.shape[2], -1))
-        a = a*tape.valid.to(a.device)[:, None, None, :]
+        a = a[..., tape._span] if tape._span else a.gather(-1, tape._columns.to(a.device)[:, None, None, :].expand(-1, a.shape[1], a.shape[2], -1))
+        if tape._short: a = a*tape.valid.to(a.device)[:, None, None, :]
     tape._maps[i] = (a[:, 0] if tape.heads == 'mean' else a).detach()
 
 def _recording_attention(module, query, key, value, attention_mask, scaling=None, **kw):
@@ -97,7 +103,7 @@ def _recording_eager(module, query, key, value, attention_mask, **kw):
     "A family without SDPA keeps its own attention (biases, caps); its weights are the maps"
     out, weights = sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, attention_mask, **kw)
     for tape, i in _listeners.get(module, ()):
-        if tape.listening: _store(tape, i, weights.float().gather(2, tape._rows.to(weights.device)[:, None, :, None].expand(-1, weights.shape[1], -1, weights.shape[3])))
+        if tape.listening: _store(tape, i, tape._pick(weights).float())
     return out, weights
 
 NAME, EAGER = 'fusion_capture', 'fusion_capture_eager'
@@ -141,7 +147,7 @@ def capture(
     def embed(module, args):                                            # `generate` of some families never calls the model's own forward
         if not announced: begin(args[0])
     def keep(i, h):
-        if tape.listening: tape._states[i] = h[torch.arange(len(h), device=h.device)[:, None], tape._rows.to(h.device)].detach().float()
+        if tape.listening: tape._states[i] = tape._pick(h[:, None])[:, 0].detach().to(torch.float32, copy=True)
     handles = [mllm.model.register_forward_pre_hook(forward, with_kwargs=True), mllm.model.register_forward_hook(lambda *_: announced.clear(), always_call=True),
                mllm.model.get_input_embeddings().register_forward_pre_hook(embed)]
     if hidden:
