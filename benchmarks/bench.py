@@ -12,7 +12,7 @@ from fusion_notebooks import contrast, demo, explore, masking
 from fusion_notebooks.hooks import capture, edit
 from fusion_notebooks.mllm import MLLM, Sample
 
-HERE = Path(__file__).parent
+HERE, RUN = Path(__file__).parent, time.strftime('%Y-%m-%d %H:%M')
 
 def build(layers, side, width=256, heads=4, kv=4, seed=0):
     "A LLaVA of random weights with side² visual tokens; its vision tower is negligible"
@@ -236,10 +236,10 @@ def hardware():
     return f'{time.strftime("%Y-%m-%d")} · {kind}, {torch.get_num_threads()} thread{"s"*(torch.get_num_threads() > 1)} · Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}'
 
 def write(stem, title, keep=False):
-    "The rows as CSV and as a Markdown table; `keep` leaves rows that the table has already and that were not measured now"
+    "The rows as CSV and as a Markdown table; `keep` leaves rows that the table has already and that were not measured now, and says when each run began"
     folder, table = HERE/'results', pd.DataFrame(rows)
     if keep and (folder/f'{stem}.csv').exists():
-        table = pd.concat([pd.read_csv(folder/f'{stem}.csv', keep_default_na=False), table.fillna('')])
+        table = pd.concat([pd.read_csv(folder/f'{stem}.csv', keep_default_na=False), table.fillna('').assign(run=RUN)])
         table = table.drop_duplicates('what', keep='last').set_index('what').loc[table.what.unique()].reset_index()
     table.to_csv(folder/f'{stem}.csv', index=False)
     lines = ['| ' + ' | '.join(str('' if v is None or v != v else v) for v in r) + ' |' for r in table.itertuples(index=False)]

@@ -160,6 +160,8 @@ def main():
     if not (torch.cuda.is_available() or a.tiny): print('No GPU here: run this where there is one, or with --tiny.', file=sys.stderr); return 2
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     todo = [(one_model, make, 2 if a.tiny else 5) for make in (llava, llava_next, qwen)] + [(exact, make) for make in (llava, qwen)] + [(self_checks, make) for make in (llava, llava_next, vipllava, llava_onevision, instructblip, qwen2, qwen)]
+    known = list(dict.fromkeys(t[1].__name__ for t in todo))
+    if bad := [m for m in a.only if m not in known]: parser.error(f"no model '{bad[0]}': choose from {', '.join(known)}")
     for work, make, *more in (t for t in todo if not a.only or t[1].__name__ in a.only):
         start = time.perf_counter()
         work(make, a.tiny, device, *more)

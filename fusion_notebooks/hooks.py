@@ -49,9 +49,8 @@ class Tape:
         counts = seen.sum(1, keepdim=True)
         at = torch.arange(n := int(counts.max()))
         columns = (~seen).to(torch.int8).sort(dim=1, stable=True).indices[:, :n]
-        first, self._short = int(columns[0, 0]), bool((counts < n).any())
-        self.valid, self._columns = (at < counts).to(device), None if cross else columns.to(device)
-        self._span = slice(first, first + n) if (columns == first + at).all() else None                  # all in one piece, at the same place
+        first, self._short, self.valid = int(columns[0, 0]), bool((counts < n).any()), (at < counts).to(device)
+        self._columns = None if cross else slice(first, first + n) if (columns == first + at).all() else columns.to(device)      # a slice where all lie in one piece, at the same place
         rows = [-1] if self.rows == 'last' else range(seen.shape[1]) if self.rows == 'all' else self.rows
         self._rows = torch.tensor([[r % seen.shape[1] for r in rows]], device=device).expand(len(seen), -1)
         self._maps, self._states, self.listening = {}, {}, True
@@ -90,7 +89,7 @@ def _store(tape, i, a):
     "Keep the visual columns of attention weights (batch, heads, rows, keys)"
     if tape.heads == 'mean': a = a.mean(1, keepdim=True)
     if tape._columns is not None:
-        a = a[..., tape._span] if tape._span else a.gather(-1, tape._columns.to(a.device)[:, None, None, :].expand(-1, a.shape[1], a.shape[2], -1))
+        a = a[..., tape._columns] if isinstance(tape._columns, slice) else a.gather(-1, tape._columns.to(a.device)[:, None, None, :].expand(-1, a.shape[1], a.shape[2], -1))
         if tape._short: a = a*tape.valid.to(a.device)[:, None, None, :]
     tape._maps[i] = (a[:, 0] if tape.heads == 'mean' else a).detach()
 
