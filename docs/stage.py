@@ -1,6 +1,7 @@
 """One Sphinx source folder from the notebooks, the committed figures and tables, and the pages beside this file: python docs/stage.py docs/_staged
 
 Notebooks without stored outputs run here, as in `nbdev-test`; analyses need a whole study, so they show the committed figures instead."""
+
 import ast, base64, csv, html, inspect, os, re, shutil, sys, tomllib
 from importlib import import_module
 from multiprocessing import get_context
@@ -12,153 +13,212 @@ from nbdev.processors import add_links, add_show_docs, exec_show_docs, hide_line
 from fusion_notebooks import plots
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = {p.stem for p in (ROOT/'fusion_notebooks').glob('[a-z]*.py')}
+ROOMS = {p.stem for p in (ROOT / 'fusion_notebooks').glob('[a-z]*.py')}
 markdown = lambda text: mk_cell(text, 'markdown')
 
 # Notebooks
 
+
 class run_all(exec_show_docs):
     "Every cell runs, not only what show_doc needs, so that examples have their outputs; show_doc looks at the exported module, where sources are found"
+
     def begin(self):
         super().begin()
         room = next((c.directives_['default_exp'] for c in self.nb.cells if 'default_exp' in c.directives_), '')
-        self.k.run_cell(f'import fusion_notebooks.{room} as exported_room' if room in ROOMS else 'import __main__ as exported_room')
+        self.k.run_cell(
+            f'import fusion_notebooks.{room} as exported_room' if room in ROOMS else 'import __main__ as exported_room'
+        )
+
     def __call__(self, cell):
-        if cell.cell_type != 'code' or cell.directives_.get('eval') == 'false': return
+        if cell.cell_type != 'code' or cell.directives_.get('eval') == 'false':
+            return
         cell.source = re.sub(r"^show_doc\(([\w.]+)\)$", r"show_doc(exported_room.\1, name='\1')", cell.source)
         self.k.cell(cell)
-        if e := self.k.exc: raise RuntimeError(f'{type(e).__name__}: {e}\nin the cell\n{cell.source}') from e
-    def end(self): self.k.close()
+        if e := self.k.exc:
+            raise RuntimeError(f'{type(e).__name__}: {e}\nin the cell\n{cell.source}') from e
+
+    def end(self):
+        self.k.close()
+
 
 def target(
-    room:str, # name of the module
-    name:str, # as written
-)->str: # of links; capitals do not count there, so a class says that it is one
+    room: str,  # name of the module
+    name: str,  # as written
+) -> str:  # of links; capitals do not count there, so a class says that it is one
     return f'{room}{"-class" if name[:1].isupper() else ""}-{name.lower()}'
 
+
 def documented(
-    text:str, # what `show_doc` gave
-    room:str, # name of the module
-)->str: # the same with a link target, the place of the source in words, and no types made up from defaults
+    text: str,  # what `show_doc` gave
+    room: str,  # name of the module
+) -> str:  # the same with a link target, the place of the source in words, and no types made up from defaults
     text = re.sub(r'^---\n\n', '', text)
     text = re.sub(r'^\[source\]\(.*?/\w+/\w+\.py#L\w+\).*\n\n', '', text, flags=re.M)
     text = re.sub(r'(?<=[:\[|>])fusion_notebooks\.\w+\.|:NoneType(?==None)', '', text)
     return f'({target(room, re.search("^### (.+)$", text, re.M)[1])})=\n{text}'
 
+
 ALT = r'^#\| *fig-alt: *(.+)\n'
 
+
 def drawn(
-    source:str, # of a cell that shows a figure
-)->str: # alternative text: what stands behind `#| fig-alt:`, else what the function that draws it says of itself
-    if said := re.search(ALT, source, re.M): return said[1]
-    docs = [getattr(plots, name).__doc__ for name in re.findall(r'(\w+)\(', source) if inspect.isfunction(getattr(plots, name, None)) and name in plots.__all__]
+    source: str,  # of a cell that shows a figure
+) -> str:  # alternative text: what stands behind `#| fig-alt:`, else what the function that draws it says of itself
+    if said := re.search(ALT, source, re.M):
+        return said[1]
+    docs = [
+        getattr(plots, name).__doc__
+        for name in re.findall(r'(\w+)\(', source)
+        if inspect.isfunction(getattr(plots, name, None)) and name in plots.__all__
+    ]
     return docs[-1] if docs else 'Figure drawn by the code above'
 
+
 def document(
-    cells:list, # processed by `NBProcessor`
-    room:str, # name of the module
-)->list: # cells for MyST-NB
+    cells: list,  # processed by `NBProcessor`
+    room: str,  # name of the module
+) -> list:  # cells for MyST-NB
     "API docs become Markdown, the library's code stands folded behind them, its imports and what is hidden go"
     out, docs, folded = [], [], []
     for c in [*cells, markdown('')]:
         if c.source.startswith('show_doc('):
-            docs = [markdown(documented(''.join(o.data['text/markdown']), room)) for o in c.outputs if 'data' in o] + docs      # nbdev has the last one first
+            docs = [
+                markdown(documented(''.join(o.data['text/markdown']), room)) for o in c.outputs if 'data' in o
+            ] + docs  # nbdev has the last one first
             continue
-        out += docs + folded; docs, folded = [], []
-        if not c.source: continue
-        if {'hide', 'default_exp'} & {*c.directives_}: continue
+        out += docs + folded
+        docs, folded = [], []
+        if not c.source:
+            continue
+        if {'hide', 'default_exp'} & {*c.directives_}:
+            continue
         if {'export', 'exports'} & {*c.directives_}:
-            if all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(c.source).body): continue
+            if all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(c.source).body):
+                continue
             c.metadata['tags'] = ['hide-input']
             folded = [c]
-        else: out.append(c)
+        else:
+            out.append(c)
         c.metadata.pop('execution', None)
-        if any('image/png' in o.get('data', {}) for o in c.get('outputs', [])): c.metadata['mystnb'] = dict(image=dict(alt=drawn(c.source)))
+        if any('image/png' in o.get('data', {}) for o in c.get('outputs', [])):
+            c.metadata['mystnb'] = dict(image=dict(alt=drawn(c.source)))
         c.source = re.sub(ALT, '', c.source, flags=re.M)
     return out
 
+
 def links(
-    text:str, # Markdown
-    page:Path, # where it stands, from the root of the repository
-    to:Path, # where the page goes, from `out`
-    out:Path, # the staged folder
-    targets:set, # link targets of the API docs
-)->str:
+    text: str,  # Markdown
+    page: Path,  # where it stands, from the root of the repository
+    to: Path,  # where the page goes, from `out`
+    out: Path,  # the staged folder
+    targets: set,  # link targets of the API docs
+) -> str:
     "Links between symbols, to other notebooks and to files (which come along); a link to a folder, or to what this site lacks, becomes its text"
+
     def new(m):
         text, url = m[1], m[2]
-        if re.match(r'\w+:|#', url): return m[0]
-        if symbol := re.fullmatch(r'/(\w+)\.html#([\w.]+)', url):                        # as nbdev writes it
+        if re.match(r'\w+:|#', url):
+            return m[0]
+        if symbol := re.fullmatch(r'/(\w+)\.html#([\w.]+)', url):  # as nbdev writes it
             place = target(symbol[1], text.strip('`'))
             return f'[{text}](#{place})' if place in targets else text
         file, _, anchor = url.partition('#')
-        file = Path(os.path.normpath(page.parent/file))
-        if not (ROOT/file).is_file(): return text
+        file = Path(os.path.normpath(page.parent / file))
+        if not (ROOT / file).is_file():
+            return text
         if file.suffix != '.ipynb':
-            (out/file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT/file, out/file)
-        return f"[{text}]({os.path.relpath(HOMES.get(file, file), to.parent)}{'#'*bool(anchor)}{anchor})"
+            (out / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, out / file)
+        return f"[{text}]({os.path.relpath(HOMES.get(file, file), to.parent)}{'#' * bool(anchor)}{anchor})"
+
     return re.sub(r'(?<!\\)\[((?:[^][]|\[[^]]*\])*)\]\(([^)\s]+)\)', new, text)
 
-MODEL = 'glyph-llava' # whose lines the gallery shows
-HOMES = {Path('nbs/index.ipynb'): Path('overview.ipynb')} # every other notebook keeps its path
+
+MODEL = 'glyph-llava'  # whose lines the gallery shows
+HOMES = {Path('nbs/index.ipynb'): Path('overview.ipynb')}  # every other notebook keeps its path
+
 
 def process(
-    path:Path, # a notebook
-): # the notebook, its API docs and outputs in place
+    path: Path,  # a notebook
+):  # the notebook, its API docs and outputs in place
     nb = read_nb(path)
-    stored = any(c.get('outputs') for c in nb.cells) or (path.parent/'.notest').exists()   # what tests do not run does not run here
+    stored = (
+        any(c.get('outputs') for c in nb.cells) or (path.parent / '.notest').exists()
+    )  # what tests do not run does not run here
     os.chdir(path.parent)
-    proc = NBProcessor(nb=nb, procs=[hide_line, add_links] if stored else [add_show_docs, hide_line, run_all, add_links])
+    proc = NBProcessor(
+        nb=nb, procs=[hide_line, add_links] if stored else [add_show_docs, hide_line, run_all, add_links]
+    )
     proc.process()
     nb.cells = document(nb.cells, path.stem[3:])
     return nb
 
+
 # Figures
 
+
 def saved(
-    source:str, # of a code cell
-)->list: # patterns of file names: masking, masking-*
+    source: str,  # of a code cell
+) -> list:  # patterns of file names: masking, masking-*
     "The figures that a cell of an analysis saves"
     return [re.sub(r'\{.*?\}', '*', name) for name in re.findall(r"plots\.save\(\w+, [^',]+, f?'([^']+)'", source)]
 
+
 def made_by(
-    sources:list, # code cells of an analysis
-    pattern:str, # one of `saved`
-    model:str, # name of the model
-)->str: # Python
+    sources: list,  # code cells of an analysis
+    pattern: str,  # one of `saved`
+    model: str,  # name of the model
+) -> str:  # Python
     "Only those lines of an analysis that the figure needs"
     names = lambda node, kind: {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, kind)}
+
     def made(node):
-        if isinstance(node, ast.FunctionDef): return {node.name}
-        if isinstance(node, (ast.Import, ast.ImportFrom)): return {(a.asname or a.name).split('.')[0] for a in node.names}
+        if isinstance(node, ast.FunctionDef):
+            return {node.name}
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            return {(a.asname or a.name).split('.')[0] for a in node.names}
         return names(node, ast.Store)
-    plain = [re.sub(r'(?<=[( ])model(?=[,)])', repr(model), s).replace(', settings=s', '').replace('(settings, quick)', '()') for s in sources]
+
+    plain = [
+        re.sub(r'(?<=[( ])model(?=[,)])', repr(model), s).replace(', settings=s', '').replace('(settings, quick)', '()')
+        for s in sources
+    ]
     body = [ast.get_source_segment(s, node) for s in plain for node in ast.parse(s).body]
     at = next(i for i, text in enumerate(body) if pattern in saved(text))
-    last = '\n'.join(l for l in body[at].splitlines() if 'plots.save(' not in l)         # of a loop or a condition everything else stays
+    last = '\n'.join(
+        l for l in body[at].splitlines() if 'plots.save(' not in l
+    )  # of a loop or a condition everything else stays
     lines, needed = ([last], names(ast.parse(last), ast.Load) - {'fig'}) if last else ([], {'fig'})
-    for text in body[at - 1::-1] if at else []:
+    for text in body[at - 1 :: -1] if at else []:
         node = ast.parse(text).body[0]
-        if made(node) & needed: lines.insert(0, text); needed = needed - made(node) | names(node, ast.Load)
+        if made(node) & needed:
+            lines.insert(0, text)
+            needed = needed - made(node) | names(node, ast.Load)
     return '\n'.join(lines)
 
+
 def pictures(
-    pattern:str, # one of `saved`
-    alt:str, # what such a figure shows
-    page:Path, # where they will stand, from the staged folder
-)->str: # Markdown
+    pattern: str,  # one of `saved`
+    alt: str,  # what such a figure shows
+    page: Path,  # where they will stand, from the staged folder
+) -> str:  # Markdown
     "The committed figures of every model, each with its alternative text and a link to its PDF"
     out = []
-    for f in sorted((ROOT/'figures').glob(f'*/{pattern}.png')):
-        kind, at = f.stem[len(pattern) - 1:] if '*' in pattern else '', os.path.relpath(f.relative_to(ROOT), page.parent)
+    for f in sorted((ROOT / 'figures').glob(f'*/{pattern}.png')):
+        kind, at = (
+            f.stem[len(pattern) - 1 :] if '*' in pattern else '',
+            os.path.relpath(f.relative_to(ROOT), page.parent),
+        )
         target = f':target: {at[:-4]}.pdf\n' if f.with_suffix('.pdf').exists() else ''
-        out.append(f':::{{image}} {at}\n:alt: {alt}; {" ".join([f.parent.name, kind])}\n:class: {"small" if kind else "whole"}\n{target}:::')
+        out.append(
+            f':::{{image}} {at}\n:alt: {alt}; {" ".join([f.parent.name, kind])}\n:class: {"small" if kind else "whole"}\n{target}:::'
+        )
     return '\n'.join(out)
 
-def entries(): # pattern, alternative text, title, what is said about it, notebook, code cells
+
+def entries():  # pattern, alternative text, title, what is said about it, notebook, code cells
     "Every figure that an analysis saves"
-    for path in sorted((ROOT/'nbs/analyses').glob('*.ipynb')):
+    for path in sorted((ROOT / 'nbs/analyses').glob('*.ipynb')):
         cells = read_nb(path).cells
         sources, said, title = [c.source for c in cells if c.cell_type == 'code'], '', path.stem
         for c in cells:
@@ -170,161 +230,344 @@ def entries(): # pattern, alternative text, title, what is said about it, notebo
                 doc = getattr(plots, re.search(r'plots\.(?!save)(\w+)\(', c.source)[1]).__doc__
                 yield pattern, doc, title, said, path.relative_to(ROOT), sources
 
-def drawing()->list: # names
+
+def drawing() -> list:  # names
     "The functions that draw a figure: found by what they return"
-    return [n for n in plots.__all__ if inspect.isfunction(f := getattr(plots, n)) and inspect.signature(f).return_annotation is plots.plt.Figure]
+    return [
+        n
+        for n in plots.__all__
+        if inspect.isfunction(f := getattr(plots, n)) and inspect.signature(f).return_annotation is plots.plt.Figure
+    ]
+
 
 CARD = "from fusion_notebooks import plots, study\nfig = plots.card(**study.card({model!r}))"
 
-def entry(title, shown, said, lines, source): return f'## {title}\n\n{shown}\n\n{said}\n\n```python\n{lines}\n```\n\nFrom {source}.'
+
+def entry(title, shown, said, lines, source):
+    return f'## {title}\n\n{shown}\n\n{said}\n\n```python\n{lines}\n```\n\nFrom {source}.'
+
 
 def gallery(
-    out:Path=None, # the staged folder, where pictures of examples go
-    book=None, # the notebook of `plots` with its outputs; None: only what a study draws
-)->str: # Markdown
+    out: Path = None,  # the staged folder, where pictures of examples go
+    book=None,  # the notebook of `plots` with its outputs; None: only what a study draws
+) -> str:  # Markdown
     "Every committed figure with the lines that make it, then what else `plots` draws, as in its own examples"
-    text = ['# Gallery\n\nEvery figure of a study, as committed, and the lines that make it: `study.require` computes only the rows that are not there yet. '
-            'A click opens the PDF; the stamp (versions, revision, seed, n) lies in each file and in the JSON beside it.']
+    text = [
+        '# Gallery\n\nEvery figure of a study, as committed, and the lines that make it: `study.require` computes only the rows that are not there yet. '
+        'A click opens the PDF; the stamp (versions, revision, seed, n) lies in each file and in the JSON beside it.'
+    ]
     for pattern, alt, title, said, path, sources in entries():
         shown = pictures(pattern, alt, Path('gallery.md'))
-        if shown: text.append(entry(': '.join(dict.fromkeys([path.stem.replace('_', ' ').capitalize(), title])) + ', one by one'*('*' in pattern), shown, said, made_by(sources, pattern, MODEL), f'[{path.stem}]({path})'))
+        if shown:
+            text.append(
+                entry(
+                    ': '.join(dict.fromkeys([path.stem.replace('_', ' ').capitalize(), title]))
+                    + ', one by one' * ('*' in pattern),
+                    shown,
+                    said,
+                    made_by(sources, pattern, MODEL),
+                    f'[{path.stem}]({path})',
+                )
+            )
     if shown := pictures('card*', plots.card.__doc__, Path('gallery.md')):
-        pages = ', '.join(f'[{p.parent.name}]({p.relative_to(ROOT)})' for p in sorted((ROOT/'figures').glob('*/card.html')))
-        text.append(entry('Fusion card', shown, f'The page to attach to a model, as HTML: {pages}.', CARD.format(model=MODEL), '`fusion figures --card`'))
+        pages = ', '.join(
+            f'[{p.parent.name}]({p.relative_to(ROOT)})' for p in sorted((ROOT / 'figures').glob('*/card.html'))
+        )
+        text.append(
+            entry(
+                'Fusion card',
+                shown,
+                f'The page to attach to a model, as HTML: {pages}.',
+                CARD.format(model=MODEL),
+                '`fusion figures --card`',
+            )
+        )
     done = re.findall(r'plots\.(\w+)\(', ''.join(text))
     for name in [n for n in drawing() if n not in done] if book else ():
         for c in book.cells:
             drawn_here = [o.data['image/png'] for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
-            if not drawn_here or not re.search(rf'(?<!\w){name}\(', c.source): continue
-            file = Path('figures/examples')/f'{name}.png'
-            (out/file).parent.mkdir(parents=True, exist_ok=True)
-            (out/file).write_bytes(base64.b64decode(''.join(drawn_here[-1])))
+            if not drawn_here or not re.search(rf'(?<!\w){name}\(', c.source):
+                continue
+            file = Path('figures/examples') / f'{name}.png'
+            (out / file).parent.mkdir(parents=True, exist_ok=True)
+            (out / file).write_bytes(base64.b64decode(''.join(drawn_here[-1])))
             alt = getattr(plots, name).__doc__
-            text.append(entry(alt, f':::{{image}} {file}\n:alt: {alt}; layout example\n:class: whole\n:::', f'`plots.{name}`, on the numbers of its own example, which are invented.', c.source, '[plots](nbs/10_plots.ipynb)'))
+            text.append(
+                entry(
+                    alt,
+                    f':::{{image}} {file}\n:alt: {alt}; layout example\n:class: whole\n:::',
+                    f'`plots.{name}`, on the numbers of its own example, which are invented.',
+                    c.source,
+                    '[plots](nbs/10_plots.ipynb)',
+                )
+            )
             break
     return '\n\n'.join(text) + '\n'
 
+
 # Tables
 
+
 def table(
-    path:Path, # CSV
-    title:str,
-    about:str, # Markdown
-)->str: # Markdown
+    path: Path,  # CSV
+    title: str,
+    about: str,  # Markdown
+) -> str:  # Markdown
     "A table that can be sorted; whatever stands in it is text, never HTML"
-    with path.open(newline='') as f: head, *rows = csv.reader(f)
+    with path.open(newline='') as f:
+        head, *rows = csv.reader(f)
+
     def cell(v):
-        if v in ('yes', 'no'): return f'<span class="{v}">{v}</span>'
-        try: return f'{float(v):.4g}' if '.' in v else str(int(v))
-        except ValueError: return re.sub(r'(?<=\w)(?=For[A-Z])', '<wbr>', html.escape(v))   # long class names may break there
+        if v in ('yes', 'no'):
+            return f'<span class="{v}">{v}</span>'
+        try:
+            return f'{float(v):.4g}' if '.' in v else str(int(v))
+        except ValueError:
+            return re.sub(r'(?<=\w)(?=For[A-Z])', '<wbr>', html.escape(v))  # long class names may break there
+
     flags = [{r[i] for r in rows} <= {'yes', 'no', ''} for i in range(len(head))]
-    line = lambda tag, values: '<tr>' + ''.join(f'<{tag}{" class=flag"*flag}>{v}</{tag}>' for v, flag in zip(values, flags)) + '</tr>'
+    line = lambda tag, values: (
+        '<tr>' + ''.join(f'<{tag}{" class=flag" * flag}>{v}</{tag}>' for v, flag in zip(values, flags)) + '</tr>'
+    )
     body = '\n'.join(line('td', map(cell, r)) for r in rows)
     return f'# {title}\n\n{about}\n\n```{{raw}} html\n<div class="wide"><table class="sortable">\n<thead>{line("th", map(html.escape, head))}</thead>\n<tbody>\n{body}\n</tbody></table></div>\n```\n'
 
-def tables(): # name of the page, Markdown
+
+def tables():  # name of the page, Markdown
     "Those tables that are there"
-    known = [('data/matrix.csv', 'Which models work', 'Every image-text class of the transformers version this was tested with, each checked on a small random model of its own kind: what holds, and the reason for each *no*.'),
-             ('data/reference/paper_tables.csv', "The paper's numbers", 'As published in [arXiv 2601.08151](https://arxiv.org/abs/2601.08151); the per-layer logs of its authors lie beside this table in `data/reference`.')]
-    known += [(str(p.relative_to(ROOT)), f'{p.stem.replace("-", " ").capitalize()} of {p.parent.name}', 'The numbers of a figure, with intervals and n.') for p in sorted((ROOT/'figures').glob('*/*.csv')) if p.stem != 'summary']
-    known += [(str(p.relative_to(ROOT)), f'Findings on {p.parent.name}', 'Every number of the study with its 95 % interval and its n. Layers are chosen on calibration pictures, everything else is measured on others.') for p in sorted((ROOT/'figures').glob('*/summary.csv'))]
-    known += [(str(p.relative_to(ROOT).with_suffix('.csv')), 'Benchmarks: ' + title.lstrip('# '), f'{about}. Ratios are to one plain forward of the same prompt; `make bench`, and `python benchmarks/gpu.py` on a GPU, measure all of it again.') for p in sorted((ROOT/'benchmarks/results').glob('*.md')) for title, about, *_ in [p.read_text().split('\n\n')]]
+    known = [
+        (
+            'data/matrix.csv',
+            'Which models work',
+            'Every image-text class of the transformers version this was tested with, each checked on a small random model of its own kind: what holds, and the reason for each *no*.',
+        ),
+        (
+            'data/reference/paper_tables.csv',
+            "The paper's numbers",
+            'As published in [arXiv 2601.08151](https://arxiv.org/abs/2601.08151); the per-layer logs of its authors lie beside this table in `data/reference`.',
+        ),
+    ]
+    known += [
+        (
+            str(p.relative_to(ROOT)),
+            f'{p.stem.replace("-", " ").capitalize()} of {p.parent.name}',
+            'The numbers of a figure, with intervals and n.',
+        )
+        for p in sorted((ROOT / 'figures').glob('*/*.csv'))
+        if p.stem != 'summary'
+    ]
+    known += [
+        (
+            str(p.relative_to(ROOT)),
+            f'Findings on {p.parent.name}',
+            'Every number of the study with its 95 % interval and its n. Layers are chosen on calibration pictures, everything else is measured on others.',
+        )
+        for p in sorted((ROOT / 'figures').glob('*/summary.csv'))
+    ]
+    known += [
+        (
+            str(p.relative_to(ROOT).with_suffix('.csv')),
+            'Benchmarks: ' + title.lstrip('# '),
+            f'{about}. Ratios are to one plain forward of the same prompt; `make bench`, and `python benchmarks/gpu.py` on a GPU, measure all of it again.',
+        )
+        for p in sorted((ROOT / 'benchmarks/results').glob('*.md'))
+        for title, about, *_ in [p.read_text().split('\n\n')]
+    ]
     for path, title, about in known:
-        if (ROOT/path).is_file(): yield '-'.join(Path(path).with_suffix('').parts[1:]), table(ROOT/path, title, about)
+        if (ROOT / path).is_file():
+            yield '-'.join(Path(path).with_suffix('').parts[1:]), table(ROOT / path, title, about)
+
 
 # Pages made from other files
 
+
 def api(
-    books:dict, # path → processed notebook
-)->str: # Markdown
+    books: dict,  # path → processed notebook
+) -> str:  # Markdown
     "Every documented function by room, with its first sentence and a link"
     unlinked = lambda said: re.sub(r'\[(.+?)\]\(.+?\)', r'\1', said)
-    text = ['# Library\n\nOne numbered notebook is one module and one page; a module imports from lower numbers only. Each function is documented where it is shown at work.']
+    text = [
+        '# Library\n\nOne numbered notebook is one module and one page; a module imports from lower numbers only. Each function is documented where it is shown at work.'
+    ]
     for path, nb in books.items():
         found = [re.match(r'\(([\w.-]+)\)=\n### (.+)', c.source) for c in nb.cells]
-        rows = [f'| [`{m[2]}`](#{m[1]}) | {unlinked(said[1]) if (said := re.search(r"^[*](.+)[*]$", c.source, re.M)) else ""} |' for m, c in zip(found, nb.cells) if m]
+        rows = [
+            f'| [`{m[2]}`](#{m[1]}) | {unlinked(said[1]) if (said := re.search(r"^[*](.+)[*]$", c.source, re.M)) else ""} |'
+            for m, c in zip(found, nb.cells)
+            if m
+        ]
         about = re.search(r'^> (.+)', nb.cells[0].source, re.M) if nb.cells else None
-        if rows: text.append(f"## [{path.stem.replace('_', ' ')}]({path})\n\n{about[1] if about else ''}\n\n| | |\n|---|---|\n" + '\n'.join(rows))
+        if rows:
+            text.append(
+                f"## [{path.stem.replace('_', ' ')}]({path})\n\n{about[1] if about else ''}\n\n| | |\n|---|---|\n"
+                + '\n'.join(rows)
+            )
     return '\n\n'.join(text) + '\n'
 
-def citation()->str: # Markdown
+
+def citation() -> str:  # Markdown
     "How to cite, from CITATION.cff"
-    cff = yaml.safe_load((ROOT/'CITATION.cff').read_text())
+    cff = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+
     def bib(kind, key, c, **more):
         who = ' and '.join(a.get('name') or f"{a['family-names']}, {a['given-names']}" for a in c['authors'])
-        return f'@{kind}{{{key},\n' + ',\n'.join(f'  {k} = {{{v}}}' for k, v in dict(title='{' + c['title'] + '}', author=who, **more).items()) + '\n}'
+        return (
+            f'@{kind}{{{key},\n'
+            + ',\n'.join(f'  {k} = {{{v}}}' for k, v in dict(title='{' + c['title'] + '}', author=who, **more).items())
+            + '\n}'
+        )
+
     paper = cff['references'][0]
     number = paper['identifiers'][0]['value'].split(':')[-1]
-    entries = [bib('software', 'fusion_notebooks', cff, version=cff['version'], license=cff['license']), bib('article', 'song2026', paper, year=paper['year'], journal=f'arXiv:{number}')]
-    return '# Citation\n\n' + cff['message'] + '\n\n```bibtex\n' + '\n\n'.join(entries) + f"\n```\n\nThe paper is [arXiv {number}](https://arxiv.org/abs/{number}). The file that other tools read is `CITATION.cff` in the repository.\n"
+    entries = [
+        bib('software', 'fusion_notebooks', cff, version=cff['version'], license=cff['license']),
+        bib('article', 'song2026', paper, year=paper['year'], journal=f'arXiv:{number}'),
+    ]
+    return (
+        '# Citation\n\n'
+        + cff['message']
+        + '\n\n```bibtex\n'
+        + '\n\n'.join(entries)
+        + f"\n```\n\nThe paper is [arXiv {number}](https://arxiv.org/abs/{number}). The file that other tools read is `CITATION.cff` in the repository.\n"
+    )
+
 
 def interactive(
-    books:dict, # path → processed notebook
-)->str: # Markdown; '' without the explorer
+    books: dict,  # path → processed notebook
+) -> str:  # Markdown; '' without the explorer
     "The explorer over a recorded example: the page that its notebook shows, alone"
-    shown = [''.join(o.data['text/html']) for p, nb in books.items() if p.stem == '12_explore' for c in nb.cells if 'recorded(' in c.source for o in c.get('outputs', []) if 'text/html' in o.get('data', {})]
-    return f'# Try it here\n\nThe explorer over a recorded question: move through the layers, click a patch to mask it. No kernel runs and nothing is fetched; with your own picture it runs in JupyterLab, see [12 explore](nbs/12_explore.ipynb).\n\n````{{raw}} html\n{shown[0]}\n````\n' if shown else ''
+    shown = [
+        ''.join(o.data['text/html'])
+        for p, nb in books.items()
+        if p.stem == '12_explore'
+        for c in nb.cells
+        if 'recorded(' in c.source
+        for o in c.get('outputs', [])
+        if 'text/html' in o.get('data', {})
+    ]
+    return (
+        f'# Try it here\n\nThe explorer over a recorded question: move through the layers, click a patch to mask it. No kernel runs and nothing is fetched; with your own picture it runs in JupyterLab, see [12 explore](nbs/12_explore.ipynb).\n\n````{{raw}} html\n{shown[0]}\n````\n'
+        if shown
+        else ''
+    )
+
 
 TUTORIAL = 'nbs/guides/tutorial.ipynb'
 
-def launch()->str: # Markdown; '' while nobody has said where the repository is
+
+def launch() -> str:  # Markdown; '' while nobody has said where the repository is
     "Buttons that open the tutorial elsewhere: `git_url` in settings.ini, which is `Repository` in pyproject.toml"
-    address = tomllib.loads((ROOT/'pyproject.toml').read_text())['project'].get('urls', {}).get('Repository', '')
-    if not (m := re.fullmatch(r'https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?', address)): return ''
+    address = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project'].get('urls', {}).get('Repository', '')
+    if not (m := re.fullmatch(r'https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?', address)):
+        return ''
     return f':::{{container}} launch\n[Open in Colab](https://colab.research.google.com/github/{m[1]}/blob/main/{TUTORIAL}) [Open in Binder](https://mybinder.org/v2/gh/{m[1]}/main?labpath={TUTORIAL}) [Source]({m[0]})\n:::'
+
 
 # The site
 
+
 def stage(
-    out:Path, # made anew
+    out: Path,  # made anew
 ):
     "Write everything that Sphinx reads"
     shutil.rmtree(out, ignore_errors=True)
-    paths = [p.relative_to(ROOT) for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if not re.search(r'/[._]', str(p.relative_to(ROOT)))]
-    for room in sorted(ROOMS): import_module(f'fusion_notebooks.{room}')  # once, for all that fork from here
-    with get_context('fork').Pool(min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()), maxtasksperchild=1) as fresh: # a process each, as in nbdev-test: rooms register things under the same names
-        books = dict(zip(paths, fresh.map(process, [ROOT/p for p in paths], chunksize=1)))
+    paths = [
+        p.relative_to(ROOT)
+        for p in sorted((ROOT / 'nbs').rglob('*.ipynb'))
+        if not re.search(r'/[._]', str(p.relative_to(ROOT)))
+    ]
+    for room in sorted(ROOMS):
+        import_module(f'fusion_notebooks.{room}')  # once, for all that fork from here
+    with get_context('fork').Pool(
+        min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()), maxtasksperchild=1
+    ) as fresh:  # a process each, as in nbdev-test: rooms register things under the same names
+        books = dict(zip(paths, fresh.map(process, [ROOT / p for p in paths], chunksize=1)))
     targets = {t for nb in books.values() for c in nb.cells for t in re.findall(r'^\(([\w.-]+)\)=$', c.source, re.M)}
     shown = {}
-    for pattern, alt, *_, path, sources in entries(): shown.setdefault(path, {})[pattern] = alt
-    pages = {p.relative_to(ROOT/'docs'): p.read_text() for p in sorted((ROOT/'docs').rglob('*.md')) if not re.search(r'/[._]', str(p.relative_to(ROOT)))}
-    pages |= {p.relative_to(ROOT): p.read_text() for p in sorted((ROOT/'data/models').glob('*/README.md'))}
-    if (ROOT/'CHANGELOG.md').exists(): pages[Path('CHANGELOG.md')] = (ROOT/'CHANGELOG.md').read_text()
-    shutil.copytree(ROOT/'figures', out/'figures', ignore=shutil.ignore_patterns('*.csv', '*.pdf', '*.json', '*.md', '*.tex'))        # tables have pages of their own
-    shutil.copytree(ROOT/'figures', out/'_files/figures', ignore=shutil.ignore_patterns('*.csv', '*.png'))
-    extra = {Path(f'{name}.md'): text for name, text in tables()} | {Path('gallery.md'): gallery(out, books.get(Path('nbs/10_plots.ipynb'))), Path('api.md'): api(books)}
-    if (ROOT/'CITATION.cff').exists(): extra[Path('citation.md')] = citation()
-    if page := interactive(books): extra[Path('interactive.md')] = page
-    if book := books.get(Path(TUTORIAL)): book.cells = [*book.cells[:1], markdown(launch()), *book.cells[1:]] if launch() else [c for c in book.cells if 'google.colab' not in c.source]
-    pages[Path('index.md')] = '\n\n'.join([pages.get(Path('index.md'), '# Start'), launch(), contents(books, {**pages, **extra})])
+    for pattern, alt, *_, path, sources in entries():
+        shown.setdefault(path, {})[pattern] = alt
+    pages = {
+        p.relative_to(ROOT / 'docs'): p.read_text()
+        for p in sorted((ROOT / 'docs').rglob('*.md'))
+        if not re.search(r'/[._]', str(p.relative_to(ROOT)))
+    }
+    pages |= {p.relative_to(ROOT): p.read_text() for p in sorted((ROOT / 'data/models').glob('*/README.md'))}
+    if (ROOT / 'CHANGELOG.md').exists():
+        pages[Path('CHANGELOG.md')] = (ROOT / 'CHANGELOG.md').read_text()
+    shutil.copytree(
+        ROOT / 'figures', out / 'figures', ignore=shutil.ignore_patterns('*.csv', '*.pdf', '*.json', '*.md', '*.tex')
+    )  # tables have pages of their own
+    shutil.copytree(ROOT / 'figures', out / '_files/figures', ignore=shutil.ignore_patterns('*.csv', '*.png'))
+    extra = {Path(f'{name}.md'): text for name, text in tables()} | {
+        Path('gallery.md'): gallery(out, books.get(Path('nbs/10_plots.ipynb'))),
+        Path('api.md'): api(books),
+    }
+    if (ROOT / 'CITATION.cff').exists():
+        extra[Path('citation.md')] = citation()
+    if page := interactive(books):
+        extra[Path('interactive.md')] = page
+    if book := books.get(Path(TUTORIAL)):
+        book.cells = (
+            [*book.cells[:1], markdown(launch()), *book.cells[1:]]
+            if launch()
+            else [c for c in book.cells if 'google.colab' not in c.source]
+        )
+    pages[Path('index.md')] = '\n\n'.join(
+        [pages.get(Path('index.md'), '# Start'), launch(), contents(books, {**pages, **extra})]
+    )
     for path, nb in books.items():
         to = HOMES.get(path, path)
         for c in [*nb.cells]:
-            if c.cell_type == 'markdown': c.source = links(c.source, path, to, out, targets)
+            if c.cell_type == 'markdown':
+                c.source = links(c.source, path, to, out, targets)
             elif not c.outputs:
-                for pattern in saved(c.source) if path in shown else (): nb.cells.insert(nb.cells.index(c) + 1, markdown(pictures(pattern, shown[path][pattern], to)))
+                for pattern in saved(c.source) if path in shown else ():
+                    nb.cells.insert(nb.cells.index(c) + 1, markdown(pictures(pattern, shown[path][pattern], to)))
             for o in c.get('outputs', []):
-                if 'text/markdown' in o.get('data', {}): o.data['text/markdown'] = links(''.join(o.data['text/markdown']), path, to, out, targets)
+                if 'text/markdown' in o.get('data', {}):
+                    o.data['text/markdown'] = links(''.join(o.data['text/markdown']), path, to, out, targets)
         nb.metadata = dict(kernelspec=nb.metadata.get('kernelspec', {}), language_info=dict(name='python'))
-        (out/to).parent.mkdir(parents=True, exist_ok=True)
-        write_nb(nb, out/to)
+        (out / to).parent.mkdir(parents=True, exist_ok=True)
+        write_nb(nb, out / to)
     for path, text in [*pages.items(), *extra.items()]:
-        (out/path).parent.mkdir(parents=True, exist_ok=True)
-        (out/path).write_text(links(text, path, path, out, targets) if path in pages and path.parts[0] in ('data', 'CHANGELOG.md') else text)
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        (out / path).write_text(
+            links(text, path, path, out, targets)
+            if path in pages and path.parts[0] in ('data', 'CHANGELOG.md')
+            else text
+        )
+
 
 def contents(
-    books, # paths of notebooks
-    pages, # paths of pages
-)->str: # Markdown
+    books,  # paths of notebooks
+    pages,  # paths of pages
+) -> str:  # Markdown
     "The table of contents, in the order in which things are read"
     some = lambda start, names: [str(p.with_suffix('')) for p in names if re.match(start, str(p))]
-    there = lambda *names: [n for n in names if any(str(Path(p).with_suffix('')) == re.sub(r'.*<|>', '', n) for p in pages)]
-    first, beside = ([p for p in (f'nbs/guides/{name}',) if Path(f'{p}.ipynb') in books] for name in ('tutorial', 'comparison'))
+    there = lambda *names: [
+        n for n in names if any(str(Path(p).with_suffix('')) == re.sub(r'.*<|>', '', n) for p in pages)
+    ]
+    first, beside = (
+        [p for p in (f'nbs/guides/{name}',) if Path(f'{p}.ipynb') in books] for name in ('tutorial', 'comparison')
+    )
     named = {'index', 'interactive', 'gallery', 'api', 'citation', 'CHANGELOG', 'methods', 'matrix'}
-    parts = {'Start': ['Overview <overview>'] + first + there('Try it here <interactive>', 'gallery') + beside, 'Guides': [p for p in some('nbs/guides/', books) if p not in first + beside], 'Analyses': some('nbs/analyses/', books),
-             'Library': there('Every function <api>') + some(r'nbs/\d\d_', books), 'When it goes wrong': some('errors/', pages),
-             'Numbers': there('methods', 'matrix') + [p for p in some('(?!errors/|data/)', pages) if p not in named] + [f'Model card of {Path(p).parent.name} <{p}>' for p in some('data/', pages)],
-             'About': there('Changelog <CHANGELOG>', 'citation')}
-    return '\n\n'.join(f'```{{toctree}}\n:hidden:\n:caption: {name}\n\n' + '\n'.join(names) + '\n```' for name, names in parts.items() if names)
+    parts = {
+        'Start': ['Overview <overview>'] + first + there('Try it here <interactive>', 'gallery') + beside,
+        'Guides': [p for p in some('nbs/guides/', books) if p not in first + beside],
+        'Analyses': some('nbs/analyses/', books),
+        'Library': there('Every function <api>') + some(r'nbs/\d\d_', books),
+        'When it goes wrong': some('errors/', pages),
+        'Numbers': there('methods', 'matrix')
+        + [p for p in some('(?!errors/|data/)', pages) if p not in named]
+        + [f'Model card of {Path(p).parent.name} <{p}>' for p in some('data/', pages)],
+        'About': there('Changelog <CHANGELOG>', 'citation'),
+    }
+    return '\n\n'.join(
+        f'```{{toctree}}\n:hidden:\n:caption: {name}\n\n' + '\n'.join(names) + '\n```'
+        for name, names in parts.items()
+        if names
+    )
 
-if __name__ == '__main__': stage(Path(sys.argv[1]).resolve())
+
+if __name__ == '__main__':
+    stage(Path(sys.argv[1]).resolve())

@@ -19,7 +19,8 @@ from transformers import LogitsProcessorList
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from .mllm import GREEDY, Answer, Grid, MLLM, Prompt, _pixels, _tiles, _until_end, in_batches
-from .hooks import EAGER, NAME, Tape, _as_float_mask, _hidden, _listening, _recording_attention, _recording_eager, _removing, capture, check_layers, edit
+from .hooks import EAGER, NAME, Tape, _as_float_mask, _hidden, _listening, _recording_attention
+from .hooks import _recording_eager, _removing, capture, check_layers, edit
 from .masking import Ladder, Row, answer_of, facts, fitting, scoped
 from .contrast import Look, beside, look, regions, view_side, window_box
 
@@ -27,196 +28,294 @@ from .contrast import Look, beside, look, regions, view_side, window_box
 @dataclass
 class Cost:
     "What a method spent"
-    forwards:int=0 # sequences that passed the decoder; one generated token is one more
-    rows:int=0 # rows of all these
-    backwards:int=0 # gradients taken
-    back:int=0 # rows of their forwards; each costs about two forwards over them
-    def flops(self, mllm): "Of the decoder's layers: 2 per parameter and row, 4 more per row of a gradient"; return 2*sum(p.numel() for l in mllm.layers for p in l.parameters())*(self.rows + 2*self.back)
-    def __add__(self, other): return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
+    forwards: int = 0  # sequences that passed the decoder; one generated token is one more
+    rows: int = 0  # rows of all these
+    backwards: int = 0  # gradients taken
+    back: int = 0  # rows of their forwards; each costs about two forwards over them
+
+    def flops(self, mllm):
+        "Of the decoder's layers: 2 per parameter and row, 4 more per row of a gradient"
+        return 2 * sum(p.numel() for l in mllm.layers for p in l.parameters()) * (self.rows + 2 * self.back)
+
+    def __add__(self, other):
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+# %% ../nbs/05_baselines.ipynb #Rival
 @dataclass
 class Rival:
     "An answer by another method, and what it was based on"
-    answer:Answer|None # `logp` is the model's own, whatever a contrast preferred
-    method:str='' # as given to `answer`
-    cost:Cost=field(default_factory=Cost) # of everything the method did
-    map:np.ndarray|None=None # (h·w,) over the cells of `grid`
-    grid:Grid|None=None # where they lie on the picture
-    box:tuple|None=None # crop, pixels
-    crop:Image.Image|None=None # the second picture
 
+    answer: Answer | None  # `logp` is the model's own, whatever a contrast preferred
+    method: str = ''  # as given to `answer`
+    cost: Cost = field(default_factory=Cost)  # of everything the method did
+    map: np.ndarray | None = None  # (h·w,) over the cells of `grid`
+    grid: Grid | None = None  # where they lie on the picture
+    box: tuple | None = None  # crop, pixels
+    crop: Image.Image | None = None  # the second picture
+
+# %% ../nbs/05_baselines.ipynb #counting
 @contextmanager
 def counting(
-    mllm:MLLM, # the model
-): # yields a `Cost` that grows
+    mllm: MLLM,  # the model
+):  # yields a `Cost` that grows
     "Count what passes the decoder"
     cost, last = Cost(), [0]
-    def forward(layer, args, kw): h = _hidden(args, kw); last[0] = len(h)*h.shape[1]; cost.forwards += len(h); cost.rows += last[0]
-    def backward(head, grads): cost.backwards += 1; cost.back += last[0]
-    with _removing([mllm.layers[0].register_forward_pre_hook(forward, with_kwargs=True), mllm.head.register_full_backward_pre_hook(backward)]): yield cost
+
+    def forward(layer, args, kw):
+        h = _hidden(args, kw)
+        last[0] = len(h) * h.shape[1]
+        cost.forwards += len(h)
+        cost.rows += last[0]
+
+    def backward(head, grads):
+        cost.backwards += 1
+        cost.back += last[0]
+
+    with _removing(
+        [
+            mllm.layers[0].register_forward_pre_hook(forward, with_kwargs=True),
+            mllm.head.register_full_backward_pre_hook(backward),
+        ]
+    ):
+        yield cost
 
 # %% ../nbs/05_baselines.ipynb #c009
 GENERAL = 'Write a general description of the image.'
 
+# %% ../nbs/05_baselines.ipynb #at
 def _at(mllm, layer, share):
     "The layer given, or the one at a share of the depth; the nearest that reads the picture where only some do"
-    deep = share*mllm.n_layers
-    if layer is None: return min(mllm.cross or [round(deep)], key=lambda i: abs(i - deep))
-    if mllm.cross and layer not in mllm.cross: raise ValueError(f'{mllm.name} reads its picture at the layers {", ".join(map(str, mllm.cross))}: layer {layer} shows no attention to it.')
+    deep = share * mllm.n_layers
+    if layer is None:
+        return min(mllm.cross or [round(deep)], key=lambda i: abs(i - deep))
+    if mllm.cross and layer not in mllm.cross:
+        raise ValueError(
+            f'{mllm.name} reads its picture at the layers {", ".join(map(str, mllm.cross))}: layer {layer} shows no attention to it.'
+        )
     return check_layers(mllm, layer)[0]
 
-def _ratio(a, b): "a/b, 0 where b is 0"; return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
+# %% ../nbs/05_baselines.ipynb #ratio
+def _ratio(a, b):
+    "a/b, 0 where b is 0"
+    return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
 
+# %% ../nbs/05_baselines.ipynb #attention
 @torch.inference_mode()
 def _attention(mllm, p, layers, rows='last', ids=()):
     "(layers, rows, visual) attention of one plain forward over a prompt and given tokens"
-    with capture(mllm, rows, layers=layers) as tape: mllm.model(**mllm.copies(p, 1, list(ids)), use_cache=False, logits_to_keep=1)
+    with capture(mllm, rows, layers=layers) as tape:
+        mllm.model(**mllm.copies(p, 1, list(ids)), use_cache=False, logits_to_keep=1)
     return tape.attention[0].double().cpu().numpy()
 
-def _look(mllm, image, question): return image if isinstance(image, Look) else look(mllm, image, question)
-def _prompt(mllm, image, question): return image.prompt if isinstance(image, Look) else mllm.prompt(image, question)
+# %% ../nbs/05_baselines.ipynb #look
+def _look(mllm, image, question):
+    return image if isinstance(image, Look) else look(mllm, image, question)
 
+# %% ../nbs/05_baselines.ipynb #prompt
+def _prompt(mllm, image, question):
+    return image.prompt if isinstance(image, Look) else mllm.prompt(image, question)
+
+# %% ../nbs/05_baselines.ipynb #with_crop
 def _with_crop(mllm, first, grid, values, max_new_tokens, ask, base=None, box=None, crop=None):
     box = box or window_box(values, grid, base or view_side(mllm))
     crop = crop or first.prompt.images[0].crop(box)
-    return Rival(beside(mllm, first.seen, [crop], max_new_tokens)[0][0] if ask else None, map=values, grid=grid, box=box, crop=crop)
+    return Rival(
+        beside(mllm, first.seen, [crop], max_new_tokens)[0][0] if ask else None,
+        map=values,
+        grid=grid,
+        box=box,
+        crop=crop,
+    )
 
+# %% ../nbs/05_baselines.ipynb #vicrop_rel
 def vicrop_rel(
-    mllm:MLLM, # the model
-    image, # path or PIL image
-    question:str, # about it
-    layer:int|None=None, # decoder layer; default 14/32 of the depth
-    general:str=GENERAL, # the prompt that attention is divided by
-    base:float|None=None, # side of the smallest window, pixels; default: the side of the model's view
-    max_new_tokens:int=32, # of the answer
-    ask:bool=True, # False makes the crop and leaves the answer to `contrast.beside`
-)->Rival:
+    mllm: MLLM,  # the model
+    image,  # path or PIL image
+    question: str,  # about it
+    layer: int | None = None,  # decoder layer; default 14/32 of the depth
+    general: str = GENERAL,  # the prompt that attention is divided by
+    base: float | None = None,  # side of the smallest window, pixels; default: the side of the model's view
+    max_new_tokens: int = 32,  # of the answer
+    ask: bool = True,  # False makes the crop and leaves the answer to `contrast.beside`
+) -> Rival:
     "ViCrop by relative attention"
-    l, first = _at(mllm, layer, 14/32), _look(mllm, image, question)
+    l, first = _at(mllm, layer, 14 / 32), _look(mllm, image, question)
     plain, grid = mllm.prompt(first.prompt.images, general), first.prompt.grids[0]
-    return _with_crop(mllm, first, grid, _ratio(grid.of(first.maps[l]), plain.grids[0].of(_attention(mllm, plain, [l])[0, 0])), max_new_tokens, ask, base)
+    return _with_crop(
+        mllm,
+        first,
+        grid,
+        _ratio(grid.of(first.maps[l]), plain.grids[0].of(_attention(mllm, plain, [l])[0, 0])),
+        max_new_tokens,
+        ask,
+        base,
+    )
 
 # %% ../nbs/05_baselines.ipynb #c012
-_kept = {} # attention module → (its output, its values) while a gradient is wanted
+_kept = {}  # attention module → (its output, its values) while a gradient is wanted
 
+# %% ../nbs/05_baselines.ipynb #keeping
 def _keeping(attention):
     "An attention function that also keeps what `_attention_slope` asks for"
+
     def run(module, query, key, value, attention_mask, **kw):
         out, weights = attention(module, query, key, value, attention_mask, **kw)
-        if module not in _kept: return out, weights
-        torch.set_grad_enabled(True)                                    # from here on; `_attention_slope` turns it off again
+        if module not in _kept:
+            return out, weights
+        torch.set_grad_enabled(True)  # from here on; `_attention_slope` turns it off again
         _kept[module] = out.detach().requires_grad_(), value.detach()
         return _kept[module][0], weights
+
     return run
 
+# %% ../nbs/05_baselines.ipynb #cell
 for name, attention, mask in ((NAME, _recording_attention, sdpa_mask), (EAGER, _recording_eager, eager_mask)):
     AttentionInterface.register(f'{name}_slope', _keeping(attention))
     AttentionMaskInterface.register(f'{name}_slope', mask)
 
+# %% ../nbs/05_baselines.ipynb #attention_slope
 def _attention_slope(mllm, p, layer):
     "(heads, visual) attention of the last prompt token, and the slope of the likeliest first token's log-probability in it"
     text, modules = mllm.model.config.get_text_config(), set(mllm.layers[layer].modules())
     _kept.update(dict.fromkeys(modules))
     try:
         with torch.no_grad(), capture(mllm, heads='all', layers=[layer]) as tape:
-            text._attn_implementation_internal += '_slope'               # `capture` puts back what was there
+            text._attn_implementation_internal += '_slope'  # `capture` puts back what was there
             logp = mllm.model(**p.inputs, use_cache=False, logits_to_keep=1).logits[0, -1].float().log_softmax(-1).max()
             out, value = next(v for m in modules if (v := _kept[m]) is not None)
-            slope = torch.autograd.grad(logp, out)[0][0, -1]           # (heads, width of a head)
+            slope = torch.autograd.grad(logp, out)[0][0, -1]  # (heads, width of a head)
     finally:
-        for m in modules: _kept.pop(m)
-    value = value[0].repeat_interleave(len(slope)//value.shape[1], 0)[:, p.visual.to(value.device)]
+        for m in modules:
+            _kept.pop(m)
+    value = value[0].repeat_interleave(len(slope) // value.shape[1], 0)[:, p.visual.to(value.device)]
     return tape.attention[0, 0, :, 0], (value.float() @ slope.float()[:, :, None])[..., 0]
 
+# %% ../nbs/05_baselines.ipynb #vicrop_grad
 @torch.inference_mode(False)
 def vicrop_grad(
-    mllm:MLLM, # the model
-    image, # path or PIL image
-    question:str, # about it
-    layer:int|None=None, # decoder layer; default 14/32 of the depth
-    base:float|None=None, # side of the smallest window, pixels; default: the side of the model's view
-    max_new_tokens:int=32, # of the answer
-    ask:bool=True, # False makes the crop and leaves the answer to `contrast.beside`
-)->Rival:
+    mllm: MLLM,  # the model
+    image,  # path or PIL image
+    question: str,  # about it
+    layer: int | None = None,  # decoder layer; default 14/32 of the depth
+    base: float | None = None,  # side of the smallest window, pixels; default: the side of the model's view
+    max_new_tokens: int = 32,  # of the answer
+    ask: bool = True,  # False makes the crop and leaves the answer to `contrast.beside`
+) -> Rival:
     "ViCrop by gradient-weighted attention"
     first = _look(mllm, image, question)
-    (a, slope), grid = _attention_slope(mllm, first.prompt, _at(mllm, layer, 14/32)), first.prompt.grids[0]
-    return _with_crop(mllm, first, grid, grid.of((a*slope.relu()).mean(0).double().cpu().numpy()), max_new_tokens, ask, base)
+    (a, slope), grid = _attention_slope(mllm, first.prompt, _at(mllm, layer, 14 / 32)), first.prompt.grids[0]
+    return _with_crop(
+        mllm, first, grid, grid.of((a * slope.relu()).mean(0).double().cpu().numpy()), max_new_tokens, ask, base
+    )
 
 # %% ../nbs/05_baselines.ipynb #c015
 def _measured(what):
     "Let something that follows from the sizes of a prompt's pictures be kept until pictures of other sizes come"
+
     def kept(mllm, p):
         last, sizes = mllm.__dict__.setdefault('_measured', {}), tuple(im.size for im in p.images)
-        if last.get(what, (None,))[0] != sizes: last[what] = sizes, what(mllm, p)
+        if last.get(what, (None,))[0] != sizes:
+            last[what] = sizes, what(mllm, p)
         return last[what][1]
+
     return kept
 
+# %% ../nbs/05_baselines.ipynb #places
 _places = _measured(_tiles)
 
+# %% ../nbs/05_baselines.ipynb #ends
 @_measured
-def _ends(mllm, p): "Black and white pictures as the processor hands them out"; return [_pixels(mllm, p, [Image.new('RGB', im.size, c) for im in p.images]) for c in ('black', 'white')]
+def _ends(mllm, p):
+    "Black and white pictures as the processor hands them out"
+    return [_pixels(mllm, p, [Image.new('RGB', im.size, c) for im in p.images]) for c in ('black', 'white')]
 
+# %% ../nbs/05_baselines.ipynb #apart
 @_measured
 def _apart(mllm, p):
     "What takes pixels as the processor hands them out to (tiles, 3, height, width) or (patches, 3, pixels): colours apart, patches of padding left out"
     black = _ends(mllm, p)[0]
-    if black.ndim > 2: return lambda v: v
+    if black.ndim > 2:
+        return lambda v: v
     lit = [_pixels(mllm, p, [Image.new('RGB', im.size, c) for im in p.images]) for c in ('red', 'lime', 'blue')]
     lit = [np.abs(v - black) > 1e-3 for v in lit]
     seen = np.logical_or.reduce(lit).all(1)
     places = np.stack([np.flatnonzero(l[seen][0]) for l in lit])
     return lambda v: v[seen][:, places]
 
+# %% ../nbs/05_baselines.ipynb #pixel_slope
 def _pixel_slope(mllm, p, apart):
     "(tiles, height, width) or (patches, pixels): size of the slope of the likeliest first token's log-probability in each pixel"
     name, x = next((k, v) for k, v in p.inputs.items() if k.startswith('pixel_values'))
     x = x.detach().clone().requires_grad_()
-    with torch.enable_grad(): logp = mllm.model(**p.inputs | {name: x}, use_cache=False, logits_to_keep=1).logits[0, -1].float().log_softmax(-1).max()
+    with torch.enable_grad():
+        logp = (
+            mllm.model(**p.inputs | {name: x}, use_cache=False, logits_to_keep=1)
+            .logits[0, -1]
+            .float()
+            .log_softmax(-1)
+            .max()
+        )
     g = torch.autograd.grad(logp, x)[0].double().cpu()
     return np.linalg.norm(apart(g.flatten(0, -2 if g.ndim < 4 else -4).numpy()), axis=1)
 
+# %% ../nbs/05_baselines.ipynb #detail
 def _detail(image, side):
     "Where a picture has detail: black and white, of its size"
-    x = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR), float)/255
-    high = median_filter(np.sqrt(((x - gaussian_filter(x, .8, radius=1, mode='mirror', axes=(0, 1)))**2).sum(-1)), 7)
-    return Image.fromarray(np.uint8(255*(high > np.median(high)))).resize(image.size, Image.Resampling.NEAREST).convert('RGB')
+    x = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR), float) / 255
+    high = median_filter(np.sqrt(((x - gaussian_filter(x, 0.8, radius=1, mode='mirror', axes=(0, 1))) ** 2).sum(-1)), 7)
+    return (
+        Image.fromarray(np.uint8(255 * (high > np.median(high))))
+        .resize(image.size, Image.Resampling.NEAREST)
+        .convert('RGB')
+    )
 
+# %% ../nbs/05_baselines.ipynb #seen_as
 def _seen_as(mllm, p, image, apart):
     "(tiles, height, width) or (patches, pixels): a black and white picture as the processor hands it out, 0…1"
     got, black, white = map(apart, (_pixels(mllm, p, [image]), *_ends(mllm, p)))
     return _ratio(got - black, white - black).mean(1)
 
+# %% ../nbs/05_baselines.ipynb #on_grid
 def _on_grid(mllm, p, grid, values):
     "(h·w,) mean over the pixels that lie in each cell; values (tiles, height, width) or (patches, pixels)"
     tiles = _places(mllm, p)
-    if values.ndim == 2: (_, x, y), v = np.array(tiles).T, values.mean(1)
+    if values.ndim == 2:
+        (_, x, y), v = np.array(tiles).T, values.mean(1)
     else:
-        edge = lambda line, n: line[0]*(np.arange(n) + .5) + line[1]
-        some = [(np.broadcast_to(edge(t[1], t[4]), m.shape), np.broadcast_to(edge(t[2], t[3])[:, None], m.shape), m) for t, m in zip(tiles, values) if t]
+        edge = lambda line, n: line[0] * (np.arange(n) + 0.5) + line[1]
+        some = [
+            (np.broadcast_to(edge(t[1], t[4]), m.shape), np.broadcast_to(edge(t[2], t[3])[:, None], m.shape), m)
+            for t, m in zip(tiles, values)
+            if t
+        ]
         x, y, v = (np.concatenate([np.ravel(part[k]) for part in some]) for k in range(3))
     l, r, b, t = grid.extent
-    col, row = np.floor((x*grid.size[0] - l)/(r - l)*grid.w).astype(int), np.floor((y*grid.size[1] - t)/(b - t)*grid.h).astype(int)
+    col, row = (
+        np.floor((x * grid.size[0] - l) / (r - l) * grid.w).astype(int),
+        np.floor((y * grid.size[1] - t) / (b - t) * grid.h).astype(int),
+    )
     inside = (0 <= col) & (col < grid.w) & (0 <= row) & (row < grid.h)
-    cell = (row*grid.w + col)[inside]
-    return np.bincount(cell, v[inside], grid.h*grid.w)/np.maximum(np.bincount(cell, minlength=grid.h*grid.w), 1)
+    cell = (row * grid.w + col)[inside]
+    return np.bincount(cell, v[inside], grid.h * grid.w) / np.maximum(np.bincount(cell, minlength=grid.h * grid.w), 1)
 
+# %% ../nbs/05_baselines.ipynb #vicrop_pure
 @torch.inference_mode(False)
 def vicrop_pure(
-    mllm:MLLM, # the model
-    image, # path or PIL image
-    question:str, # about it
-    general:str=GENERAL, # the prompt that gradients are divided by
-    base:float|None=None, # side of the smallest window, pixels; default: the side of the model's view
-    max_new_tokens:int=32, # of the answer
-    ask:bool=True, # False makes the crop and leaves the answer to `contrast.beside`
-)->Rival:
+    mllm: MLLM,  # the model
+    image,  # path or PIL image
+    question: str,  # about it
+    general: str = GENERAL,  # the prompt that gradients are divided by
+    base: float | None = None,  # side of the smallest window, pixels; default: the side of the model's view
+    max_new_tokens: int = 32,  # of the answer
+    ask: bool = True,  # False makes the crop and leaves the answer to `contrast.beside`
+) -> Rival:
     "ViCrop by pixel gradients"
     first = _look(mllm, image, question)
     asked, plain = first.prompt, mllm.prompt(first.prompt.images, general)
     grid, apart = asked.grids[0], _apart(mllm, asked)
-    kept = _seen_as(mllm, asked, _detail(asked.images[0], view_side(mllm)), apart) > .5
-    values = _ratio(*(_pixel_slope(mllm, p, apart) for p in (asked, plain)))*kept
+    kept = _seen_as(mllm, asked, _detail(asked.images[0], view_side(mllm)), apart) > 0.5
+    values = _ratio(*(_pixel_slope(mllm, p, apart) for p in (asked, plain))) * kept
     return _with_crop(mllm, first, grid, _on_grid(mllm, asked, grid, values), max_new_tokens, ask, base)
 
 # %% ../nbs/05_baselines.ipynb #c018
@@ -225,131 +324,180 @@ def _steps(mllm, p, ids, layers):
     a = _attention(mllm, p, layers, range(p.length - 1, p.length - 1 + len(ids)), ids[:-1])
     return p.grids[0].of(a).swapaxes(0, 1)
 
+# %% ../nbs/05_baselines.ipynb #carve
 def carve(
-    mllm:MLLM, # the model
-    image, # path or PIL image
-    question:str, # about it
-    layers=None, # decoder layers; default those from 20/32 to below 26/32 of the depth
-    general:str=GENERAL, # the prompt that attention is divided by
-    lam:float=1e-8, # λ
-    share:float=.2, # of the pixels that are kept at first
-    least:int=3, # regions that stay
-    max_new_tokens:int=32, # of every answer
-    ask:bool=True, # False makes the crop and leaves the answer to `contrast.beside`
-)->Rival:
+    mllm: MLLM,  # the model
+    image,  # path or PIL image
+    question: str,  # about it
+    layers=None,  # decoder layers; default those from 20/32 to below 26/32 of the depth
+    general: str = GENERAL,  # the prompt that attention is divided by
+    lam: float = 1e-8,  # λ
+    share: float = 0.2,  # of the pixels that are kept at first
+    least: int = 3,  # regions that stay
+    max_new_tokens: int = 32,  # of every answer
+    ask: bool = True,  # False makes the crop and leaves the answer to `contrast.beside`
+) -> Rival:
     "CARVE: mask, crop and enlarge what the question looks at more than a description does"
-    if layers is None: first = round(20/32*mllm.n_layers); layers = range(first, max(first + 1, round(26/32*mllm.n_layers)))
-    layers = [i for i in check_layers(mllm, layers) if not mllm.cross or i in mllm.cross] or [_at(mllm, None, 20/32)]
+    if layers is None:
+        first = round(20 / 32 * mllm.n_layers)
+        layers = range(first, max(first + 1, round(26 / 32 * mllm.n_layers)))
+    layers = [i for i in check_layers(mllm, layers) if not mllm.cross or i in mllm.cross] or [_at(mllm, None, 20 / 32)]
     first = _look(mllm, image, question)
     asked, plain = first.prompt, mllm.prompt(first.prompt.images, general)
     said = answer_of(mllm, first.seen, max_new_tokens), mllm.generate(plain, 1, max_new_tokens)[0]
     pair = [_steps(mllm, p, a.ids, layers) for p, a in zip((asked, plain), said)]
     n, grid, im = min(map(len, pair)), asked.grids[0], asked.images[0]
-    values = (np.arange(1, n + 1)[:, None, None]*pair[0][:n]/(pair[1][:n] + lam)).sum((0, 1))
+    values = (np.arange(1, n + 1)[:, None, None] * pair[0][:n] / (pair[1][:n] + lam)).sum((0, 1))
     l, r, b, t = map(round, grid.extent)
     over = np.zeros((im.height, im.width))
-    over[t:b, l:r] = Image.fromarray(np.float32(values.reshape(grid.h, grid.w))).resize((r - l, b - t), Image.Resampling.BILINEAR)
+    over[t:b, l:r] = Image.fromarray(np.float32(values.reshape(grid.h, grid.w))).resize(
+        (r - l, b - t), Image.Resampling.BILINEAR
+    )
     kept = regions(over, share, least)
     (ys, xs), (w, h) = np.nonzero(kept), im.size
     box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
-    crop = Image.fromarray(np.asarray(im)*np.uint8(kept)[..., None]).crop(box)
-    scale = min(max(w/crop.width, h/crop.height), 2*math.sqrt(w*h/(crop.width*crop.height)))
-    crop = crop.resize([max(2, int(scale*v)) for v in crop.size], Image.Resampling.LANCZOS)
+    crop = Image.fromarray(np.asarray(im) * np.uint8(kept)[..., None]).crop(box)
+    scale = min(max(w / crop.width, h / crop.height), 2 * math.sqrt(w * h / (crop.width * crop.height)))
+    crop = crop.resize([max(2, int(scale * v)) for v in crop.size], Image.Resampling.LANCZOS)
     return _with_crop(mllm, first, grid, values, max_new_tokens, ask, box=box, crop=crop)
 
 # %% ../nbs/05_baselines.ipynb #c021
 @torch.inference_mode()
 def _decode(mllm, inputs, rule, max_new_tokens):
     "Greedy answer of the first row by `rule`: (batch, vocabulary) scores → (1, vocabulary); all rows go on with the same token"
-    out = mllm.model.generate(**inputs, **GREEDY, num_beams=1, max_new_tokens=max_new_tokens, suppress_tokens=[mllm.image_token_id],
-                              logits_processor=LogitsProcessorList([lambda ids, scores: rule(scores).expand_as(scores)]), return_dict_in_generate=True, output_logits=True)
-    ids = _until_end(mllm, out.sequences[0, -len(out.logits):].tolist())
+    out = mllm.model.generate(
+        **inputs,
+        **GREEDY,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        suppress_tokens=[mllm.image_token_id],
+        logits_processor=LogitsProcessorList([lambda ids, scores: rule(scores).expand_as(scores)]),
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    ids = _until_end(mllm, out.sequences[0, -len(out.logits) :].tolist())
     return Answer(mllm.decode(ids), ids, sum(l[0].float().log_softmax(-1)[i].item() for l, i in zip(out.logits, ids)))
 
+# %% ../nbs/05_baselines.ipynb #plausible
 def _plausible(scores, expert, beta):
     "Scores, −∞ where the expert finds a token less than β times as likely as the likeliest"
     least = expert.max(-1, keepdim=True).values + (math.log(beta) if beta else -torch.inf)
     return scores.masked_fill((expert < least) | expert.isinf(), -torch.inf)
 
+# %% ../nbs/05_baselines.ipynb #cd
 def cd(
-    mllm:MLLM, # the model
-    image, # path or PIL image
-    question:str, # about it
-    alpha:float=1., # weight of the amateur; 0 gives the plain answer
-    beta:float=.1, # plausible tokens: at least this share of the highest probability
-    max_new_tokens:int=32, # of the answer
-)->Rival:
+    mllm: MLLM,  # the model
+    image,  # path or PIL image
+    question: str,  # about it
+    alpha: float = 1.0,  # weight of the amateur; 0 gives the plain answer
+    beta: float = 0.1,  # plausible tokens: at least this share of the highest probability
+    max_new_tokens: int = 32,  # of the answer
+) -> Rival:
     "Contrastive decoding against the same model without the picture"
     p = _prompt(mllm, image, question)
     rows = torch.arange(p.length, device=p.visual.device)
-    text = 0 if mllm.cross else int(rows[~torch.isin(rows, p.visual)].min())                        # its first row: some families let text in front of the picture read it
-    def rule(scores): e, a = scores.log_softmax(-1).split(1); return _plausible(e - alpha*a, e, beta)
-    with edit(mllm, None, p.visual, 'knockout', batch=[1], text_from=text): return Rival(_decode(mllm, mllm.copies(p, 2), rule, max_new_tokens))
+    text = (
+        0 if mllm.cross else int(rows[~torch.isin(rows, p.visual)].min())
+    )  # its first row: some families let text in front of the picture read it
 
+    def rule(scores):
+        e, a = scores.log_softmax(-1).split(1)
+        return _plausible(e - alpha * a, e, beta)
+
+    with edit(mllm, None, p.visual, 'knockout', batch=[1], text_from=text):
+        return Rival(_decode(mllm, mllm.copies(p, 2), rule, max_new_tokens))
+
+# %% ../nbs/05_baselines.ipynb #diffuse
 def diffuse(
-    pixels:torch.Tensor, # normalised pixels
-    step:int=500, # of 1,000
-    seed:int=0, # of the noise
-)->torch.Tensor: # of the same shape
+    pixels: torch.Tensor,  # normalised pixels
+    step: int = 500,  # of 1,000
+    seed: int = 0,  # of the noise
+) -> torch.Tensor:  # of the same shape
     "Pixels after so many steps of diffusion noise: √ᾱ·x + √(1 − ᾱ)·ε"
-    betas = torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid()*(.5e-2 - 1e-5) + 1e-5
+    betas = torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid() * (0.5e-2 - 1e-5) + 1e-5
     kept = (1 - betas).cumprod(0)[step].item()
     noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed)).to(pixels)
-    return math.sqrt(kept)*pixels + math.sqrt(1 - kept)*noise
+    return math.sqrt(kept) * pixels + math.sqrt(1 - kept) * noise
 
+# %% ../nbs/05_baselines.ipynb #vcd
 def vcd(
-    mllm:MLLM, # the model
-    image, # path or PIL image
-    question:str, # about it
-    alpha:float=1., # weight of the contrast; 0 gives the plain answer
-    beta:float=.1, # plausible tokens: at least this share of the highest probability
-    step:int=500, # of 1,000 steps of noise
-    seed:int=0, # of the noise
-    max_new_tokens:int=32, # of the answer
-)->Rival:
+    mllm: MLLM,  # the model
+    image,  # path or PIL image
+    question: str,  # about it
+    alpha: float = 1.0,  # weight of the contrast; 0 gives the plain answer
+    beta: float = 0.1,  # plausible tokens: at least this share of the highest probability
+    step: int = 500,  # of 1,000 steps of noise
+    seed: int = 0,  # of the noise
+    max_new_tokens: int = 32,  # of the answer
+) -> Rival:
     "Visual contrastive decoding: against the picture under noise"
     p = _prompt(mllm, image, question)
-    noisy = replace(p, inputs={k: diffuse(v, step, seed) if k.startswith('pixel_values') else v for k, v in p.inputs.items()})
-    def rule(scores): e, a = scores.split(1); return _plausible((1 + alpha)*e - alpha*a, e, beta)
+    noisy = replace(
+        p, inputs={k: diffuse(v, step, seed) if k.startswith('pixel_values') else v for k, v in p.inputs.items()}
+    )
+
+    def rule(scores):
+        e, a = scores.split(1)
+        return _plausible((1 + alpha) * e - alpha * a, e, beta)
+
     return Rival(_decode(mllm, mllm.copies(mllm.stack([p, noisy])), rule, max_new_tokens))
 
 # %% ../nbs/05_baselines.ipynb #c024
 @contextmanager
 def _early(mllm, layers):
     "Let every forward also read out the last row of the states entering some layers; yields a dict that holds (layers, vocabulary) `early` and (vocabulary,) `last`"
-    if mllm.norm is None: raise ValueError(f'{mllm.name} has no norm between its layers and its head, so inner states cannot be read as answers.')
+    if mllm.norm is None:
+        raise ValueError(
+            f'{mllm.name} has no norm between its layers and its head, so inner states cannot be read as answers.'
+        )
     states, said = {}, {}
-    def keep(i): return lambda layer, args, kw: states.__setitem__(i, _hidden(args, kw)[:1, -1:])
-    def widen(head, args): return (torch.cat([mllm.norm(states[i]).to(args[0]) for i in layers] + [args[0]], 1), *args[1:])
-    def hear(module, args, out):
-        if getattr(out, 'logits', None) is not None: said.update(early=out.logits[0, :len(layers)].float(), last=out.logits[0, -1].float())
-    around = [m for m in mllm.model.modules() if m is not mllm.head and any(k is mllm.head for k in m.modules())]
-    with _removing([mllm.layers[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in layers] + [mllm.head.register_forward_pre_hook(widen)]
-                   + [m.register_forward_hook(hear) for m in around]): yield said
 
+    def keep(i):
+        return lambda layer, args, kw: states.__setitem__(i, _hidden(args, kw)[:1, -1:])
+
+    def widen(head, args):
+        return (torch.cat([mllm.norm(states[i]).to(args[0]) for i in layers] + [args[0]], 1), *args[1:])
+
+    def hear(module, args, out):
+        if getattr(out, 'logits', None) is not None:
+            said.update(early=out.logits[0, : len(layers)].float(), last=out.logits[0, -1].float())
+
+    around = [m for m in mllm.model.modules() if m is not mllm.head and any(k is mllm.head for k in m.modules())]
+    with _removing(
+        [mllm.layers[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in layers]
+        + [mllm.head.register_forward_pre_hook(widen)]
+        + [m.register_forward_hook(hear) for m in around]
+    ):
+        yield said
+
+# %% ../nbs/05_baselines.ipynb #divergence
 def _divergence(p, q):
     "Jensen-Shannon divergence of log-probabilities over the last axis, nats"
     m = torch.logaddexp(p, q) - math.log(2)
-    return ((p.exp()*(p - m)).sum(-1) + (q.exp()*(q - m)).sum(-1))/2
+    return ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1)) / 2
 
+# %% ../nbs/05_baselines.ipynb #dola
 def dola(
-    mllm:MLLM, # the model
-    image, # path or PIL image
-    question:str, # about it
-    layers='high', # 'high', 'low', or the decoder layers whose input is read out
-    beta:float=.1, # plausible tokens: at least this share of the highest probability
-    max_new_tokens:int=32, # of the answer
-)->Rival:
+    mllm: MLLM,  # the model
+    image,  # path or PIL image
+    question: str,  # about it
+    layers='high',  # 'high', 'low', or the decoder layers whose input is read out
+    beta: float = 0.1,  # plausible tokens: at least this share of the highest probability
+    max_new_tokens: int = 32,  # of the answer
+) -> Rival:
     "Decoding by contrasting layers. Raises `ValueError` where inner states cannot be read."
-    half = mllm.n_layers//2
+    half = mllm.n_layers // 2
     if isinstance(layers, str):
-        if layers not in ('high', 'low'): raise ValueError(f"layers is 'high', 'low' or a list of decoder layers, not {layers!r}.")
+        if layers not in ('high', 'low'):
+            raise ValueError(f"layers is 'high', 'low' or a list of decoder layers, not {layers!r}.")
         layers = [i for i in range(mllm.n_layers) if i % 2 == 0 and (i >= half) == (layers == 'high')]
     layers, p = check_layers(mllm, layers), _prompt(mllm, image, question)
     with _early(mllm, layers) as said:
+
         def rule(scores):
             last, early = said['last'].log_softmax(-1), said['early'].log_softmax(-1)
             return _plausible(last - early[_divergence(last, early).argmax()], scores.log_softmax(-1), beta)
+
         return Rival(_decode(mllm, mllm.copies(p), rule, max_new_tokens))
 
 # %% ../nbs/05_baselines.ipynb #c027
@@ -358,114 +506,199 @@ def _over_trust(mllm, first, tails, scale):
     p, n, stem = first.prompt, tails.shape[1], first.seen.stem if facts(mllm, first.prompt).causal else None
     ids = torch.cat([p.inputs['input_ids'].expand(len(tails), -1), tails], 1)
     tape = Tape([mllm.n_layers - 1], range(p.length, p.length + n), 'all')
-    tape._start(torch.ones_like(ids, dtype=torch.bool))                                             # all columns, not the visual ones only
+    tape._start(torch.ones_like(ids, dtype=torch.bool))  # all columns, not the visual ones only
     with _listening(mllm, tape):
-        if stem is None: mllm.model(**mllm.copies(p, len(tails), tails[0].tolist()) | dict(input_ids=ids), use_cache=False, logits_to_keep=1)
+        if stem is None:
+            mllm.model(
+                **mllm.copies(p, len(tails), tails[0].tolist()) | dict(input_ids=ids), use_cache=False, logits_to_keep=1
+            )
         else:
-            tape._rows = tape._rows - (p.length - 1)                                                # behind the prompt but its last row, so that there is a mask
-            Ladder(mllm, [Row(0)], [stem.head(p.length - 1)], [p.visual]).pick([0]*len(tails)).forward(ids[:, p.length - 1:])
-    a = tape.attention[:, 0].amax(1).double()                                                       # (batch, n, keys)
-    a = a/a.sum(-1, keepdim=True)
-    if n <= 10: return -a[:, -1, p.visual].sum(-1).float()
-    return torch.stack([1e-7*(scale*a[:, j:, p.length + j]).prod(1) for j in range(n)], 1).amax(1).float()
+            tape._rows = tape._rows - (p.length - 1)  # behind the prompt but its last row, so that there is a mask
+            Ladder(mllm, [Row(0)], [stem.head(p.length - 1)], [p.visual]).pick([0] * len(tails)).forward(
+                ids[:, p.length - 1 :]
+            )
+    a = tape.attention[:, 0].amax(1).double()  # (batch, n, keys)
+    a = a / a.sum(-1, keepdim=True)
+    if n <= 10:
+        return -a[:, -1, p.visual].sum(-1).float()
+    return torch.stack([1e-7 * (scale * a[:, j:, p.length + j]).prod(1) for j in range(n)], 1).amax(1).float()
 
+# %% ../nbs/05_baselines.ipynb #opera
 @torch.inference_mode()
 def opera(
-    mllm:MLLM, # the model
-    image, # path or PIL image
-    question:str, # about it
-    beams:int=5, # answers pursued at a time
-    candidates:int=5, # tokens tried per beam
-    scale:float=50., # of attention, before products are taken
-    weight:float=1., # of the penalty; 0 gives a beam search among the candidates
-    max_new_tokens:int=25, # at most 25: rollback, which begins later, is not there
-)->Rival:
+    mllm: MLLM,  # the model
+    image,  # path or PIL image
+    question: str,  # about it
+    beams: int = 5,  # answers pursued at a time
+    candidates: int = 5,  # tokens tried per beam
+    scale: float = 50.0,  # of attention, before products are taken
+    weight: float = 1.0,  # of the penalty; 0 gives a beam search among the candidates
+    max_new_tokens: int = 25,  # at most 25: rollback, which begins later, is not there
+) -> Rival:
     "Beam search with OPERA's over-trust penalty. Raises `ValueError` for longer answers, and where visual tokens are no rows of the decoder."
-    if max_new_tokens > 25: raise ValueError(f'opera without rollback is exact up to 25 tokens, not {max_new_tokens}: ask for a shorter answer.')
-    if mllm.cross: raise ValueError(f'{mllm.name} reads its picture through cross-attention: its last layer has no attention to visual tokens that opera could weigh.')
+    if max_new_tokens > 25:
+        raise ValueError(
+            f'opera without rollback is exact up to 25 tokens, not {max_new_tokens}: ask for a shorter answer.'
+        )
+    if mllm.cross:
+        raise ValueError(
+            f'{mllm.name} reads its picture through cross-attention: its last layer has no attention to visual tokens that opera could weigh.'
+        )
     first, steps = _look(mllm, image, question), iter(range(max_new_tokens))
     p = first.prompt
+
     def punish(ids, scores):
         top, n = scores.topk(candidates), next(steps)
-        alive = slice(None) if n else slice(1)                          # at first all beams are the prompt
-        tried = [torch.cat([ids[:, ids.shape[1] - n:], top.indices[:, k:k + 1]], 1)[alive] for k in range(candidates)]
-        lost = in_batches(lambda tails: list(_over_trust(mllm, first, torch.stack(tails), scale)), list(torch.cat(tried)), fitting(mllm, p.length, n + 2))
+        alive = slice(None) if n else slice(1)  # at first all beams are the prompt
+        tried = [
+            torch.cat([ids[:, ids.shape[1] - n :], top.indices[:, k : k + 1]], 1)[alive] for k in range(candidates)
+        ]
+        lost = in_batches(
+            lambda tails: list(_over_trust(mllm, first, torch.stack(tails), scale)),
+            list(torch.cat(tried)),
+            fitting(mllm, p.length, n + 2),
+        )
         lost = torch.stack(lost).reshape(candidates, -1).T
-        return torch.full_like(scores, -torch.inf).scatter(1, top.indices, (top.values - weight*lost).log_softmax(-1))
-    out = mllm.model.generate(**mllm.copies(p), **GREEDY, num_beams=beams, max_new_tokens=max_new_tokens, suppress_tokens=[mllm.image_token_id],
-                              logits_processor=LogitsProcessorList([punish]), return_dict_in_generate=True, output_logits=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, top.indices, (top.values - weight * lost).log_softmax(-1))
+
+    out = mllm.model.generate(
+        **mllm.copies(p),
+        **GREEDY,
+        num_beams=beams,
+        max_new_tokens=max_new_tokens,
+        suppress_tokens=[mllm.image_token_id],
+        logits_processor=LogitsProcessorList([punish]),
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
     path = [b for b in out.beam_indices[0].tolist() if b >= 0]
-    ids = out.sequences[0, -len(path):].tolist()
-    return Rival(Answer(mllm.decode(ids), ids, sum(l[b].float().log_softmax(-1)[i].item() for l, b, i in zip(out.logits, path, ids))))
+    ids = out.sequences[0, -len(path) :].tolist()
+    return Rival(
+        Answer(
+            mllm.decode(ids), ids, sum(l[b].float().log_softmax(-1)[i].item() for l, b, i in zip(out.logits, path, ids))
+        )
+    )
 
 # %% ../nbs/05_baselines.ipynb #c030
-METHODS = {'vicrop-rel': vicrop_rel, 'vicrop-grad': vicrop_grad, 'vicrop-pure': vicrop_pure, 'carve': carve, 'cd': cd, 'vcd': vcd, 'dola': dola, 'opera': opera}
+METHODS = {
+    'vicrop-rel': vicrop_rel,
+    'vicrop-grad': vicrop_grad,
+    'vicrop-pure': vicrop_pure,
+    'carve': carve,
+    'cd': cd,
+    'vcd': vcd,
+    'dola': dola,
+    'opera': opera,
+}
 
+# %% ../nbs/05_baselines.ipynb #answer
 def answer(
-    mllm:MLLM, # the model
-    image, # path, PIL image, or a `contrast.Look` at it, whose recorded pass is then not done again
-    question:str|None=None, # not needed with a `Look`
-    method:str='vicrop-rel', # vicrop-rel, vicrop-grad, vicrop-pure, carve, cd, vcd, dola or opera
-    **kw, # further arguments of that method
-)->Rival: # with its cost
+    mllm: MLLM,  # the model
+    image,  # path, PIL image, or a `contrast.Look` at it, whose recorded pass is then not done again
+    question: str | None = None,  # not needed with a `Look`
+    method: str = 'vicrop-rel',  # vicrop-rel, vicrop-grad, vicrop-pure, carve, cd, vcd, dola or opera
+    **kw,  # further arguments of that method
+) -> Rival:  # with its cost
     "Answer a question by another method. Raises `ValueError` for an unknown one."
-    if method not in METHODS: raise ValueError(f"No method '{method}': choose one of {', '.join(METHODS)}.")
-    with counting(mllm) as cost: got = METHODS[method](mllm, image, question, **kw)
+    if method not in METHODS:
+        raise ValueError(f"No method '{method}': choose one of {', '.join(METHODS)}.")
+    with counting(mllm) as cost:
+        got = METHODS[method](mllm, image, question, **kw)
     return replace(got, method=method, cost=cost)
 
 # %% ../nbs/05_baselines.ipynb #c033
 FLOWS = ('image→question', 'image→last', 'question→last', 'last→last')
 
+# %% ../nbs/05_baselines.ipynb #question_rows
 def question_rows(
-    mllm:MLLM, # the model
-    p:Prompt, # a prompt with one picture
-)->torch.Tensor: # positions, ascending
+    mllm: MLLM,  # the model
+    p: Prompt,  # a prompt with one picture
+) -> torch.Tensor:  # positions, ascending
     "The rows of a prompt that hold its question: those between what it shares with the prompts of two other questions"
     ids = p.inputs['input_ids'][0].tolist()
+
     def shared(other):
         near = lambda a, b: next((k for k, (u, v) in enumerate(zip(a, b)) if u != v), min(len(a), len(b)))
         return near(ids, other), near(ids[::-1], other[::-1])
+
     ends = [shared(mllm.prompt(p.images, q).inputs['input_ids'][0].tolist()) for q in ('a', '1 2')]
     start, stop = min(a for a, _ in ends), len(ids) - min(b for _, b in ends)
     return torch.arange(start, stop, device=p.visual.device)
 
+# %% ../nbs/05_baselines.ipynb #closing
 def _closing(paths):
     "Pre-hook: close (batch row, from rows, to columns) of the attention"
+
     def hook(layer, args, kw):
         h = _hidden(args, kw)
         mask = _as_float_mask(kw.get('attention_mask'), h, 0)
-        for b, rows, cols in paths: mask[b, 0, rows[:, None], cols] = torch.finfo(h.dtype).min
+        for b, rows, cols in paths:
+            mask[b, 0, rows[:, None], cols] = torch.finfo(h.dtype).min
         return args, kw | dict(attention_mask=mask)
+
     return hook
 
+# %% ../nbs/05_baselines.ipynb #closed
 @torch.inference_mode()
 def _closed(mllm, p, token, variants):
     "Probability of a first token under each variant (layers, rows, columns), as one batch"
     at = {}
     for b, (layers, rows, cols) in enumerate(variants):
-        for i in layers: at.setdefault(i, []).append((b, rows, cols))
-    with _removing([mllm.layers[i].register_forward_pre_hook(_closing(paths), with_kwargs=True) for i, paths in at.items()]):
-        return mllm.model(**mllm.copies(p, len(variants)), use_cache=False, logits_to_keep=1).logits[:, -1].float().softmax(-1)[:, token].tolist()
+        for i in layers:
+            at.setdefault(i, []).append((b, rows, cols))
+    with _removing(
+        [mllm.layers[i].register_forward_pre_hook(_closing(paths), with_kwargs=True) for i, paths in at.items()]
+    ):
+        return (
+            mllm.model(**mllm.copies(p, len(variants)), use_cache=False, logits_to_keep=1)
+            .logits[:, -1]
+            .float()
+            .softmax(-1)[:, token]
+            .tolist()
+        )
 
+# %% ../nbs/05_baselines.ipynb #flow
 def flow(
-    mllm:MLLM, # the model
-    samples:list, # of `Sample`
-    flows:tuple=FLOWS, # paths to close, source→target
-    layers=None, # decoder layers in the middle of the window; None for all
-    width:int|None=None, # layers in the window; default 9/32 of the depth
-    batch:int=32, # variants per forward, at first
-)->pd.DataFrame: # sample, layer, flow, width, prediction, base, p, change
+    mllm: MLLM,  # the model
+    samples: list,  # of `Sample`
+    flows: tuple = FLOWS,  # paths to close, source→target
+    layers=None,  # decoder layers in the middle of the window; None for all
+    width: int | None = None,  # layers in the window; default 9/32 of the depth
+    batch: int = 32,  # variants per forward, at first
+) -> pd.DataFrame:  # sample, layer, flow, width, prediction, base, p, change
     "Relative change of the answer's probability when one path of attention is closed. Raises `ValueError` for unknown paths and layers, and for models that read through cross-attention."
-    if bad := [f for f in flows if f not in FLOWS]: raise ValueError(f"No flow '{bad[0]}': choose from {', '.join(FLOWS)}.")
-    if mllm.cross: raise ValueError(f'{mllm.name} reads its picture through cross-attention: its visual tokens are no columns of the text\'s attention.')
-    layers, width, out = check_layers(mllm, layers), max(1, round(9/32*mllm.n_layers)) if width is None else width, []
+    if bad := [f for f in flows if f not in FLOWS]:
+        raise ValueError(f"No flow '{bad[0]}': choose from {', '.join(FLOWS)}.")
+    if mllm.cross:
+        raise ValueError(
+            f'{mllm.name} reads its picture through cross-attention: its visual tokens are no columns of the text\'s attention.'
+        )
+    layers, width, out = (
+        check_layers(mllm, layers),
+        max(1, round(9 / 32 * mllm.n_layers)) if width is None else width,
+        [],
+    )
     for s in samples:
         p = mllm.prompt(s.image, s.question)
         plain = mllm.answer(p)
-        place = dict(image=p.visual, question=question_rows(mllm, p), last=torch.tensor([p.length - 1], device=p.visual.device))
+        place = dict(
+            image=p.visual, question=question_rows(mllm, p), last=torch.tensor([p.length - 1], device=p.visual.device)
+        )
         keys = [(f, i) for f in flows for i in layers]
         ends = {f: [place[w] for w in f.split('→')] for f in flows}
         variants = [([], *ends[keys[0][0]])] + [(scoped(mllm, i, 'window', width), *reversed(ends[f])) for f, i in keys]
         base, *got = in_batches(lambda v: _closed(mllm, p, plain.ids[0], v), variants, batch)
-        out += [dict(sample=s.id, layer=i, flow=f, width=width, prediction=plain.text, base=base, p=q, change=(q - base)/base) for (f, i), q in zip(keys, got)]
+        out += [
+            dict(
+                sample=s.id,
+                layer=i,
+                flow=f,
+                width=width,
+                prediction=plain.text,
+                base=base,
+                p=q,
+                change=(q - base) / base,
+            )
+            for (f, i), q in zip(keys, got)
+        ]
     return pd.DataFrame(out)

@@ -11,214 +11,356 @@ import argparse, json, os, sys
 from pathlib import Path
 
 # %% ../nbs/14_cli.ipynb #c006
-def study(a)->int:
+def study(a) -> int:
     "Run the analyses of settings.ini"
     from fusion_notebooks.study import run, status
+
     s = _chosen(a)
     if a.dry_run:
         print(_table(t := status(s), ['forwards', 'gigabytes', 'hours']))
-        print(f"to do: {(t.units - t.done).sum()} of {t.units.sum()} units, {t.forwards.sum():,.0f} forwards, weights up to {t.gigabytes.max():.1f} GB, {_hours(t)}")
+        print(
+            f"to do: {(t.units - t.done).sum()} of {t.units.sum()} units, {t.forwards.sum():,.0f} forwards, weights up to {t.gigabytes.max():.1f} GB, {_hours(t)}"
+        )
         return 0
     return _drawn(run(s, workers=a.workers, scheduler=a.scheduler, figures=not a.rows), s, not a.rows)
 
+# %% ../nbs/14_cli.ipynb #chosen
 def _chosen(a):
     from fusion_notebooks.study import choose
+
     return choose(a.settings, a.quick, a.models, a.benchmarks, a.analyses, a.limit)
 
-def _hours(t): return f'about {t.hours.sum():.1f} hours at the pace so far' if t.hours.notna().all() else 'hours not known before a few units of each are done (try --limit 1)'
-def _table(t, more=()): return t[['model', 'benchmark', 'analysis', 'split', 'units', 'done', 'running', 'failed', *more]].to_string(index=False, float_format='%.2f', na_rep='?')
+# %% ../nbs/14_cli.ipynb #hours
+def _hours(t):
+    return (
+        f'about {t.hours.sum():.1f} hours at the pace so far'
+        if t.hours.notna().all()
+        else 'hours not known before a few units of each are done (try --limit 1)'
+    )
 
-def status(a)->int:
+# %% ../nbs/14_cli.ipynb #table
+def _table(t, more=()):
+    return t[['model', 'benchmark', 'analysis', 'split', 'units', 'done', 'running', 'failed', *more]].to_string(
+        index=False, float_format='%.2f', na_rep='?'
+    )
+
+# %% ../nbs/14_cli.ipynb #status
+def status(a) -> int:
     "How far the study is, and what failed"
     from fusion_notebooks.study import status
+
     t = status(_chosen(a))
-    if a.json: print(t.to_json(orient='records')); return 0
+    if a.json:
+        print(t.to_json(orient='records'))
+        return 0
     print(_table(t))
-    for r in t[t.failed > 0].itertuples(): print(f'FAILED {r.model} · {r.analysis}, {r.split} ({r.failed} units): {r.cause}')
-    print(f'{t.done.sum()} of {t.units.sum()} units are done' + (f'; to go: {_hours(t)}' if t.done.sum() < t.units.sum() else ''))
+    for r in t[t.failed > 0].itertuples():
+        print(f'FAILED {r.model} · {r.analysis}, {r.split} ({r.failed} units): {r.cause}')
+    print(
+        f'{t.done.sum()} of {t.units.sum()} units are done'
+        + (f'; to go: {_hours(t)}' if t.done.sum() < t.units.sum() else '')
+    )
     return int((t.failed > 0).any())
 
-def figures(a)->int:
+# %% ../nbs/14_cli.ipynb #figures
+def figures(a) -> int:
     "Draw the figures and the fusion card again, from the rows that are there"
     from fusion_notebooks.study import run
+
     s = _chosen(a)
-    if not a.card: return _drawn(run(s, rows=False), s)
-    for model in s.models: _card(model, s)
+    if not a.card:
+        return _drawn(run(s, rows=False), s)
+    for model in s.models:
+        _card(model, s)
     return 0
 
+# %% ../nbs/14_cli.ipynb #drawn
 def _drawn(report, s, cards=True):
     "Exit code of a run; a model of which something was drawn, or that has none, gets its card as well"
     from fusion_notebooks.study import find_model
+
     for model in s.models if cards and report.done else ():
         try:
             name = find_model(model, s)[1]
-            if name in report.fresh or not (s.figures/name/'card.html').exists(): _card(model, s)
-        except ValueError: pass                                            # no rows of it; what failed has been said
-        except OSError as e: print(f'fusion card of {model} failed: {e}', file=sys.stderr); report.failed[model, 'card'] = str(e)
+            if name in report.fresh or not (s.figures / name / 'card.html').exists():
+                _card(model, s)
+        except ValueError:
+            pass  # no rows of it; what failed has been said
+        except OSError as e:
+            print(f'fusion card of {model} failed: {e}', file=sys.stderr)
+            report.failed[model, 'card'] = str(e)
     return report.code
 
+# %% ../nbs/14_cli.ipynb #card
 def _card(model, s):
     "One page on a model: HTML, PDF and PNG, drawn where it says something new"
     from fusion_notebooks import plots, study
+
     cards = {b: study.card(model, b, s) for b in s.benchmarks}
-    page, folder = plots.card_page(list(cards.values())), s.figures/study.find_model(model, s)[1]
-    file = folder/'card.html'
+    page, folder = plots.card_page(list(cards.values())), s.figures / study.find_model(model, s)[1]
+    file = folder / 'card.html'
     if not file.exists() or file.read_text() != page:
-        for b, c in cards.items(): plots.save(plots.card(**c), folder, 'card' + f'-{b}'*(len(cards) > 1), c['stamp'])
-        file.write_text(page)                                              # last: it says that the others are there
+        for b, c in cards.items():
+            plots.save(plots.card(**c), folder, 'card' + f'-{b}' * (len(cards) > 1), c['stamp'])
+        file.write_text(page)  # last: it says that the others are there
     print(f'fusion card: {os.path.relpath(file)}', flush=True)
 
-def verify(a)->int:
+# %% ../nbs/14_cli.ipynb #verify
+def verify(a) -> int:
     "Compute a random share of the rows again and compare"
     from fusion_notebooks.study import verify
+
     t = verify(_chosen(a), a.share, a.seed)
     wrong = t[t.difference > a.tolerance]
-    print(f'{t.rows.sum()} rows of {len(t)} samples computed again: {t.rows[t.same].sum()} identical, {t.rows[~t.same].sum() - wrong.rows.sum()} within {a.tolerance:g} (largest difference {t.difference[t.difference <= a.tolerance].max():.1g}), {wrong.rows.sum()} different')
-    for r in wrong.itertuples(): print(f'DIFFERENT {r.model} · {r.analysis}, {r.split}, sample {r.sample}: by {r.difference:.2g}')
+    print(
+        f'{t.rows.sum()} rows of {len(t)} samples computed again: {t.rows[t.same].sum()} identical, {t.rows[~t.same].sum() - wrong.rows.sum()} within {a.tolerance:g} (largest difference {t.difference[t.difference <= a.tolerance].max():.1g}), {wrong.rows.sum()} different'
+    )
+    for r in wrong.itertuples():
+        print(f'DIFFERENT {r.model} · {r.analysis}, {r.split}, sample {r.sample}: by {r.difference:.2g}')
     return int(len(wrong) > 0)
 
-def compact(a)->int:
+# %% ../nbs/14_cli.ipynb #compact
+def compact(a) -> int:
     "Merge the many small files of the results into few"
     from fusion_notebooks.results import Store
+
     print(f'{Store(_chosen(a).results).compact()} files merged')
     return 0
 
-def ask(a)->int:
+# %% ../nbs/14_cli.ipynb #ask
+def ask(a) -> int:
     "Ask one question about one picture, plainly and refined"
-    if not a.question.strip(): raise ValueError('The question is empty: ask something about the picture.')
-    if not Path(a.image).is_file(): raise ValueError(f'No picture at {a.image}: check the path.')
-    _known(a.model)                                                        # both before torch is there
+    if not a.question.strip():
+        raise ValueError('The question is empty: ask something about the picture.')
+    if not Path(a.image).is_file():
+        raise ValueError(f'No picture at {a.image}: check the path.')
+    _known(a.model)  # both before torch is there
     from fusion_notebooks import contrast, plots, study
+
     image = contrast.open_image(a.image)
     candidates, review, known = calibrated(a.model)
     mllm = study.load(a.model)
     r = contrast.refine(mllm, image, a.question, how=a.refine, candidates=candidates, review=review)
     c, grid = r.contrast, mllm.prompt(image, a.question).grids[0]
-    print(f'before  {r.base.text}  (p = {r.base.p:.3f})\nafter   {r.answer.text}  (p = {r.answer.p:.3f}; {a.refine}, attention of layer {c.post} − {c.pre}, {known})')
+    print(
+        f'before  {r.base.text}  (p = {r.base.p:.3f})\nafter   {r.answer.text}  (p = {r.answer.p:.3f}; {a.refine}, attention of layer {c.post} − {c.pre}, {known})'
+    )
     l, right, b, t = grid.extent
-    fig = plots.ask(image, *(m.reshape(grid.h, grid.w) for m in (c.early, c.late, c.map)), box=r.box, crop=r.crop, extent=(l, t, right, b),
-                    question=a.question, before=r.base.text, after=r.answer.text, layers=(c.pre, c.post))
+    fig = plots.ask(
+        image,
+        *(m.reshape(grid.h, grid.w) for m in (c.early, c.late, c.map)),
+        box=r.box,
+        crop=r.crop,
+        extent=(l, t, right, b),
+        question=a.question,
+        before=r.base.text,
+        after=r.answer.text,
+        layers=(c.pre, c.post),
+    )
     out = Path(a.out or f'data/runs/ask/{Path(a.image).stem}-{a.refine}.png')
     print('figure ', plots.save(fig, out.parent, out.stem, mllm.stamp() | dict(question=a.question)))
     return 0
 
+# %% ../nbs/14_cli.ipynb #known
 def _known(model):
     "Refuse at once what can be no model, and say which come along"
     from types import SimpleNamespace
     from fusion_notebooks.study import PACKAGE, find_model
-    try: find_model(model, SimpleNamespace(root=Path()))
-    except ValueError as e: raise ValueError(f"{e} Demo models: {', '.join(sorted(p.parent.name for p in (PACKAGE.parent/'data/models').glob('*/config.json')))}.") from None
 
+    try:
+        find_model(model, SimpleNamespace(root=Path()))
+    except ValueError as e:
+        raise ValueError(
+            f"{e} Demo models: {', '.join(sorted(p.parent.name for p in (PACKAGE.parent / 'data/models').glob('*/config.json')))}."
+        ) from None
+
+# %% ../nbs/14_cli.ipynb #calibrated
 def calibrated(
-    model:str, # demo name, local folder or Hub id
-)->tuple: # (candidates or None, review layer or None, in words)
+    model: str,  # demo name, local folder or Hub id
+) -> tuple:  # (candidates or None, review layer or None, in words)
     "What a study here has found out about a model, if there was one"
     from fusion_notebooks.study import calibrations
+
     for _, c in calibrations(model):
-        if c: return c.candidates, c.review, 'calibrated by the study' if c.candidates else 'no fusion layer found by the study: all layers are candidates'
+        if c:
+            return (
+                c.candidates,
+                c.review,
+                'calibrated by the study'
+                if c.candidates
+                else 'no fusion layer found by the study: all layers are candidates',
+            )
     return None, None, 'not calibrated: run `fusion study` for this model'
 
-def demo_train(a)->int:
+# %% ../nbs/14_cli.ipynb #demo_train
+def demo_train(a) -> int:
     "Train a demo model"
     from fusion_notebooks import demo
+
     demo.train(a.name, **{k: v for k, v in dict(device=a.device, folder=a.folder, out=a.out).items() if v})
     return 0
 
-def demo_eval(a)->int:
+# %% ../nbs/14_cli.ipynb #demo_eval
+def demo_eval(a) -> int:
     "Evaluate a demo model"
     _known(a.name)
     from fusion_notebooks import demo
     from fusion_notebooks.mllm import MLLM
+
     got = demo.evaluate(MLLM.load(a.name, device=a.device), n=a.n, seed=a.seed)
-    if a.json: print(json.dumps(got))
+    if a.json:
+        print(json.dumps(got))
     else:
-        for kind, r in got.items(): print(f'{kind:9s}' + '  '.join(f'{k} {v}' for k, v in r.items()))
+        for kind, r in got.items():
+            print(f'{kind:9s}' + '  '.join(f'{k} {v}' for k, v in r.items()))
     return 0
 
-def doctor(a)->int:
+# %% ../nbs/14_cli.ipynb #doctor
+def doctor(a) -> int:
     "What was found in a model, and whether everything that is done with it is right"
-    if a.all == bool(a.model): raise ValueError('Give either a MODEL or --all.')
-    if a.model and not a.config_only: _known(a.model)
+    if a.all == bool(a.model):
+        raise ValueError('Give either a MODEL or --all.')
+    if a.model and not a.config_only:
+        _known(a.model)
     from fusion_notebooks import doctor as d
+
     if a.all:
         reports = d.survey(progress=True)
         Path(a.out).parent.mkdir(parents=True, exist_ok=True)
         d.matrix(reports).to_csv(a.out, index=False)
-        print(json.dumps([r.row() for r in reports]) if a.json else '\n'.join(f"{'yes' if r.ok else 'no ' if r.stated else 'NO '}  {r.kind:<24}{r.reason}" for r in reports) + f'\n{sum(r.ok for r in reports)} of {len(reports)} classes pass every check; table: {a.out}')
+        print(
+            json.dumps([r.row() for r in reports])
+            if a.json
+            else '\n'.join(
+                f"{'yes' if r.ok else 'no ' if r.stated else 'NO '}  {r.kind:<24}{r.reason}" for r in reports
+            )
+            + f'\n{sum(r.ok for r in reports)} of {len(reports)} classes pass every check; table: {a.out}'
+        )
         return int(not all(r.ok or r.stated for r in reports))
-    if a.config_only: r = d.examine(d.config_of(a.model), vocab=None)
-    else: r = d.doctor(d.MLLM.load(a.model))
+    if a.config_only:
+        r = d.examine(d.config_of(a.model), vocab=None)
+    else:
+        r = d.doctor(d.MLLM.load(a.model))
     print(json.dumps(r.json()) if a.json else r)
     return int(not r.ok)
 
 # %% ../nbs/14_cli.ipynb #c007
 def _count(text):
-    if not text.isdigit() or not int(text): raise argparse.ArgumentTypeError(f'{text} is no whole number above 0')
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f'{text} is no whole number above 0')
     return int(text)
 
-def parser()->argparse.ArgumentParser:
+# %% ../nbs/14_cli.ipynb #parser
+def parser() -> argparse.ArgumentParser:
     "All that `fusion` understands"
     p = argparse.ArgumentParser('fusion', description='Where and how multimodal LLMs fuse vision and language.')
     sub = p.add_subparsers(required=True, metavar='COMMAND')
+
     def command(parent, name, f):
         c = parent.add_parser(name, help=f.__doc__, description=f.__doc__)
         c.set_defaults(run=f)
         return c
+
     def of_study(name, f):
         c = command(sub, name, f)
         c.add_argument('--quick', action='store_true', help='a few samples, everything under data/runs/quick')
-        for what in ('models', 'benchmarks', 'analyses'): c.add_argument(f'--{what}', nargs='+', metavar=what[0].upper(), help='instead of those in the settings')
-        c.add_argument('--limit', type=_count, metavar='N', help='N samples per kind of question (of a benchmark: in all); figures go to data/runs/limit-N')
-        c.add_argument('--settings', default='settings.ini', metavar='F', help='what the study is (default: %(default)s)')
+        for what in ('models', 'benchmarks', 'analyses'):
+            c.add_argument(f'--{what}', nargs='+', metavar=what[0].upper(), help='instead of those in the settings')
+        c.add_argument(
+            '--limit',
+            type=_count,
+            metavar='N',
+            help='N samples per kind of question (of a benchmark: in all); figures go to data/runs/limit-N',
+        )
+        c.add_argument(
+            '--settings', default='settings.ini', metavar='F', help='what the study is (default: %(default)s)'
+        )
         return c
+
     c = of_study('study', study)
     c.add_argument('--workers', type=_count, default=1, metavar='N', help='local processes, one per graphics card')
     c.add_argument('--scheduler', metavar='ADDRESS', help='of a Dask cluster; see the guides')
     c.add_argument('--rows', action='store_true', help='rows only, no notebooks: for each task of a job array')
     c.add_argument('--dry-run', action='store_true', help='only say what there is to do')
     of_study('status', status).add_argument('--json', action='store_true', help='print the table as JSON')
-    of_study('figures', figures).add_argument('--card', action='store_true', help='only the page per model: where it fuses, whether it reviews, what refinement gains or costs')
+    of_study('figures', figures).add_argument(
+        '--card',
+        action='store_true',
+        help='only the page per model: where it fuses, whether it reviews, what refinement gains or costs',
+    )
     c = of_study('verify', verify)
-    c.add_argument('--share', type=float, default=.01, metavar='X', help='of the samples (default: 0.01)')
+    c.add_argument('--share', type=float, default=0.01, metavar='X', help='of the samples (default: 0.01)')
     c.add_argument('--seed', type=int, metavar='N', help='which samples; default: others every time')
-    c.add_argument('--tolerance', type=float, default=1e-4, metavar='X', help='largest difference of a number (default: 1e-4)')
+    c.add_argument(
+        '--tolerance', type=float, default=1e-4, metavar='X', help='largest difference of a number (default: 1e-4)'
+    )
     of_study('compact', compact)
     c = command(sub, 'ask', ask)
     c.add_argument('model', metavar='MODEL', help='demo name, local folder or Hub id')
     c.add_argument('image', metavar='IMAGE', help='a file that Pillow can read')
     c.add_argument('question', metavar='QUESTION', help='in quotes')
-    c.add_argument('--refine', choices=('crop', 'mask'), default='crop', help='how to refine the answer (default: crop)')
+    c.add_argument(
+        '--refine', choices=('crop', 'mask'), default='crop', help='how to refine the answer (default: crop)'
+    )
     c.add_argument('--out', metavar='FIG', help='where the figure goes (default: data/runs/ask/IMAGE-crop.png)')
     c = command(sub, 'doctor', doctor)
     c.add_argument('model', metavar='MODEL', nargs='?', help='demo name, local folder or Hub id')
-    c.add_argument('--config-only', action='store_true', help='check a tiny random twin built from the config; no weights are needed')
-    c.add_argument('--all', action='store_true', help='check a twin of every image-text class that the installed transformers knows')
-    c.add_argument('--json', action='store_true', help='print the report as JSON; with --all a list of {class, model_type, ok, checks, reason}')
-    c.add_argument('--out', metavar='F', default='data/matrix.csv', help='where --all writes its table (default: %(default)s)')
-    demo = sub.add_parser('demo', help='Train or evaluate the demo models').add_subparsers(required=True, metavar='COMMAND')
+    c.add_argument(
+        '--config-only',
+        action='store_true',
+        help='check a tiny random twin built from the config; no weights are needed',
+    )
+    c.add_argument(
+        '--all',
+        action='store_true',
+        help='check a twin of every image-text class that the installed transformers knows',
+    )
+    c.add_argument(
+        '--json',
+        action='store_true',
+        help='print the report as JSON; with --all a list of {class, model_type, ok, checks, reason}',
+    )
+    c.add_argument(
+        '--out', metavar='F', default='data/matrix.csv', help='where --all writes its table (default: %(default)s)'
+    )
+    demo = sub.add_parser('demo', help='Train or evaluate the demo models').add_subparsers(
+        required=True, metavar='COMMAND'
+    )
     c = command(demo, 'train', demo_train)
-    c.add_argument('name', metavar='NAME', nargs='?', default='glyph-llava', help='of a demo model (default: %(default)s)')
+    c.add_argument(
+        'name', metavar='NAME', nargs='?', default='glyph-llava', help='of a demo model (default: %(default)s)'
+    )
     c.add_argument('--out', metavar='F', help='where the model goes (default: data/models/NAME)')
-    c.add_argument('--folder', metavar='F', help='checkpoints and log; an interrupted training goes on from there (default: data/runs/train/NAME)')
+    c.add_argument(
+        '--folder',
+        metavar='F',
+        help='checkpoints and log; an interrupted training goes on from there (default: data/runs/train/NAME)',
+    )
     c.add_argument('--device', metavar='D', help='cpu, cuda, …')
     c = command(demo, 'eval', demo_eval)
-    c.add_argument('name', metavar='NAME', nargs='?', default='glyph-llava', help='of a demo model (default: %(default)s)')
+    c.add_argument(
+        'name', metavar='NAME', nargs='?', default='glyph-llava', help='of a demo model (default: %(default)s)'
+    )
     c.add_argument('--n', type=_count, default=1000, metavar='N', help='questions per kind (default: %(default)s)')
     c.add_argument('--seed', type=int, default=0, metavar='N', help='of the scenes (default: %(default)s)')
     c.add_argument('--json', action='store_true', help='print {kind: {n, one_pass, oracle, blind}}')
     c.add_argument('--device', metavar='D', help='cpu, cuda, …')
     return p
 
+# %% ../nbs/14_cli.ipynb #main
 def main(
-    argv=None, # arguments; default: those of the process
-)->int: # exit code: 0 well, 1 something failed, 2 bad input
+    argv=None,  # arguments; default: those of the process
+) -> int:  # exit code: 0 well, 1 something failed, 2 bad input
     "The command `fusion`"
     a = parser().parse_args(argv)
-    os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')      # no notes about optional packages
-    try: return a.run(a)
+    os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # no notes about optional packages
+    try:
+        return a.run(a)
     except (ValueError, OSError) as e:
         print(f'fusion: {" ".join(str(e).split())}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('fusion: interrupted; what was finished is kept, and the same command goes on from there', file=sys.stderr)
+        print(
+            'fusion: interrupted; what was finished is kept, and the same command goes on from there', file=sys.stderr
+        )
         return 130

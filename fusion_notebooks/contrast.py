@@ -17,314 +17,448 @@ from PIL import Image
 from scipy.ndimage import label
 from .mllm import Answer, Grid, MLLM, Prompt, in_batches, open_image
 from .hooks import capture, check_layers, edit
-from .masking import Ladder, Pass, Row, answer_of, facts, fitting, record, second_answers, second_image, slides
+from .masking import Ladder, Pass, Row, answer_of, facts, fitting, record, second_answers
+from .masking import second_image, slides
 from .fusion import hellinger, normalise
 
 # %% ../nbs/04_contrast.ipynb #c005
 @dataclass
 class Contrast:
     "Contrastive attention of one sample"
-    pre:int # chosen pre-fusion layer i*
-    post:int # post-fusion layer k
-    map:np.ndarray # (visual,) A(k) − A(i*), signed
-    early:np.ndarray # (visual,) A(i*)
-    late:np.ndarray # (visual,) A(k)
-    distance:float # H(A(i*), A(k))
 
+    pre: int  # chosen pre-fusion layer i*
+    post: int  # post-fusion layer k
+    map: np.ndarray  # (visual,) A(k) − A(i*), signed
+    early: np.ndarray  # (visual,) A(i*)
+    late: np.ndarray  # (visual,) A(k)
+    distance: float  # H(A(i*), A(k))
+
+# %% ../nbs/04_contrast.ipynb #js2
 def js2(
-    p, # (..., visual) attention, need not be normalised
-    q, # (..., visual) attention, broadcast against `p`
-)->np.ndarray: # (...) 0 equal … 1 disjoint
+    p,  # (..., visual) attention, need not be normalised
+    q,  # (..., visual) attention, broadcast against `p`
+) -> np.ndarray:  # (...) 0 equal … 1 disjoint
     "Squared base-2 Jensen-Shannon distance of two maps over their last axis"
     p, q = normalise(p), normalise(q)
-    bits = lambda a: np.where(a > 0, a*np.log2(np.where(a > 0, a, 1)/np.where(a > 0, (p + q)/2, 1)), 0).sum(-1)
-    return (bits(p) + bits(q))/2
+    bits = lambda a: np.where(a > 0, a * np.log2(np.where(a > 0, a, 1) / np.where(a > 0, (p + q) / 2, 1)), 0).sum(-1)
+    return (bits(p) + bits(q)) / 2
 
-DISTANCES, DEPTHS = dict(hellinger=hellinger, js2=js2), dict(all=(-1., 1.), shallow=(-1., .5), deep=(17/32, 1.)) # shares of the depth, without their ends
+# %% ../nbs/04_contrast.ipynb #DISTANCES
+DISTANCES, DEPTHS = (
+    dict(hellinger=hellinger, js2=js2),
+    dict(all=(-1.0, 1.0), shallow=(-1.0, 0.5), deep=(17 / 32, 1.0)),
+)  # shares of the depth, without their ends
 
+# %% ../nbs/04_contrast.ipynb #candidate_layers
 def candidate_layers(
-    candidates, # decoder layers, one or several, or 'all', 'shallow' (< 16 of 32), 'deep' (> 17 of 32); None for all
-    n_layers:int, # of the model
-    post:int, # post-fusion layer
-)->list: # of ints below `post`
+    candidates,  # decoder layers, one or several, or 'all', 'shallow' (< 16 of 32), 'deep' (> 17 of 32); None for all
+    n_layers: int,  # of the model
+    post: int,  # post-fusion layer
+) -> list:  # of ints below `post`
     "The layers that a pre-fusion layer is chosen among. Raises `ValueError` for an unknown set and where none lies below `post`."
     if candidates is None or isinstance(candidates, str):
-        if candidates not in (None, *DEPTHS): raise ValueError(f"candidates are decoder layers, or one of {', '.join(DEPTHS)}, not {candidates!r}.")
+        if candidates not in (None, *DEPTHS):
+            raise ValueError(f"candidates are decoder layers, or one of {', '.join(DEPTHS)}, not {candidates!r}.")
         low, high = DEPTHS[candidates or 'all']
-        candidates = [i for i in range(n_layers) if low < i/n_layers < high]
+        candidates = [i for i in range(n_layers) if low < i / n_layers < high]
     below = [int(i) for i in np.atleast_1d(candidates) if 0 <= i < post]
-    if not below: raise ValueError(f'No candidate layer below the post-fusion layer {post}: give earlier candidates or a later post.')
+    if not below:
+        raise ValueError(
+            f'No candidate layer below the post-fusion layer {post}: give earlier candidates or a later post.'
+        )
     return below
 
+# %% ../nbs/04_contrast.ipynb #contrastive_attention
 def contrastive_attention(
-    maps:np.ndarray, # (layers, visual) attention of the last prompt token
-    candidates, # pre-fusion layers to choose from, as in `candidate_layers`; those not below `post` are left out
-    post:int, # post-fusion layer
-    distance:str='hellinger', # or js2
-    raw:bool=False, # subtract the maps as they are, not renormalised to sum 1
-)->Contrast:
+    maps: np.ndarray,  # (layers, visual) attention of the last prompt token
+    candidates,  # pre-fusion layers to choose from, as in `candidate_layers`; those not below `post` are left out
+    post: int,  # post-fusion layer
+    distance: str = 'hellinger',  # or js2
+    raw: bool = False,  # subtract the maps as they are, not renormalised to sum 1
+) -> Contrast:
     "Late minus early attention. Raises `ValueError` for an unknown distance, and where no candidate lies below `post` or nothing looks at the picture."
-    if distance not in DISTANCES: raise ValueError(f"distance is one of {', '.join(DISTANCES)}, not {distance!r}.")
-    candidates, shown = candidate_layers(candidates, len(maps), post), np.asarray(maps, float) if raw else normalise(maps)
+    if distance not in DISTANCES:
+        raise ValueError(f"distance is one of {', '.join(DISTANCES)}, not {distance!r}.")
+    candidates, shown = (
+        candidate_layers(candidates, len(maps), post),
+        np.asarray(maps, float) if raw else normalise(maps),
+    )
     d = [float(DISTANCES[distance](maps[i], maps[post])) for i in candidates]
-    if np.isnan(d).all(): raise ValueError(f'Post-fusion layer {post}, or every candidate, has no attention on the picture: there is nothing to subtract. Give another post or other candidates.')
-    pre = candidates[int(np.nanargmax(d))]                                # a layer that does not look has no map
+    if np.isnan(d).all():
+        raise ValueError(
+            f'Post-fusion layer {post}, or every candidate, has no attention on the picture: there is nothing to subtract. Give another post or other candidates.'
+        )
+    pre = candidates[int(np.nanargmax(d))]  # a layer that does not look has no map
     return Contrast(pre, post, shown[post] - shown[pre], shown[pre], shown[post], float(np.nanmax(d)))
 
 # %% ../nbs/04_contrast.ipynb #c008
 def lowest(
-    values:np.ndarray, # (visual,)
-    share:float, # ρ, share of tokens
-)->np.ndarray: # positions, ascending
+    values: np.ndarray,  # (visual,)
+    share: float,  # ρ, share of tokens
+) -> np.ndarray:  # positions, ascending
     "The lowest share of tokens, exact in number, stable under ties"
-    return np.sort(np.argsort(values, kind='stable')[:round(share*len(values))])
+    return np.sort(np.argsort(values, kind='stable')[: round(share * len(values))])
 
+# %% ../nbs/04_contrast.ipynb #regions
 def regions(
-    values:np.ndarray, # (height, width)
-    share:float=.2, # of the cells that are looked at, the highest
-    least:int=3, # regions that stay; a share of them where there are many
-)->np.ndarray: # (height, width) of bool
+    values: np.ndarray,  # (height, width)
+    share: float = 0.2,  # of the cells that are looked at, the highest
+    least: int = 3,  # regions that stay; a share of them where there are many
+) -> np.ndarray:  # (height, width) of bool
     "The heaviest connected regions among the highest cells (CARVE)"
-    parts, n = label(values >= np.percentile(values, 100*(1 - share)))
+    parts, n = label(values >= np.percentile(values, 100 * (1 - share)))
     mass = np.bincount(parts.ravel(), values.ravel(), n + 1)[1:]
-    return np.isin(parts, 1 + np.argsort(-mass, kind='stable')[:max(least, int(n*share))])
+    return np.isin(parts, 1 + np.argsort(-mass, kind='stable')[: max(least, int(n * share))])
 
+# %% ../nbs/04_contrast.ipynb #kept_box
 def kept_box(
-    kept:np.ndarray, # (h, w) of bool, some of them True
-    grid:Grid, # where they lie
-)->tuple: # (left, top, right, bottom), whole pixels
+    kept: np.ndarray,  # (h, w) of bool, some of them True
+    grid: Grid,  # where they lie
+) -> tuple:  # (left, top, right, bottom), whole pixels
     "The box around the cells that are kept"
     boxes = grid.boxes[kept.ravel()]
     (l, t), (r, b) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
     return int(np.floor(l)), int(np.floor(t)), int(np.ceil(r)), int(np.ceil(b))
 
+# %% ../nbs/04_contrast.ipynb #crop_box
 def crop_box(
-    values:np.ndarray, # (h·w,) a map over the tokens of one image; negative values count as 0
-    grid:Grid, # where the tokens lie
-    base:float, # side of the smallest window, pixels
-    rule:str='vicrop', # window that stands out most; components: CARVE's regions; meanstd: cells above mean + standard deviation; focus: `focus_box` of 1.5 times `base`
-)->tuple: # (left, top, right, bottom), whole pixels
+    values: np.ndarray,  # (h·w,) a map over the tokens of one image; negative values count as 0
+    grid: Grid,  # where the tokens lie
+    base: float,  # side of the smallest window, pixels
+    rule: str = 'vicrop',  # window that stands out most; components: CARVE's regions; meanstd: cells above mean + standard deviation; focus: `focus_box` of 1.5 times `base`
+) -> tuple:  # (left, top, right, bottom), whole pixels
     "Where to crop. Raises `ValueError` for an unknown rule."
-    if rule not in RULES: raise ValueError(f"rule is one of {', '.join(RULES)}, not {rule!r}.")
-    if rule == 'focus': return focus_box(values, grid, 1.5*base)
+    if rule not in RULES:
+        raise ValueError(f"rule is one of {', '.join(RULES)}, not {rule!r}.")
+    if rule == 'focus':
+        return focus_box(values, grid, 1.5 * base)
     m = np.maximum(np.asarray(values, float), 0).reshape(grid.h, grid.w)
-    if rule == 'vicrop' or not m.any(): return window_box(values, grid, base)
-    return kept_box(regions(m, min(.2, (m > 0).mean())) if rule == 'components' else (m > m.mean() + m.std()) | (m == m.max()), grid)
+    if rule == 'vicrop' or not m.any():
+        return window_box(values, grid, base)
+    return kept_box(
+        regions(m, min(0.2, (m > 0).mean())) if rule == 'components' else (m > m.mean() + m.std()) | (m == m.max()),
+        grid,
+    )
 
+# %% ../nbs/04_contrast.ipynb #RULES
 RULES = ('vicrop', 'components', 'meanstd', 'focus')
 
+# %% ../nbs/04_contrast.ipynb #windows
 def _windows(values, grid, side):
     "(rows, columns) sums of a map's positive part over every window of a side in pixels, and that part (h, w)"
     m, (l, r, b, t) = np.maximum(np.asarray(values, float), 0).reshape(grid.h, grid.w), grid.extent
-    nx, ny = (int(np.clip(side//(length/n), 1, n)) for length, n in ((r - l, grid.w), (b - t, grid.h)))
+    nx, ny = (int(np.clip(side // (length / n), 1, n)) for length, n in ((r - l, grid.w), (b - t, grid.h)))
     total = np.pad(m.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     return total[ny:, nx:] - total[:-ny, nx:] - total[ny:, :-nx] + total[:-ny, :-nx], m
 
+# %% ../nbs/04_contrast.ipynb #window_box
 def window_box(
-    values:np.ndarray, # (h·w,) a map over the tokens of one image; negative values count as 0
-    grid:Grid, # where the tokens lie
-    base:float, # side of the smallest window, pixels of the picture; ViCrop takes the side of the model's view
-    ratios:tuple=(1, 1.2, 1.4, 1.6, 1.8, 2), # window sides as multiples of `base`
-)->tuple: # (left, top, right, bottom), whole pixels
+    values: np.ndarray,  # (h·w,) a map over the tokens of one image; negative values count as 0
+    grid: Grid,  # where the tokens lie
+    base: float,  # side of the smallest window, pixels of the picture; ViCrop takes the side of the model's view
+    ratios: tuple = (1, 1.2, 1.4, 1.6, 1.8, 2),  # window sides as multiples of `base`
+) -> tuple:  # (left, top, right, bottom), whole pixels
     "The window that stands out most (ViCrop, ICLR 2025, appendix)"
     best = None
     for ratio in ratios:
-        sums, _ = _windows(values, grid, base*ratio)
+        sums, _ = _windows(values, grid, base * ratio)
         ny, nx = grid.h + 1 - len(sums), grid.w + 1 - sums.shape[1]
         y, x = np.unravel_index(sums.argmax(), sums.shape)
-        near = [sums[j, i] for j, i in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)) if 0 <= j < sums.shape[0] and 0 <= i < sums.shape[1]]
-        gain = (sums[y, x] - np.mean(near))/(nx*ny) if near else 0.
-        if best is None or gain > best[0]: best = gain, x + nx/2, y + ny/2, base*ratio
+        near = [
+            sums[j, i]
+            for j, i in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1))
+            if 0 <= j < sums.shape[0] and 0 <= i < sums.shape[1]
+        ]
+        gain = (sums[y, x] - np.mean(near)) / (nx * ny) if near else 0.0
+        if best is None or gain > best[0]:
+            best = gain, x + nx / 2, y + ny / 2, base * ratio
     return box_around(_at(grid, *best[1:3]), best[3], grid.size)
 
-def _at(grid, x, y): "Pixels of a place given in cells"; l, r, b, t = grid.extent; return l + x*((r - l)/grid.w), t + y*((b - t)/grid.h)
+# %% ../nbs/04_contrast.ipynb #at
+def _at(grid, x, y):
+    "Pixels of a place given in cells"
+    l, r, b, t = grid.extent
+    return l + x * ((r - l) / grid.w), t + y * ((b - t) / grid.h)
 
+# %% ../nbs/04_contrast.ipynb #focus_box
 def focus_box(
-    values:np.ndarray, # (h·w,) a map over the tokens of one image; negative values count as 0
-    grid:Grid, # where the tokens lie
-    side:float, # of the window, pixels of the picture
-)->tuple: # (left, top, right, bottom), whole pixels
+    values: np.ndarray,  # (h·w,) a map over the tokens of one image; negative values count as 0
+    grid: Grid,  # where the tokens lie
+    side: float,  # of the window, pixels of the picture
+) -> tuple:  # (left, top, right, bottom), whole pixels
     "The window that holds most of a map, moved so that the mean place of what it holds lies in its middle"
     sums, m = _windows(values, grid, side)
     y, x = np.unravel_index(sums.argmax(), sums.shape)
     held = np.zeros_like(m)
-    held[y:y + grid.h + 1 - len(sums), x:x + grid.w + 1 - sums.shape[1]] = 1
+    held[y : y + grid.h + 1 - len(sums), x : x + grid.w + 1 - sums.shape[1]] = 1
     held *= m if m.any() else 1
-    rows, columns = np.indices(m.shape) + .5
+    rows, columns = np.indices(m.shape) + 0.5
     return box_around(_at(grid, np.average(columns, weights=held), np.average(rows, weights=held)), side, grid.size)
 
+# %% ../nbs/04_contrast.ipynb #box_around
 def box_around(
-    centre:tuple, # (x, y), pixels
-    side:float, # pixels
-    size:tuple, # (width, height) of the picture
-)->tuple: # (left, top, right, bottom), whole pixels
+    centre: tuple,  # (x, y), pixels
+    side: float,  # pixels
+    size: tuple,  # (width, height) of the picture
+) -> tuple:  # (left, top, right, bottom), whole pixels
     "A square of given side, moved into the picture and no larger than it"
     side = round(max(2, min(side, *size)))
-    left, top = (round(min(max(c - side/2, 0), n - side)) for c, n in zip(centre, size))
+    left, top = (round(min(max(c - side / 2, 0), n - side)) for c, n in zip(centre, size))
     return left, top, left + side, top + side
 
 # %% ../nbs/04_contrast.ipynb #c013
 @dataclass
 class Look:
     "A recorded first pass over one sample: what `refine` can start from"
-    mllm:MLLM # the model
-    seen:Pass # of `masking.record`
-    @property
-    def prompt(self): return self.seen.prompt
-    @cached_property
-    def maps(self): "(n_layers, visual) attention of the last prompt token, head mean"; return self.seen.maps.double().cpu().numpy()
-    @cached_property
-    def base(self): "The plain answer, decoded when it is asked for"; return answer_of(self.mllm, self.seen)
 
+    mllm: MLLM  # the model
+    seen: Pass  # of `masking.record`
+
+    @property
+    def prompt(self):
+        return self.seen.prompt
+
+    @cached_property
+    def maps(self):
+        "(n_layers, visual) attention of the last prompt token, head mean"
+        return self.seen.maps.double().cpu().numpy()
+
+    @cached_property
+    def base(self):
+        "The plain answer, decoded when it is asked for"
+        return answer_of(self.mllm, self.seen)
+
+# %% ../nbs/04_contrast.ipynb #Refined
 @dataclass
 class Refined:
     "An answer before and after"
-    answer:Answer|None # after
-    plain:object # () → `Answer` before
-    contrast:Contrast # what was seen in the first pass
-    how:str # mask or crop
-    by:str # contrast or the name of a control
-    path:str # one pass, reused or two passes
-    tokens:np.ndarray|None=None # masked visual tokens
-    box:tuple|None=None # crop, pixels
-    crop:Image.Image|None=None # the crop itself
+
+    answer: Answer | None  # after
+    plain: object  # () → `Answer` before
+    contrast: Contrast  # what was seen in the first pass
+    how: str  # mask or crop
+    by: str  # contrast or the name of a control
+    path: str  # one pass, reused or two passes
+    tokens: np.ndarray | None = None  # masked visual tokens
+    box: tuple | None = None  # crop, pixels
+    crop: Image.Image | None = None  # the crop itself
+
     @cached_property
-    def base(self): "The answer before, computed when it is asked for"; return self.plain()
+    def base(self):
+        "The answer before, computed when it is asked for"
+        return self.plain()
 
-MASKS, CROPS = ('contrast', 'late', 'random', 'highest'), ('contrast', 'late', 'read', 'focus', 'random', 'centre', 'oracle')
-PAPER = dict(raw=True, distance='js2', candidates='all', strength=1e-9, temperature=.2) # paper mode: `refine(…, **PAPER)` as in the public logs; never the default
+# %% ../nbs/04_contrast.ipynb #MASKS
+MASKS, CROPS = (
+    ('contrast', 'late', 'random', 'highest'),
+    ('contrast', 'late', 'read', 'focus', 'random', 'centre', 'oracle'),
+)
+PAPER = dict(
+    raw=True, distance='js2', candidates='all', strength=1e-9, temperature=0.2
+)  # paper mode: `refine(…, **PAPER)` as in the public logs; never the default
 
+# %% ../nbs/04_contrast.ipynb #look
 def look(
-    mllm:MLLM, # the model
-    image, # path or PIL image
-    question:str, # about it
-)->Look:
+    mllm: MLLM,  # the model
+    image,  # path or PIL image
+    question: str,  # about it
+) -> Look:
     "Watch where the last prompt token looks"
     return Look(mllm, record(mllm, mllm.prompt(image, question)))
 
+# %% ../nbs/04_contrast.ipynb #least
 def _least(c, by, rho, seed):
     "The visual tokens that a mask takes"
     value = dict(contrast=c.map, late=c.late, highest=-c.map, random=np.random.default_rng(seed).random(len(c.map)))[by]
     return lowest(value, rho)
 
+# %% ../nbs/04_contrast.ipynb #mask
 def _mask(mllm, p, candidates, post, by, review, rho, strength, soft, seed, temperature, **kw):
     "(answer, contrast, tokens) in one pass"
     with ExitStack() as stack, capture(mllm, layers=sorted({*candidates, post})) as tape:
         found = []
+
         def decide(layer, args, out):
-            if found or not tape.listening: return
+            if found or not tape.listening:
+                return
             maps = np.ones((mllm.n_layers, tape.attention.shape[-1]))
             maps[tape.layers] = tape.attention[0, :, 0].double().cpu().numpy()
             c = contrastive_attention(maps, candidates, post, **kw)
             found.extend((c, _least(c, by, rho, seed)))
             layers, how = (range(review, mllm.n_layers), 'soft') if soft else (review, 'zero')
-            stack.enter_context(edit(mllm, layers, p.visual[found[1]], how, strength, text_from=int(p.visual.max()) + 1))
+            stack.enter_context(
+                edit(mllm, layers, p.visual[found[1]], how, strength, text_from=int(p.visual.max()) + 1)
+            )
+
         stack.callback(mllm.layers[review - 1].register_forward_hook(decide).remove)
         return mllm.generate(p, temperature=temperature, seed=seed)[0], *found
 
+# %% ../nbs/04_contrast.ipynb #crop_box-2
 def _crop_box(p, maps, c, candidates, by, base, box, rule, seed):
     grid, (W, H) = p.grids[0], p.images[0].size
     rng = np.random.default_rng(seed)
     ours = crop_box(grid.of(c.map), grid, base, rule)
-    side = max(ours[2] - ours[0], ours[3] - ours[1])                     # random and centre boxes have the size of ours
-    if by == 'contrast': return ours
-    if by == 'late': return crop_box(grid.of(c.late), grid, base, rule)
+    side = max(ours[2] - ours[0], ours[3] - ours[1])  # random and centre boxes have the size of ours
+    if by == 'contrast':
+        return ours
+    if by == 'late':
+        return crop_box(grid.of(c.late), grid, base, rule)
     if by in ('read', 'focus'):
-        read = grid.of(np.nan_to_num(normalise(maps[candidates])).mean(0))           # a layer that does not look has no map
+        read = grid.of(np.nan_to_num(normalise(maps[candidates])).mean(0))  # a layer that does not look has no map
         return crop_box(read, grid, base, rule if by == 'read' else 'focus')
-    if by == 'random': return box_around((rng.uniform(0, W), rng.uniform(0, H)), side, (W, H))
-    if by == 'centre': return box_around((W/2, H/2), side, (W, H))
-    return box_around(((box[0] + box[2])/2, (box[1] + box[3])/2), 1.5*max(box[2] - box[0], box[3] - box[1]), (W, H))
+    if by == 'random':
+        return box_around((rng.uniform(0, W), rng.uniform(0, H)), side, (W, H))
+    if by == 'centre':
+        return box_around((W / 2, H / 2), side, (W, H))
+    return box_around(
+        ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), 1.5 * max(box[2] - box[0], box[3] - box[1]), (W, H)
+    )
 
+# %% ../nbs/04_contrast.ipynb #beside
 def beside(
-    mllm:MLLM, # the model
-    seen:Pass, # of the picture alone
-    crops:list, # of PIL images, each put beside it by itself
-    limit:int=32, # tokens
-)->list: # of (`Answer`, path, rows that were read for it), one per crop
+    mllm: MLLM,  # the model
+    seen: Pass,  # of the picture alone
+    crops: list,  # of PIL images, each put beside it by itself
+    limit: int = 32,  # tokens
+) -> list:  # of (`Answer`, path, rows that were read for it), one per crop
     "The answers to [picture, crop], in one batch over the keys and values of the picture where they are the same; equal crops are asked once"
     one, alike = seen.prompt, {(c.size, c.tobytes()): c for c in crops}
-    both, n, known, got = [mllm.prompt([one.images[0], c], one.question) for c in alike.values()], int(one.visual.max()) + 1, facts(mllm, one), {}
+    both, n, known, got = (
+        [mllm.prompt([one.images[0], c], one.question) for c in alike.values()],
+        int(one.visual.max()) + 1,
+        facts(mllm, one),
+        {},
+    )
     together = {}
     for k, p in enumerate(both):
-        if known.causal and known.closed and seen.stem is not None and (rest := second_image(mllm, one, p, n)): together.setdefault(p.length if slides(mllm) else 0, []).append((k, rest))
-        else: got[k] = mllm.generate(p, max_new_tokens=limit)[0], p.path or 'two passes', p.length
+        if known.causal and known.closed and seen.stem is not None and (rest := second_image(mllm, one, p, n)):
+            together.setdefault(p.length if slides(mllm) else 0, []).append((k, rest))
+        else:
+            got[k] = mllm.generate(p, max_new_tokens=limit)[0], p.path or 'two passes', p.length
     for some in together.values():
-        work, most = lambda rests: second_answers(mllm, seen.stem.head(n), one.visual, rests, limit), max(r.length for _, (r, _) in some)
-        for (k, (r, _)), a in zip(some, in_batches(work, [rest for _, rest in some], fitting(mllm, n, most))): got[k] = a, 'reused', r.length
+        work, most = (
+            lambda rests: second_answers(mllm, seen.stem.head(n), one.visual, rests, limit),
+            max(r.length for _, (r, _) in some),
+        )
+        for (k, (r, _)), a in zip(some, in_batches(work, [rest for _, rest in some], fitting(mllm, n, most))):
+            got[k] = a, 'reused', r.length
     return [got[list(alike).index((c.size, c.tobytes()))] for c in crops]
 
+# %% ../nbs/04_contrast.ipynb #masked
 def masked(
-    mllm:MLLM, # the model
-    p:Prompt, # a prompt
-    tokens:list, # of arrays, each a choice of visual tokens
-    review:int, # layer at whose input their states become 0
-    limit:int=32, # tokens of an answer
-)->list: # of `Answer`, one per choice
+    mllm: MLLM,  # the model
+    p: Prompt,  # a prompt
+    tokens: list,  # of arrays, each a choice of visual tokens
+    review: int,  # layer at whose input their states become 0
+    limit: int = 32,  # tokens of an answer
+) -> list:  # of `Answer`, one per choice
     "The answers to one prompt with some visual tokens masked, in one batch that leaves the plain pass at the review layer; equal to `edit` with zero"
     at, known = [p.visual[t] for t in tokens], facts(mllm, p)
+
     def together(some):
-        ladder, inputs = Ladder(mllm, [Row(0)] + [Row(0, review, value=torch.zeros(1), at=t) for t in some], [], [p.visual]), mllm.encoded([p])
+        ladder, inputs = (
+            Ladder(mllm, [Row(0)] + [Row(0, review, value=torch.zeros(1), at=t) for t in some], [], [p.visual]),
+            mllm.encoded([p]),
+        )
         logits = ladder.forward(inputs.pop('input_ids'), **inputs)[1:, -1]
         return ladder.pick(range(1, len(some) + 1)).greedy(logits, limit)
-    if known.plain and review >= known.clean: return in_batches(together, at, fitting(mllm, 0, p.length))
+
+    if known.plain and review >= known.clean:
+        return in_batches(together, at, fitting(mllm, 0, p.length))
+
     def alone(t):
-        with edit(mllm, review, t, 'zero'): return mllm.generate(p, max_new_tokens=limit)[0]
+        with edit(mllm, review, t, 'zero'):
+            return mllm.generate(p, max_new_tokens=limit)[0]
+
     return [alone(t) for t in at]
 
+# %% ../nbs/04_contrast.ipynb #refine
 def refine(
-    mllm:MLLM, # the model
-    image, # path, PIL image, or the `Look` of an earlier call
-    question:str|None=None, # not needed with a `Look`
-    how:str='crop', # mask or crop (paper, section 2)
-    by:str='contrast', # or a control: late, random; highest (mask); read, focus, centre, oracle (crop)
-    candidates=None, # pre-fusion layers, best the detected fusion layers; or 'all' (as None), 'shallow', 'deep'
-    post:int|None=None, # post-fusion layer; default: the one before `review`, or the last
-    review:int|None=None, # layer at which the mask is applied; default: the last layer
-    rho:float=.2, # mask: share of visual tokens
-    strength:float=0., # mask: λ, factor on their states (or on attention to them if `soft`)
-    soft:bool=False, # mask: weaken attention at layers ≥ review instead of states at review
-    base:float|None=None, # crop: side of the smallest window, pixels; default: the side of the model's view
-    box:tuple|None=None, # crop by oracle: the evidence box
-    rule:str='vicrop', # crop: how a map becomes a box, see `crop_box`; `by='focus'` is read with the rule focus
-    order:str='after', # crop: [picture, crop], or before: [crop, picture]
-    distance:str='hellinger', # or js2, see `contrastive_attention`
-    raw:bool=False, # subtract maps that are not renormalised
-    temperature:float=0., # above 0: answers are sampled
-    seed:int=0, # of random controls and of sampling
-    ask:bool=True, # False leaves the answer to `beside` or `masked`, which take several at a time
-)->Refined:
+    mllm: MLLM,  # the model
+    image,  # path, PIL image, or the `Look` of an earlier call
+    question: str | None = None,  # not needed with a `Look`
+    how: str = 'crop',  # mask or crop (paper, section 2)
+    by: str = 'contrast',  # or a control: late, random; highest (mask); read, focus, centre, oracle (crop)
+    candidates=None,  # pre-fusion layers, best the detected fusion layers; or 'all' (as None), 'shallow', 'deep'
+    post: int | None = None,  # post-fusion layer; default: the one before `review`, or the last
+    review: int | None = None,  # layer at which the mask is applied; default: the last layer
+    rho: float = 0.2,  # mask: share of visual tokens
+    strength: float = 0.0,  # mask: λ, factor on their states (or on attention to them if `soft`)
+    soft: bool = False,  # mask: weaken attention at layers ≥ review instead of states at review
+    base: float | None = None,  # crop: side of the smallest window, pixels; default: the side of the model's view
+    box: tuple | None = None,  # crop by oracle: the evidence box
+    rule: str = 'vicrop',  # crop: how a map becomes a box, see `crop_box`; `by='focus'` is read with the rule focus
+    order: str = 'after',  # crop: [picture, crop], or before: [crop, picture]
+    distance: str = 'hellinger',  # or js2, see `contrastive_attention`
+    raw: bool = False,  # subtract maps that are not renormalised
+    temperature: float = 0.0,  # above 0: answers are sampled
+    seed: int = 0,  # of random controls and of sampling
+    ask: bool = True,  # False leaves the answer to `beside` or `masked`, which take several at a time
+) -> Refined:
     "Answer with contrastive attention. Raises `ValueError` for unknown `how`, `by`, `rule`, `order`, `distance` and candidates, missing layers and a missing box."
-    if how not in ('mask', 'crop'): raise ValueError(f"how is 'mask' or 'crop', not {how!r}.")
-    if by not in (ok := MASKS if how == 'mask' else CROPS): raise ValueError(f"by for {how} is one of {', '.join(ok)}, not {by!r}.")
-    if by == 'oracle' and box is None: raise ValueError('The oracle crop needs box=, the evidence box of the sample.')
-    if order not in ('after', 'before'): raise ValueError(f"order is 'after' or 'before' (the crop, beside the picture), not {order!r}.")
-    if review is None and how == 'mask': review = mllm.n_layers - 1
-    if post is None: post = mllm.n_layers - 1 if review is None else review - 1
+    if how not in ('mask', 'crop'):
+        raise ValueError(f"how is 'mask' or 'crop', not {how!r}.")
+    if by not in (ok := MASKS if how == 'mask' else CROPS):
+        raise ValueError(f"by for {how} is one of {', '.join(ok)}, not {by!r}.")
+    if by == 'oracle' and box is None:
+        raise ValueError('The oracle crop needs box=, the evidence box of the sample.')
+    if order not in ('after', 'before'):
+        raise ValueError(f"order is 'after' or 'before' (the crop, beside the picture), not {order!r}.")
+    if review is None and how == 'mask':
+        review = mllm.n_layers - 1
+    if post is None:
+        post = mllm.n_layers - 1 if review is None else review - 1
     check_layers(mllm, [post] + ([] if review is None else [review]))
-    if how == 'mask' and post >= review: raise ValueError(f'mask reads its map before it edits: post-fusion layer {post} must lie below review layer {review}.')
+    if how == 'mask' and post >= review:
+        raise ValueError(
+            f'mask reads its map before it edits: post-fusion layer {post} must lie below review layer {review}.'
+        )
     candidates = candidate_layers(candidates, mllm.n_layers, post)
     said = lambda p: mllm.generate(p, temperature=temperature, seed=seed)[0]
     if how == 'mask' and ask:
         p = image.prompt if isinstance(image, Look) else mllm.prompt(image, question)
-        answer, c, tokens = _mask(mllm, p, candidates, post, by, review, rho, strength, soft, seed, temperature, distance=distance, raw=raw)
-        return Refined(answer, lambda: image.base if isinstance(image, Look) and not temperature else said(p), c, how, by, 'one pass', tokens=tokens)
+        answer, c, tokens = _mask(
+            mllm, p, candidates, post, by, review, rho, strength, soft, seed, temperature, distance=distance, raw=raw
+        )
+        return Refined(
+            answer,
+            lambda: image.base if isinstance(image, Look) and not temperature else said(p),
+            c,
+            how,
+            by,
+            'one pass',
+            tokens=tokens,
+        )
     first = image if isinstance(image, Look) else look(mllm, image, question)
-    c, plain = contrastive_attention(first.maps, candidates, post, distance, raw), lambda: said(first.prompt) if temperature else first.base
-    if how == 'mask': return Refined(None, plain, c, how, by, '', tokens=_least(c, by, rho, seed))
+    c, plain = (
+        contrastive_attention(first.maps, candidates, post, distance, raw),
+        lambda: said(first.prompt) if temperature else first.base,
+    )
+    if how == 'mask':
+        return Refined(None, plain, c, how, by, '', tokens=_least(c, by, rho, seed))
     cut = _crop_box(first.prompt, first.maps, c, candidates, by, base or view_side(mllm), box, rule, seed)
     picture, crop = first.prompt.images[0], first.prompt.images[0].crop(cut)
-    if not ask: answer, path = None, ''
-    elif temperature or order == 'before': answer, path = said(mllm.prompt([picture, crop] if order == 'after' else [crop, picture], first.prompt.question)), 'two passes'
-    else: answer, path, _ = beside(mllm, first.seen, [crop])[0]
+    if not ask:
+        answer, path = None, ''
+    elif temperature or order == 'before':
+        answer, path = (
+            said(mllm.prompt([picture, crop] if order == 'after' else [crop, picture], first.prompt.question)),
+            'two passes',
+        )
+    else:
+        answer, path, _ = beside(mllm, first.seen, [crop])[0]
     return Refined(answer, plain, c, how, by, path, box=cut, crop=crop)
 
+# %% ../nbs/04_contrast.ipynb #view_side
 def view_side(
-    mllm:MLLM, # the model
-)->int: # pixels
+    mllm: MLLM,  # the model
+) -> int:  # pixels
     "Side of the model's view; with pictures of any size, that of the largest square its processor does not shrink, at most 336"
     side = getattr(mllm.model.config.vision_config, 'image_size', None)
-    if side is not None: return side if isinstance(side, int) else max(side)
+    if side is not None:
+        return side if isinstance(side, int) else max(side)
     processor = getattr(mllm.processor, 'image_processor', None)
-    most = (getattr(processor, 'size', None) or {}).get('longest_edge') if hasattr(processor, 'merge_size') else None # an area where patches are merged (Qwen)
-    return round(min(336, most**.5)) if most else 336
+    most = (
+        (getattr(processor, 'size', None) or {}).get('longest_edge') if hasattr(processor, 'merge_size') else None
+    )  # an area where patches are merged (Qwen)
+    return round(min(336, most**0.5)) if most else 336

@@ -26,147 +26,248 @@ from .hooks import capture, edit
 from .fusion import evidence_mass, evidence_share
 
 # %% ../nbs/09_demo.ipynb #c005
-COLOURS = dict(red=(214, 40, 40), green=(44, 150, 60), blue=(38, 84, 214), yellow=(238, 208, 40), purple=(138, 50, 170), orange=(246, 130, 24))
+COLOURS = dict(
+    red=(214, 40, 40),
+    green=(44, 150, 60),
+    blue=(38, 84, 214),
+    yellow=(238, 208, 40),
+    purple=(138, 50, 170),
+    orange=(246, 130, 24),
+)
 SHAPES = ('circle', 'square', 'triangle', 'diamond', 'star', 'hexagon')
 DIGITS, LETTERS = '0123456789', 'ACEFHKLPTX'
-PLACES = ('top left', 'top center', 'top right', 'middle left', 'middle center', 'middle right', 'bottom left', 'bottom center', 'bottom right')
+PLACES = (
+    'top left',
+    'top center',
+    'top right',
+    'middle left',
+    'middle center',
+    'middle right',
+    'bottom left',
+    'bottom center',
+    'bottom right',
+)
 DIRECTIONS = {'right of': (1, 0), 'left of': (-1, 0), 'above': (0, -1), 'below': (0, 1)}
-PICTURE, VIEW, PATCH = 384, 96, 12                                 # pixels of a picture, pixels the model sees, pixels per patch
+PICTURE, VIEW, PATCH = 384, 96, 12  # pixels of a picture, pixels the model sees, pixels per patch
 FIRST_SEED = dict(train=0, calibration=10_000_000, evaluation=20_000_000)  # scenes of different splits never meet
 
 # %% ../nbs/09_demo.ipynb #c006
 @dataclass(frozen=True)
 class Thing:
     "One coloured shape with a character on it"
-    colour:str # a key of `COLOURS`
-    shape:str # one of `SHAPES`
-    char:str # one of `DIGITS` or `LETTERS`
-    cell:int # index into `PLACES`, row-major
-    centre:tuple # (x, y), pixels
-    size:int # width and height of the shape, pixels
-    font:int # font size of the character, pixels
+
+    colour: str  # a key of `COLOURS`
+    shape: str  # one of `SHAPES`
+    char: str  # one of `DIGITS` or `LETTERS`
+    cell: int  # index into `PLACES`, row-major
+    centre: tuple  # (x, y), pixels
+    size: int  # width and height of the shape, pixels
+    font: int  # font size of the character, pixels
 
     @property
-    def box(self): "(left, top, right, bottom), pixels"; return tuple(c + s*self.size/2 for s in (-1, 1) for c in self.centre)
-    @property
-    def glyph(self): "Centre of the character, pixels"; return self.centre[0], self.centre[1] + .1*self.size*(self.shape == 'triangle')
-    @property
-    def sort(self): return 'digit' if self.char in DIGITS else 'letter'
+    def box(self):
+        "(left, top, right, bottom), pixels"
+        return tuple(c + s * self.size / 2 for s in (-1, 1) for c in self.centre)
 
+    @property
+    def glyph(self):
+        "Centre of the character, pixels"
+        return self.centre[0], self.centre[1] + 0.1 * self.size * (self.shape == 'triangle')
+
+    @property
+    def sort(self):
+        return 'digit' if self.char in DIGITS else 'letter'
+
+# %% ../nbs/09_demo.ipynb #layout
 def layout(
-    seed:int, # the scene's seed
-    least:int=3, # fewest things
-    most:int=6, # most things
-)->tuple: # (list of `Thing`, list of distractor cells)
+    seed: int,  # the scene's seed
+    least: int = 3,  # fewest things
+    most: int = 6,  # most things
+) -> tuple:  # (list of `Thing`, list of distractor cells)
     "Where everything stands in the scene of one seed; two things never share both colour and shape"
     rng = np.random.default_rng(seed)
-    n, cells = rng.integers(least, most+1), rng.permutation(9)
-    pairs = rng.choice(len(COLOURS)*len(SHAPES), n, replace=False)
+    n, cells = rng.integers(least, most + 1), rng.permutation(9)
+    pairs = rng.choice(len(COLOURS) * len(SHAPES), n, replace=False)
     things = []
     for pair, cell in zip(pairs, cells):
         size = int(rng.integers(78, 116))
-        slack = (PICTURE/3 - size)/2
-        centre = tuple(float(round((k + .5)*PICTURE/3 + rng.uniform(-slack, slack))) for k in (cell % 3, cell // 3))
-        char = rng.choice(list(DIGITS if rng.random() < .6 else LETTERS))
-        things.append(Thing(list(COLOURS)[pair // 6], SHAPES[pair % 6], str(char), int(cell), centre, size, int(rng.integers(18, 45))))
-    return things, cells[n:n + rng.integers(1, 4)].tolist()
+        slack = (PICTURE / 3 - size) / 2
+        centre = tuple(
+            float(round((k + 0.5) * PICTURE / 3 + rng.uniform(-slack, slack))) for k in (cell % 3, cell // 3)
+        )
+        char = rng.choice(list(DIGITS if rng.random() < 0.6 else LETTERS))
+        things.append(
+            Thing(
+                list(COLOURS)[pair // 6],
+                SHAPES[pair % 6],
+                str(char),
+                int(cell),
+                centre,
+                size,
+                int(rng.integers(18, 45)),
+            )
+        )
+    return things, cells[n : n + rng.integers(1, 4)].tolist()
 
 # %% ../nbs/09_demo.ipynb #c007
 @lru_cache
 def _font(size):
     from matplotlib import get_data_path
+
     return ImageFont.truetype(f'{get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf', size)
 
-def _polygon(centre, radii, turn=0.):
-    k = np.arange(len(radii))*2*np.pi/len(radii) + turn
-    return [(centre[0] + r*np.sin(a), centre[1] - r*np.cos(a)) for r, a in zip(radii, k)]
+# %% ../nbs/09_demo.ipynb #polygon
+def _polygon(centre, radii, turn=0.0):
+    k = np.arange(len(radii)) * 2 * np.pi / len(radii) + turn
+    return [(centre[0] + r * np.sin(a), centre[1] - r * np.cos(a)) for r, a in zip(radii, k)]
 
+# %% ../nbs/09_demo.ipynb #draw_thing
 def _draw_thing(draw, thing, rng):
     fill = tuple(int(c) for c in np.clip(np.array(COLOURS[thing.colour]) + rng.integers(-16, 17, 3), 0, 255))
-    (x, y), r = thing.centre, thing.size/2
+    (x, y), r = thing.centre, thing.size / 2
     match thing.shape:
-        case 'circle': draw.ellipse(thing.box, fill)
-        case 'square': draw.rectangle([x - .82*r, y - .82*r, x + .82*r, y + .82*r], fill)
-        case 'triangle': draw.polygon([(x, y - r), (x + r, y + .8*r), (x - r, y + .8*r)], fill)
-        case 'diamond': draw.polygon(_polygon(thing.centre, [r, .8*r]*2), fill)
-        case 'star': draw.polygon(_polygon(thing.centre, [r, .5*r]*5), fill)
-        case 'hexagon': draw.polygon(_polygon(thing.centre, [.95*r]*6, np.pi/6), fill)
-    ink = 'black' if np.dot(fill, (.299, .587, .114)) > 120 else 'white'
+        case 'circle':
+            draw.ellipse(thing.box, fill)
+        case 'square':
+            draw.rectangle([x - 0.82 * r, y - 0.82 * r, x + 0.82 * r, y + 0.82 * r], fill)
+        case 'triangle':
+            draw.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill)
+        case 'diamond':
+            draw.polygon(_polygon(thing.centre, [r, 0.8 * r] * 2), fill)
+        case 'star':
+            draw.polygon(_polygon(thing.centre, [r, 0.5 * r] * 5), fill)
+        case 'hexagon':
+            draw.polygon(_polygon(thing.centre, [0.95 * r] * 6, np.pi / 6), fill)
+    ink = 'black' if np.dot(fill, (0.299, 0.587, 0.114)) > 120 else 'white'
     draw.text(thing.glyph, thing.char, ink, _font(thing.font), anchor='mm')
 
+# %% ../nbs/09_demo.ipynb #draw_distractor
 def _draw_distractor(draw, cell, rng):
-    w = PICTURE//3
+    w = PICTURE // 3
     x0, y0 = cell % 3 * w + 8, cell // 3 * w + 8
     a, b = (tuple(int(v) for v in rng.integers(0, 256, 3)) for _ in range(2))
     k = int(rng.integers(5, 9))
     match int(rng.integers(3)):
         case 0:
-            for i in range(k): draw.rectangle([x0, y0 + i*112/k, x0 + 112, y0 + (i + .5)*112/k], a if i % 2 else b)
+            for i in range(k):
+                draw.rectangle([x0, y0 + i * 112 / k, x0 + 112, y0 + (i + 0.5) * 112 / k], a if i % 2 else b)
         case 1:
-            for i in range(k*k): draw.rectangle([x0 + i % k*112/k, y0 + i//k*112/k, x0 + (i % k + 1)*112/k, y0 + (i//k + 1)*112/k], a if (i + i//k) % 2 else b)
+            for i in range(k * k):
+                draw.rectangle(
+                    [
+                        x0 + i % k * 112 / k,
+                        y0 + i // k * 112 / k,
+                        x0 + (i % k + 1) * 112 / k,
+                        y0 + (i // k + 1) * 112 / k,
+                    ],
+                    a if (i + i // k) % 2 else b,
+                )
         case 2:
-            for i in range(k): draw.polygon(_polygon((x0 + 56, y0 + 56), [56 - 6*i, 30 - 3*i]*10), b if i % 2 else a)
+            for i in range(k):
+                draw.polygon(_polygon((x0 + 56, y0 + 56), [56 - 6 * i, 30 - 3 * i] * 10), b if i % 2 else a)
 
+# %% ../nbs/09_demo.ipynb #picture
 def picture(
-    seed:int, # the scene's seed
-    things:list, # of `Thing`
-    noise:list, # cells that hold a distractor
-)->Image.Image: # `PICTURE` × `PICTURE` pixels, RGB
+    seed: int,  # the scene's seed
+    things: list,  # of `Thing`
+    noise: list,  # cells that hold a distractor
+) -> Image.Image:  # `PICTURE` × `PICTURE` pixels, RGB
     "Draw a scene"
     rng = np.random.default_rng([seed, 1])
     base = rng.integers(90, 230) + rng.integers(-12, 13, (4, 4, 3))
     image = Image.fromarray(np.clip(base, 0, 255).astype('uint8')).resize((PICTURE, PICTURE), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
-    for cell in noise: _draw_distractor(draw, cell, rng)
-    for thing in things: _draw_thing(draw, thing, rng)
+    for cell in noise:
+        _draw_distractor(draw, cell, rng)
+    for thing in things:
+        _draw_thing(draw, thing, rng)
     return image
 
 # %% ../nbs/09_demo.ipynb #c009
 TEMPLATES = dict(
-    char=('Which {a} is on the {np}?', 'What {a} does the {np} carry?', 'Read the {a} on the {np}.', 'There is a {a} on the {np}. Which one?', 'Look at the {np}. Which {a} is on it?'),
-    colour=('What color is the {np}?', 'Which color does the {np} have?', 'Name the color of the {np}.', 'The {np} has a color. Which one?', 'Look at the {np}. What color is it?'),
-    shape=('What shape is the {np}?', 'Which shape does the {np} have?', 'Name the shape of the {np}.', 'The {np} has a shape. Which one?', 'Look at the {np}. What shape is it?'),
-    place=('Where is the {np}?', 'At which place is the {np}?', 'Name the place of the {np}.', 'There is the {np}. Where is it?', 'Look at the {np}. Where is it?'))
+    char=(
+        'Which {a} is on the {np}?',
+        'What {a} does the {np} carry?',
+        'Read the {a} on the {np}.',
+        'There is a {a} on the {np}. Which one?',
+        'Look at the {np}. Which {a} is on it?',
+    ),
+    colour=(
+        'What color is the {np}?',
+        'Which color does the {np} have?',
+        'Name the color of the {np}.',
+        'The {np} has a color. Which one?',
+        'Look at the {np}. What color is it?',
+    ),
+    shape=(
+        'What shape is the {np}?',
+        'Which shape does the {np} have?',
+        'Name the shape of the {np}.',
+        'The {np} has a shape. Which one?',
+        'Look at the {np}. What shape is it?',
+    ),
+    place=(
+        'Where is the {np}?',
+        'At which place is the {np}?',
+        'Name the place of the {np}.',
+        'There is the {np}. Where is it?',
+        'Look at the {np}. Where is it?',
+    ),
+)
 KINDS = ('fine', 'colour', 'shape', 'relation')
-LESSONS = (*KINDS, 'where', 'beyond') # `where`: the place of a thing; `beyond`: of a thing's neighbour. Planted models learn from them
+LESSONS = (
+    *KINDS,
+    'where',
+    'beyond',
+)  # `where`: the place of a thing; `beyond`: of a thing's neighbour. Planted models learn from them
 
+# %% ../nbs/09_demo.ipynb #Question
 @dataclass(frozen=True)
 class Question:
     "A question about a scene, its answer and where in the picture the evidence lies"
-    kind:str # one of `LESSONS`
-    template:str # attribute and index of the template; blind answers are counted per template
-    text:str # the question
-    answer:str # a character, a word or a place
-    box:tuple # evidence box (left, top, right, bottom), pixels
-    via:tuple|None=None # relation: box of the thing that it starts from
 
+    kind: str  # one of `LESSONS`
+    template: str  # attribute and index of the template; blind answers are counted per template
+    text: str  # the question
+    answer: str  # a character, a word or a place
+    box: tuple  # evidence box (left, top, right, bottom), pixels
+    via: tuple | None = None  # relation: box of the thing that it starts from
+
+# %% ../nbs/09_demo.ipynb #names
 def _names(thing, things, hide=None):
     "Ways to name `thing` that fit no other thing and do not give away the attribute `hide`"
     only = lambda **kw: sum(all(getattr(t, k) == v for k, v in kw.items()) for t in things) == 1
     names = [f'object at the {PLACES[thing.cell]}']
-    if hide == 'place': names = []
-    if hide not in ('colour', 'shape'): names += [f'{thing.colour} {thing.shape}']*3
-    if hide != 'shape' and only(shape=thing.shape): names.append(thing.shape)
-    if hide != 'colour' and only(colour=thing.colour): names.append(f'{thing.colour} object')
+    if hide == 'place':
+        names = []
+    if hide not in ('colour', 'shape'):
+        names += [f'{thing.colour} {thing.shape}'] * 3
+    if hide != 'shape' and only(shape=thing.shape):
+        names.append(thing.shape)
+    if hide != 'colour' and only(colour=thing.colour):
+        names.append(f'{thing.colour} object')
     return names
 
+# %% ../nbs/09_demo.ipynb #neighbour
 def _neighbour(thing, things, direction):
     "The thing `n` such that `n` is, say, right of `thing`"
     dx, dy = DIRECTIONS[direction]
     x, y = thing.cell % 3 + dx, thing.cell // 3 + dy
-    return next((t for t in things if 0 <= x < 3 and t.cell == x + 3*y and 0 <= y), None)
+    return next((t for t in things if 0 <= x < 3 and t.cell == x + 3 * y and 0 <= y), None)
 
+# %% ../nbs/09_demo.ipynb #ask
 def ask(
-    things:list, # the scene's things
-    kind:str, # one of `LESSONS`
-    rng:np.random.Generator, # chooses thing, name and template
-)->Question|None: # None where the scene has no such question
+    things: list,  # the scene's things
+    kind: str,  # one of `LESSONS`
+    rng: np.random.Generator,  # chooses thing, name and template
+) -> Question | None:  # None where the scene has no such question
     "One question of a kind about a scene"
     pick = lambda xs: xs[rng.integers(len(xs))]
     via = None
     if kind in ('relation', 'beyond'):
         pairs = [(a, d, b) for a in things for d in DIRECTIONS if (b := _neighbour(a, things, d))]
-        if not pairs: return
+        if not pairs:
+            return
         anchor, direction, thing = pick(pairs)
         attribute = 'place' if kind == 'beyond' else pick(('char', 'colour', 'shape'))
         via = anchor.box
@@ -176,33 +277,45 @@ def ask(
         attribute = dict(fine='char', where='place').get(kind, kind)
         thing = pick(things)
         np_ = pick(_names(thing, things, attribute))
-    if np_ is None: return
+    if np_ is None:
+        return
     k = int(rng.integers(5))
     text = TEMPLATES[attribute][k].format(np=np_, a=thing.sort)
     sort = thing.sort if attribute == 'char' else attribute
-    return Question(kind, f'{sort}-{k}', text, PLACES[thing.cell] if attribute == 'place' else getattr(thing, attribute), thing.box, via)
+    return Question(
+        kind,
+        f'{sort}-{k}',
+        text,
+        PLACES[thing.cell] if attribute == 'place' else getattr(thing, attribute),
+        thing.box,
+        via,
+    )
 
 # %% ../nbs/09_demo.ipynb #c011
 def square(
-    box:tuple, # (left, top, right, bottom), pixels
-    margin:float=.25, # added on each side, as a share of the longer side
-    bounds:tuple=(PICTURE, PICTURE), # width and height of the picture
-)->tuple: # a square of whole pixels inside the picture
+    box: tuple,  # (left, top, right, bottom), pixels
+    margin: float = 0.25,  # added on each side, as a share of the longer side
+    bounds: tuple = (PICTURE, PICTURE),  # width and height of the picture
+) -> tuple:  # a square of whole pixels inside the picture
     "The square around a box, moved into the picture where it would stick out"
-    side = min(max(box[2] - box[0], box[3] - box[1])*(1 + 2*margin), *bounds)
-    left, top = ((box[i] + box[i+2] - side)/2 for i in (0, 1))
+    side = min(max(box[2] - box[0], box[3] - box[1]) * (1 + 2 * margin), *bounds)
+    left, top = ((box[i] + box[i + 2] - side) / 2 for i in (0, 1))
     left, top = (round(min(max(v, 0), b - side)) for v, b in zip((left, top), bounds))
     return (left, top, left + round(side), top + round(side))
 
 # %% ../nbs/09_demo.ipynb #c013
-CHAT = ("{% for m in messages %}{% if m['role'] == 'user' %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% endif %}{% endfor %}"
-        "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ '\\n' + c['text'] }}{% endif %}{% endfor %}{{ '\\n' }}"
-        "{% else %}ASSISTANT: {{ m['content'][0]['text'] }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
+CHAT = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% endif %}{% endfor %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ '\\n' + c['text'] }}{% endif %}{% endfor %}{{ '\\n' }}"
+    "{% else %}ASSISTANT: {{ m['content'][0]['text'] }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
 
+# %% ../nbs/09_demo.ipynb #make_tokenizer
 def make_tokenizer():
     "A byte-level BPE tokenizer in which every word of glyph world is one token"
     from tokenizers import Tokenizer, models, pre_tokenizers, decoders, processors, trainers
     from transformers import PreTrainedTokenizerFast
+
     rng, texts = np.random.default_rng(0), []
     for seed in range(2000):
         things, _ = layout(seed)
@@ -211,134 +324,302 @@ def make_tokenizer():
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     special = ['<s>', '</s>', '<pad>', '<image>']
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=512, show_progress=False, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=512,
+            show_progress=False,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     tok.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token='<s>', eos_token='</s>', pad_token='<pad>', padding_side='left',
-                                   extra_special_tokens={'image_token': '<image>'})
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        bos_token='<s>',
+        eos_token='</s>',
+        pad_token='<pad>',
+        padding_side='left',
+        extra_special_tokens={'image_token': '<image>'},
+    )
 
+# %% ../nbs/09_demo.ipynb #make_model
 def make_model(
-    seed:int=0, # of the initial weights
-    layers:int=8, # decoder layers
-)->tuple: # (model, processor)
+    seed: int = 0,  # of the initial weights
+    layers: int = 8,  # decoder layers
+) -> tuple:  # (model, processor)
     "An untrained glyph-llava"
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
     tok = make_tokenizer()
-    vision = CLIPVisionConfig(hidden_size=192, intermediate_size=576, num_hidden_layers=5, num_attention_heads=6, image_size=VIEW, patch_size=PATCH, projection_dim=192)
-    text = LlamaConfig(vocab_size=len(tok), hidden_size=192, intermediate_size=512, num_hidden_layers=layers, num_attention_heads=6, num_key_value_heads=6,
-                       max_position_embeddings=1024, bos_token_id=0, eos_token_id=1, pad_token_id=2, tie_word_embeddings=True)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=tok.image_token_id, vision_feature_layer=-1, vision_feature_select_strategy='default',
-                         image_seq_length=(VIEW//PATCH)**2, tie_word_embeddings=True)
+    vision = CLIPVisionConfig(
+        hidden_size=192,
+        intermediate_size=576,
+        num_hidden_layers=5,
+        num_attention_heads=6,
+        image_size=VIEW,
+        patch_size=PATCH,
+        projection_dim=192,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tok),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=layers,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=1024,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=True,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=tok.image_token_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy='default',
+        image_seq_length=(VIEW // PATCH) ** 2,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
     decoder = model.get_decoder()
     with torch.no_grad():
-        for name, p in decoder.named_parameters():                     # the default 0.02 is meant for widths of thousands
-            if p.ndim == 2: p.normal_(0, .1 if 'embed' in name else .05)
-        for a in (layer.self_attn for layer in decoder.layers):        # heads begin by matching like with like and copying what they find
-            a.k_proj.weight.copy_(a.q_proj.weight); a.o_proj.weight.copy_(a.v_proj.weight.T)
+        for name, p in decoder.named_parameters():  # the default 0.02 is meant for widths of thousands
+            if p.ndim == 2:
+                p.normal_(0, 0.1 if 'embed' in name else 0.05)
+        for a in (
+            layer.self_attn for layer in decoder.layers
+        ):  # heads begin by matching like with like and copying what they find
+            a.k_proj.weight.copy_(a.q_proj.weight)
+            a.o_proj.weight.copy_(a.v_proj.weight.T)
     model.generation_config.update(bos_token_id=0, eos_token_id=1, pad_token_id=2)
     images = CLIPImageProcessor(size=dict(shortest_edge=VIEW), crop_size=dict(height=VIEW, width=VIEW))
-    return model, LlavaProcessor(images, tok, patch_size=PATCH, vision_feature_select_strategy='default', image_token='<image>', num_additional_image_tokens=1, chat_template=CHAT)
+    return model, LlavaProcessor(
+        images,
+        tok,
+        patch_size=PATCH,
+        vision_feature_select_strategy='default',
+        image_token='<image>',
+        num_additional_image_tokens=1,
+        chat_template=CHAT,
+    )
 
 # %% ../nbs/09_demo.ipynb #qwen1
-AROUND = '<|vision_start|>', '<|vision_end|>' # of every picture of Qwen2-VL; without them two pictures would be one to M-RoPE
+AROUND = (
+    '<|vision_start|>',
+    '<|vision_end|>',
+)  # of every picture of Qwen2-VL; without them two pictures would be one to M-RoPE
 
+# %% ../nbs/09_demo.ipynb #make_qwen
 def make_qwen(
-    base:MLLM, # a LLaVA of glyph world
-)->tuple: # (model, processor)
+    base: MLLM,  # a LLaVA of glyph world
+) -> tuple:  # (model, processor)
     "A Qwen2-VL that begins with the blocks of a LLaVA"
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
+
     tok, theirs = make_tokenizer(), base.model.state_dict()
     tok.add_special_tokens(dict(additional_special_tokens=[*AROUND, '<|video_pad|>']))
     v, t = base.model.config.vision_config, base.model.config.text_config
-    same = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps', 'bos_token_id', 'eos_token_id', 'pad_token_id')
-    text = {k: getattr(t, k) for k in same} | dict(vocab_size=len(tok), tie_word_embeddings=True, rope_parameters=dict(rope_type='default', rope_theta=10000., mrope_section=[4, 6, 6]))
-    vision = dict(depth=v.num_hidden_layers, embed_dim=v.hidden_size, hidden_size=t.hidden_size, num_heads=v.num_attention_heads, mlp_ratio=v.intermediate_size//v.hidden_size, patch_size=PATCH, spatial_merge_size=1)
+    same = (
+        'vocab_size',
+        'hidden_size',
+        'intermediate_size',
+        'num_hidden_layers',
+        'num_attention_heads',
+        'num_key_value_heads',
+        'max_position_embeddings',
+        'rms_norm_eps',
+        'bos_token_id',
+        'eos_token_id',
+        'pad_token_id',
+    )
+    text = {k: getattr(t, k) for k in same} | dict(
+        vocab_size=len(tok),
+        tie_word_embeddings=True,
+        rope_parameters=dict(rope_type='default', rope_theta=10000.0, mrope_section=[4, 6, 6]),
+    )
+    vision = dict(
+        depth=v.num_hidden_layers,
+        embed_dim=v.hidden_size,
+        hidden_size=t.hidden_size,
+        num_heads=v.num_attention_heads,
+        mlp_ratio=v.intermediate_size // v.hidden_size,
+        patch_size=PATCH,
+        spatial_merge_size=1,
+    )
     start, end, video = tok.convert_tokens_to_ids([*AROUND, '<|video_pad|>'])
     torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=tok.image_token_id, vision_start_token_id=start, vision_end_token_id=end, video_token_id=video, tie_word_embeddings=True))
+    model = Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_id=tok.image_token_id,
+            vision_start_token_id=start,
+            vision_end_token_id=end,
+            video_token_id=video,
+            tie_word_embeddings=True,
+        )
+    )
     ours = model.state_dict()
     for k in ours:
-        if k not in theirs and 'visual' not in k: ours[k].zero_()           # LLaMA has no biases
-        elif 'visual' not in k: ours[k][:len(theirs[k])].copy_(theirs[k])   # there are new words
-    tower = {k.split('vision_tower.')[1].replace('vision_model.', ''): x for k, x in theirs.items() if 'vision_tower' in k}
+        if k not in theirs and 'visual' not in k:
+            ours[k].zero_()  # LLaMA has no biases
+        elif 'visual' not in k:
+            ours[k][: len(theirs[k])].copy_(theirs[k])  # there are new words
+    tower = {
+        k.split('vision_tower.')[1].replace('vision_model.', ''): x for k, x in theirs.items() if 'vision_tower' in k
+    }
     put = lambda k, x: ours['model.visual.' + k].copy_(x)
-    put('patch_embed.proj.weight', torch.stack([tower['embeddings.patch_embedding.weight']]*2, 2)/2)   # a picture is two equal frames
+    put(
+        'patch_embed.proj.weight', torch.stack([tower['embeddings.patch_embedding.weight']] * 2, 2) / 2
+    )  # a picture is two equal frames
     for s in ('weight', 'bias'):
         for i in range(v.num_hidden_layers):
             a, b = f'encoder.layers.{i}.', f'blocks.{i}.'
             put(f'{b}attn.qkv.{s}', torch.cat([tower[f'{a}self_attn.{x}_proj.{s}'] for x in 'qkv']))
-            for x, y in (('attn.proj', 'self_attn.out_proj'), ('norm1', 'layer_norm1'), ('norm2', 'layer_norm2'), ('mlp.fc1', 'mlp.fc1'), ('mlp.fc2', 'mlp.fc2')): put(f'{b}{x}.{s}', tower[f'{a}{y}.{s}'])
-        for x, y in (('0', 'linear_1'), ('2', 'linear_2')): put(f'merger.mlp.{x}.{s}', theirs[f'model.multi_modal_projector.{y}.{s}'])
+            for x, y in (
+                ('attn.proj', 'self_attn.out_proj'),
+                ('norm1', 'layer_norm1'),
+                ('norm2', 'layer_norm2'),
+                ('mlp.fc1', 'mlp.fc1'),
+                ('mlp.fc2', 'mlp.fc2'),
+            ):
+                put(f'{b}{x}.{s}', tower[f'{a}{y}.{s}'])
+        for x, y in (('0', 'linear_1'), ('2', 'linear_2')):
+            put(f'merger.mlp.{x}.{s}', theirs[f'model.multi_modal_projector.{y}.{s}'])
     model.load_state_dict(ours)
     model.generation_config.update(bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    return model, PlainProcessor(Qwen2VLImageProcessor(patch_size=PATCH, merge_size=1, min_pixels=VIEW*VIEW*9//16, max_pixels=VIEW*VIEW), tok, model, CHAT.replace('<image>', AROUND[0] + '<image>' + AROUND[1]))
+    return model, PlainProcessor(
+        Qwen2VLImageProcessor(patch_size=PATCH, merge_size=1, min_pixels=VIEW * VIEW * 9 // 16, max_pixels=VIEW * VIEW),
+        tok,
+        model,
+        CHAT.replace('<image>', AROUND[0] + '<image>' + AROUND[1]),
+    )
 
+# %% ../nbs/09_demo.ipynb #patches
 def _patches(x):
     "(B, 3, H, W) pixels as Qwen2-VL's processor lays them out, and their grids"
-    B, C, h, w = *x.shape[:2], *(n//PATCH for n in x.shape[2:])
-    x = x.reshape(B, C, h, PATCH, w, PATCH).permute(0, 2, 4, 1, 3, 5)[:, :, :, :, None].expand(-1, -1, -1, -1, 2, -1, -1)
-    return x.reshape(B*h*w, -1), torch.tensor([[1, h, w]]*B)
+    B, C, h, w = *x.shape[:2], *(n // PATCH for n in x.shape[2:])
+    x = (
+        x.reshape(B, C, h, PATCH, w, PATCH)
+        .permute(0, 2, 4, 1, 3, 5)[:, :, :, :, None]
+        .expand(-1, -1, -1, -1, 2, -1, -1)
+    )
+    return x.reshape(B * h * w, -1), torch.tensor([[1, h, w]] * B)
 
+# %% ../nbs/09_demo.ipynb #mrope
 def _mrope(n, grids):
     "(3, N) positions of n words followed by pictures of (h, w) tokens, each between two marks, and the position that follows"
     out, at, word = [torch.arange(n).expand(3, -1)], n, torch.zeros(3, 1, dtype=torch.long)
     for h, w in grids:
-        out += [word + at, at + 1 + torch.stack([torch.zeros(h*w, dtype=torch.long), torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)]), word + at + 1 + max(h, w)]
+        out += [
+            word + at,
+            at
+            + 1
+            + torch.stack(
+                [torch.zeros(h * w, dtype=torch.long), torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)]
+            ),
+            word + at + 1 + max(h, w),
+        ]
         at += 2 + max(h, w)
     return torch.cat(out, 1), at
 
+# %% ../nbs/09_demo.ipynb #cut
 def _cut(views, rng, least=5):
     "The same random part of all views, in whole patches"
-    k = VIEW//PATCH
+    k = VIEW // PATCH
     h, w = rng.integers(least, k + 1, 2)
-    y, x = (PATCH*int(rng.integers(0, k + 1 - n)) for n in (h, w))
-    return views[:, y:y + PATCH*h, x:x + PATCH*w], (y//PATCH, x//PATCH)
+    y, x = (PATCH * int(rng.integers(0, k + 1 - n)) for n in (h, w))
+    return views[:, y : y + PATCH * h, x : x + PATCH * w], (y // PATCH, x // PATCH)
 
 # %% ../nbs/09_demo.ipynb #next1
 def make_next(
-    base:MLLM, # a LLaVA of glyph world
-)->tuple: # (model, processor)
+    base: MLLM,  # a LLaVA of glyph world
+) -> tuple:  # (model, processor)
     "A LLaVA-NeXT with the weights of a LLaVA: beside the whole view, it sees tiles of twice its resolution"
-    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil, LlavaNextProcessor
+    from transformers import (
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessorPil,
+        LlavaNextProcessor,
+    )
+
     c, tok, side = base.model.config, make_tokenizer(), dict(height=VIEW, width=VIEW)
-    grid = [[2*VIEW, 2*VIEW], [VIEW, 2*VIEW], [2*VIEW, VIEW]]
+    grid = [[2 * VIEW, 2 * VIEW], [VIEW, 2 * VIEW], [2 * VIEW, VIEW]]
     torch.manual_seed(0)
-    model = LlavaNextForConditionalGeneration(LlavaNextConfig(vision_config=c.vision_config, text_config=c.text_config, image_token_id=tok.image_token_id, image_grid_pinpoints=grid, vision_feature_layer=-1,
-                                                              vision_feature_select_strategy='default', image_seq_length=(VIEW//PATCH)**2, tie_word_embeddings=True))
+    model = LlavaNextForConditionalGeneration(
+        LlavaNextConfig(
+            vision_config=c.vision_config,
+            text_config=c.text_config,
+            image_token_id=tok.image_token_id,
+            image_grid_pinpoints=grid,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy='default',
+            image_seq_length=(VIEW // PATCH) ** 2,
+            tie_word_embeddings=True,
+        )
+    )
     new = model.load_state_dict(base.model.state_dict(), strict=False)
-    if {*new.missing_keys} - {'model.image_newline'} or new.unexpected_keys: raise ValueError(f'{base.name} does not fit into a LLaVA-NeXT: {new}.')
+    if {*new.missing_keys} - {'model.image_newline'} or new.unexpected_keys:
+        raise ValueError(f'{base.name} does not fit into a LLaVA-NeXT: {new}.')
     model.generation_config.update(bos_token_id=0, eos_token_id=1, pad_token_id=2)
     images = LlavaNextImageProcessorPil(size=dict(shortest_edge=VIEW), crop_size=side, image_grid_pinpoints=grid)
-    return model, LlavaNextProcessor(images, tok, patch_size=PATCH, vision_feature_select_strategy='default', image_token='<image>', num_additional_image_tokens=1, chat_template=CHAT)
+    return model, LlavaNextProcessor(
+        images,
+        tok,
+        patch_size=PATCH,
+        vision_feature_select_strategy='default',
+        image_token='<image>',
+        num_additional_image_tokens=1,
+        chat_template=CHAT,
+    )
 
 # %% ../nbs/09_demo.ipynb #c015
 SUFFIX = '\nASSISTANT:'
 
-def _draw_questions(things, rng, n, shares=(.3, .15, .15, .4)):
+# %% ../nbs/09_demo.ipynb #draw_questions
+def _draw_questions(things, rng, n, shares=(0.3, 0.15, 0.15, 0.4)):
     got = []
     while len(got) < n:
         q = ask(things, LESSONS[rng.choice(len(shares), p=shares)], rng)
-        if q is None: q = ask(things, 'fine', rng)
+        if q is None:
+            q = ask(things, 'fine', rng)
         got.append(q)
     return got
 
+# %% ../nbs/09_demo.ipynb #pack
 def pack(
-    tok, # the tokenizer
-    prefixes:list, # token ids before the questions, one list per scene
-    questions:list, # of lists of `Question`, one list per scene
-    rng:np.random.Generator|None=None, # draws where looking is dropped; None drops nothing
-    layers:int=8, # decoder layers
-    drop:tuple=(.3, .03), # chance that only the suffix rows may look, and that nothing is seen at all
-    late:tuple=(.1, .1, .4, .4), # chance that looking starts at layer 0, 1, 2, 3
-)->dict: # ids, positions, block (B, N), number of the question or 0 · mask (B, 1, N, N) · blind (B, N), first layer at which a row may look · targets (B, N) answers
+    tok,  # the tokenizer
+    prefixes: list,  # token ids before the questions, one list per scene
+    questions: list,  # of lists of `Question`, one list per scene
+    rng: np.random.Generator | None = None,  # draws where looking is dropped; None drops nothing
+    layers: int = 8,  # decoder layers
+    drop: tuple = (0.3, 0.03),  # chance that only the suffix rows may look, and that nothing is seen at all
+    late: tuple = (0.1, 0.1, 0.4, 0.4),  # chance that looking starts at layer 0, 1, 2, 3
+) -> dict:  # ids, positions, block (B, N), number of the question or 0 · mask (B, 1, N, N) · blind (B, N), first layer at which a row may look · targets (B, N) answers
     "Put the questions of each scene behind its prefix so that none can read another"
     rows = []
     suffix = tok(SUFFIX, add_special_tokens=False).input_ids
     for prefix, qs in zip(prefixes, questions):
-        ids, pos, block, blind, target = list(prefix), list(range(len(prefix))), [0]*len(prefix), [0]*len(prefix), [-100]*len(prefix)
+        ids, pos, block, blind, target = (
+            list(prefix),
+            list(range(len(prefix))),
+            [0] * len(prefix),
+            [0] * len(prefix),
+            [-100] * len(prefix),
+        )
         texts = tok([f'\n{q.text}' for q in qs] + [f' {q.answer}' for q in qs], add_special_tokens=False).input_ids
-        for j, (q, a) in enumerate(zip(texts[:len(qs)], texts[len(qs):]), 1):
+        for j, (q, a) in enumerate(zip(texts[: len(qs)], texts[len(qs) :]), 1):
             a = a + [tok.eos_token_id]
             piece = q + suffix + a[:-1]
             start = only_suffix = 0
@@ -346,39 +627,50 @@ def pack(
                 only_suffix, none = rng.random(2) < drop
                 start = layers if none else int(rng.choice(len(late), p=late))
                 only_suffix = layers if only_suffix else start
-            ids += piece; block += [j]*len(piece); pos += range(len(prefix), len(prefix) + len(piece))
-            blind += [max(only_suffix, start)]*len(q) + [start]*(len(piece) - len(q))
-            target += [-100]*(len(piece) - len(a)) + a
+            ids += piece
+            block += [j] * len(piece)
+            pos += range(len(prefix), len(prefix) + len(piece))
+            blind += [max(only_suffix, start)] * len(q) + [start] * (len(piece) - len(q))
+            target += [-100] * (len(piece) - len(a)) + a
         rows.append((ids, pos, block, blind, target))
     N = max(len(r[0]) for r in rows)
-    fill = lambda k, v: torch.tensor([r[k] + [v]*(N - len(r[k])) for r in rows])
+    fill = lambda k, v: torch.tensor([r[k] + [v] * (N - len(r[k])) for r in rows])
     ids, pos, block, blind, target = (fill(k, v) for k, v in enumerate((tok.pad_token_id, 0, -1, 0, -100)))
     q, k = block[:, :, None], block[:, None, :]
     mask = torch.ones(N, N, dtype=torch.bool).tril() & ((k == 0) | (q == k))
     return dict(ids=ids, positions=pos, block=block, mask=mask[:, None], blind=blind, targets=target)
 
+# %% ../nbs/09_demo.ipynb #late_look
 def _late_look(decoder, mask, blind, seen, hidden=None):
     "Hooks for one training step: a row whose `blind` is d cannot attend to the columns `seen` at layers < d, nor ever to what is hidden from it at a layer"
+
     def at(i):
         closed = ~mask | ((blind > i)[:, None, :, None] & seen[:, None, None, :])
-        if i in (hidden or {}): closed = closed | hidden[i][:, None]
+        if i in (hidden or {}):
+            closed = closed | hidden[i][:, None]
         m = torch.zeros(closed.shape, device=mask.device).masked_fill(closed, -1e4)
         return lambda layer, args, kw: (args, kw | dict(attention_mask=m))
+
     return [layer.register_forward_pre_hook(at(i), with_kwargs=True) for i, layer in enumerate(decoder.layers)]
 
+# %% ../nbs/09_demo.ipynb #packed_loss
 def packed_loss(
-    model, # a LLaVA
-    batch:dict, # from `pack`; and where given, `hidden`: decoder layer → (B, N, N) True at what a row cannot read there
-    seen:torch.Tensor, # (B, N) True at columns that hold the scene
-    features:torch.Tensor, # (B, visual, width) projected image features
-)->tuple: # (loss, (n, ) True where the first answer token is right)
+    model,  # a LLaVA
+    batch: dict,  # from `pack`; and where given, `hidden`: decoder layer → (B, N, N) True at what a row cannot read there
+    seen: torch.Tensor,  # (B, N) True at columns that hold the scene
+    features: torch.Tensor,  # (B, visual, width) projected image features
+) -> tuple:  # (loss, (n, ) True where the first answer token is right)
     "Cross entropy of the answers, each question as if it were asked alone"
     decoder = model.get_decoder()
     x = model.get_input_embeddings()(batch['ids'])
     x = x.masked_scatter(seen[..., None], features.to(x.dtype))
     hooks = _late_look(decoder, batch['mask'], batch['blind'], seen, batch.get('hidden'))
-    try: h = decoder(inputs_embeds=x, attention_mask=batch['mask'], position_ids=batch['positions'], use_cache=False).last_hidden_state
-    finally: [k.remove() for k in hooks]
+    try:
+        h = decoder(
+            inputs_embeds=x, attention_mask=batch['mask'], position_ids=batch['positions'], use_cache=False
+        ).last_hidden_state
+    finally:
+        [k.remove() for k in hooks]
     at = batch['targets'] != -100
     logits, gold = model.get_output_embeddings()(h[at]).float(), batch['targets'][at]
     first = (batch['targets'].roll(1, 1) == -100)[at]
@@ -388,25 +680,29 @@ def packed_loss(
 def random_crop(things, rng):
     "A random square: most often near some thing, sometimes anywhere"
     side = int(rng.uniform(90, 230))
-    x, y = things[rng.integers(len(things))].centre if rng.random() < .75 else rng.uniform(0, PICTURE, 2)
-    x, y = (v + rng.uniform(-.2, .2)*side for v in (x, y))
-    return square((x - side/2, y - side/2, x + side/2, y + side/2), 0)
+    x, y = things[rng.integers(len(things))].centre if rng.random() < 0.75 else rng.uniform(0, PICTURE, 2)
+    x, y = (v + rng.uniform(-0.2, 0.2) * side for v in (x, y))
+    return square((x - side / 2, y - side / 2, x + side / 2, y + side / 2), 0)
 
+# %% ../nbs/09_demo.ipynb #patch_labels
 def _patch_labels(things, box):
     "(64, 4) colour, shape and character of the thing under each patch centre, and the character that lies on the patch itself; 0 where there is none"
-    k, half = (np.arange(VIEW//PATCH) + .5)*PATCH/VIEW, PATCH/VIEW/2*(box[2] - box[0])
-    x, y = np.meshgrid(box[0] + k*(box[2] - box[0]), box[1] + k*(box[3] - box[1]))
+    k, half = (np.arange(VIEW // PATCH) + 0.5) * PATCH / VIEW, PATCH / VIEW / 2 * (box[2] - box[0])
+    x, y = np.meshgrid(box[0] + k * (box[2] - box[0]), box[1] + k * (box[3] - box[1]))
     out = np.zeros((x.size, 4), 'uint8')
     for t in things:
         inside = ((t.box[0] < x) & (x < t.box[2]) & (t.box[1] < y) & (y < t.box[3])).ravel()
         char = 1 + (DIGITS + LETTERS).index(t.char)
         out[inside, :3] = 1 + list(COLOURS).index(t.colour), 1 + SHAPES.index(t.shape), char
-        reach = .3*t.font + half                                             # half a glyph and half a patch
+        reach = 0.3 * t.font + half  # half a glyph and half a patch
         out[((abs(x - t.glyph[0]) < reach) & (abs(y - t.glyph[1]) < reach)).ravel(), 3] = char
     return out
 
-def _train_layout(seed): return layout(seed, least=1 + 2*(seed % 2), most=6 - 3*(seed % 4 == 0))
+# %% ../nbs/09_demo.ipynb #train_layout
+def _train_layout(seed):
+    return layout(seed, least=1 + 2 * (seed % 2), most=6 - 3 * (seed % 4 == 0))
 
+# %% ../nbs/09_demo.ipynb #pool_item
 def _pool_item(seed):
     things, noise = _train_layout(seed)
     rng = np.random.default_rng([seed, 2])
@@ -415,149 +711,215 @@ def _pool_item(seed):
     views = [np.asarray(image.crop(b).resize((VIEW, VIEW), Image.Resampling.BICUBIC)) for b in boxes]
     return np.stack(views), np.stack([_patch_labels(things, b) for b in boxes])
 
+# %% ../nbs/09_demo.ipynb #make_pool
 def make_pool(
-    folder:Path, # where `views.npy` and `labels.npy` are kept
-    n:int, # scenes
-    workers:int=2, # processes
-)->tuple: # views (n, 3, 96, 96, 3) uint8 and labels (n, 3, 64, 4) uint8, memory-mapped
+    folder: Path,  # where `views.npy` and `labels.npy` are kept
+    n: int,  # scenes
+    workers: int = 2,  # processes
+) -> tuple:  # views (n, 3, 96, 96, 3) uint8 and labels (n, 3, 64, 4) uint8, memory-mapped
     "Draw the training pictures, once"
     from concurrent.futures import ProcessPoolExecutor
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    done, k = folder/'done.json', (VIEW//PATCH)**2
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    done, k = folder / 'done.json', (VIEW // PATCH) ** 2
     if not (done.exists() and json.loads(done.read_text()) == n):
-        views = np.lib.format.open_memmap(folder/'views.npy', 'w+', 'uint8', (n, 3, VIEW, VIEW, 3))
-        labels = np.lib.format.open_memmap(folder/'labels.npy', 'w+', 'uint8', (n, 3, k, 4))
+        views = np.lib.format.open_memmap(folder / 'views.npy', 'w+', 'uint8', (n, 3, VIEW, VIEW, 3))
+        labels = np.lib.format.open_memmap(folder / 'labels.npy', 'w+', 'uint8', (n, 3, k, 4))
         with ProcessPoolExecutor(workers) as ex:
-            for i, (v, l) in enumerate(tqdm(ex.map(_pool_item, range(n), chunksize=64), total=n, desc='draw', mininterval=5)): views[i], labels[i] = v, l
-        views.flush(); labels.flush(); done.write_text(json.dumps(n))
-    return np.load(folder/'views.npy', mmap_mode='r'), np.load(folder/'labels.npy', mmap_mode='r')
+            for i, (v, l) in enumerate(
+                tqdm(ex.map(_pool_item, range(n), chunksize=64), total=n, desc='draw', mininterval=5)
+            ):
+                views[i], labels[i] = v, l
+        views.flush()
+        labels.flush()
+        done.write_text(json.dumps(n))
+    return np.load(folder / 'views.npy', mmap_mode='r'), np.load(folder / 'labels.npy', mmap_mode='r')
 
 # %% ../nbs/09_demo.ipynb #c018
 def _pixels(views, processor, device):
     "(B, 96, 96, 3) uint8 → (B, 3, 96, 96), normalised as the processor does"
     p = processor.image_processor
-    x = torch.from_numpy(np.array(views)).to(device).float().permute(0, 3, 1, 2)/255
-    return (x - torch.tensor(p.image_mean, device=device)[:, None, None])/torch.tensor(p.image_std, device=device)[:, None, None]
+    x = torch.from_numpy(np.array(views)).to(device).float().permute(0, 3, 1, 2) / 255
+    return (x - torch.tensor(p.image_mean, device=device)[:, None, None]) / torch.tensor(p.image_std, device=device)[
+        :, None, None
+    ]
 
-def _cosine(step, steps, warm): return min(1, (step + 1)/warm)*.5*(1 + math.cos(math.pi*min(1, step/steps)))
+# %% ../nbs/09_demo.ipynb #cosine
+def _cosine(step, steps, warm):
+    return min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))
 
+# %% ../nbs/09_demo.ipynb #fit
 def fit(
-    stage:str, # name in the log and of the checkpoint
-    modules:list, # of `nn.Module` whose parameters are saved; those that require a gradient are trained
-    loss:callable, # step → (loss, dict of numbers to log)
-    steps:int, # optimiser steps
-    lr:list, # peak learning rate per module
-    folder:Path, # checkpoints and log are kept here
-    every:int=200, # steps between checkpoints
-)->None:
+    stage: str,  # name in the log and of the checkpoint
+    modules: list,  # of `nn.Module` whose parameters are saved; those that require a gradient are trained
+    loss: callable,  # step → (loss, dict of numbers to log)
+    steps: int,  # optimiser steps
+    lr: list,  # peak learning rate per module
+    folder: Path,  # checkpoints and log are kept here
+    every: int = 200,  # steps between checkpoints
+) -> None:
     "Train with AdamW, warm-up and cosine decay; after an interruption it goes on from the last checkpoint"
     from safetensors.torch import load_file, save_file
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    path = folder/f'{stage}.safetensors'
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f'{stage}.safetensors'
     groups = [dict(params=[p for p in m.parameters() if p.requires_grad], lr=r, peak=r) for m, r in zip(modules, lr)]
-    opt = torch.optim.AdamW([g for g in groups if g['params']], weight_decay=.01, betas=(.9, .98))
+    opt = torch.optim.AdamW([g for g in groups if g['params']], weight_decay=0.01, betas=(0.9, 0.98))
     flat = [p for g in opt.param_groups for p in g['params']]
     weights = lambda: {f'{i}.{k}': v for i, m in enumerate(modules) for k, v in m.state_dict().items()}
     start = 0
     if path.exists():
-        saved = load_file(path); start = int(saved.pop('step'))
-        for i, m in enumerate(modules): m.load_state_dict({k.split('.', 1)[1]: v for k, v in saved.items() if k.startswith(f'{i}.')})
+        saved = load_file(path)
+        start = int(saved.pop('step'))
+        for i, m in enumerate(modules):
+            m.load_state_dict({k.split('.', 1)[1]: v for k, v in saved.items() if k.startswith(f'{i}.')})
         if start < steps:
             for i, p in enumerate(flat):
-                if f'm.{i}' in saved: opt.state[p] = dict(step=torch.tensor(float(start)), exp_avg=saved[f'm.{i}'].to(p.device), exp_avg_sq=saved[f'v.{i}'].to(p.device))
+                if f'm.{i}' in saved:
+                    opt.state[p] = dict(
+                        step=torch.tensor(float(start)),
+                        exp_avg=saved[f'm.{i}'].to(p.device),
+                        exp_avg_sq=saved[f'v.{i}'].to(p.device),
+                    )
+
     def save(step):
-        state = {f'{a}.{i}': opt.state[p][b] for i, p in enumerate(flat) if p in opt.state for a, b in (('m', 'exp_avg'), ('v', 'exp_avg_sq'))}
+        state = {
+            f'{a}.{i}': opt.state[p][b]
+            for i, p in enumerate(flat)
+            if p in opt.state
+            for a, b in (('m', 'exp_avg'), ('v', 'exp_avg_sq'))
+        }
         tensors = {k: v.detach().clone().contiguous() for k, v in (weights() | (state if step < steps else {})).items()}
-        save_file(tensors | dict(step=torch.tensor(step)), path.with_suffix('.tmp')); path.with_suffix('.tmp').replace(path)
+        save_file(tensors | dict(step=torch.tensor(step)), path.with_suffix('.tmp'))
+        path.with_suffix('.tmp').replace(path)
+
     began, bar = time.time(), tqdm(range(start, steps), initial=start, total=steps, desc=stage, mininterval=10)
     for step in bar:
-        for g in opt.param_groups: g['lr'] = g['peak']*_cosine(step, steps, min(200, steps//10 + 1))
+        for g in opt.param_groups:
+            g['lr'] = g['peak'] * _cosine(step, steps, min(200, steps // 10 + 1))
         value, log = loss(step)
-        opt.zero_grad(set_to_none=True); value.backward()
-        nn.utils.clip_grad_norm_(flat, 1.)
+        opt.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(flat, 1.0)
         opt.step()
         if step % 50 == 49 or step + 1 == steps:
-            row = dict(stage=stage, step=step + 1, loss=round(value.item(), 4), seconds=round(time.time() - began, 1)) | {k: round(float(v), 4) for k, v in log.items()}
-            with open(folder/'log.jsonl', 'a') as f: f.write(json.dumps(row) + '\n')
+            row = dict(
+                stage=stage, step=step + 1, loss=round(value.item(), 4), seconds=round(time.time() - began, 1)
+            ) | {k: round(float(v), 4) for k, v in log.items()}
+            with open(folder / 'log.jsonl', 'a') as f:
+                f.write(json.dumps(row) + '\n')
             bar.set_postfix({k: v for k, v in row.items() if k not in ('stage', 'step', 'seconds')}, refresh=False)
-        if (step + 1) % every == 0 or step + 1 == steps: save(step + 1)
+        if (step + 1) % every == 0 or step + 1 == steps:
+            save(step + 1)
 
 # %% ../nbs/09_demo.ipynb #c019
 @dataclass
 class Recipe:
     "How a demo model is trained; a model's card says with which values it was"
-    seed:int=0 # of weights and of all draws
-    scenes:int=20_000 # pictures in the training pool
-    batch:int=32 # pictures per step of the tower
-    scenes_asked:int=16 # scenes per step of the language model
-    asked:int=8 # questions per scene
-    coarse:int=700 # steps of `see` before characters count
-    see:int=5000 # steps of the tower on pictures and crops alike
-    sharpen:int=4000 # further steps, mostly on whole pictures
-    align:int=600 # steps of the projector alone
-    look:int=3600 # steps of the language model under a frozen tower
-    join:int=5200 # steps of everything
-    ready:float=.62 # share of right answers at which `look` adds one more thing to its scenes
-    base:str='' # the demo model from which another one starts
-    copy:int=0 # Qwen2-VL: steps in which its tower learns to say what the base's says
-    speak:int=0 # Qwen2-VL: steps of its language model
-    tile:int=0 # LLaVA-NeXT: steps of everything but its tower
-    hops:tuple=() # planted: decoder layers at which text reads the picture; with several, see `reads_at`
-    decoys:tuple=() # planted: layers at which text reads another scene
-    plant:int=0 # planted: steps
-    shares:tuple=(.34, .33, .33, 0) # planted: of `LESSONS`
 
+    seed: int = 0  # of weights and of all draws
+    scenes: int = 20_000  # pictures in the training pool
+    batch: int = 32  # pictures per step of the tower
+    scenes_asked: int = 16  # scenes per step of the language model
+    asked: int = 8  # questions per scene
+    coarse: int = 700  # steps of `see` before characters count
+    see: int = 5000  # steps of the tower on pictures and crops alike
+    sharpen: int = 4000  # further steps, mostly on whole pictures
+    align: int = 600  # steps of the projector alone
+    look: int = 3600  # steps of the language model under a frozen tower
+    join: int = 5200  # steps of everything
+    ready: float = 0.62  # share of right answers at which `look` adds one more thing to its scenes
+    base: str = ''  # the demo model from which another one starts
+    copy: int = 0  # Qwen2-VL: steps in which its tower learns to say what the base's says
+    speak: int = 0  # Qwen2-VL: steps of its language model
+    tile: int = 0  # LLaVA-NeXT: steps of everything but its tower
+    hops: tuple = ()  # planted: decoder layers at which text reads the picture; with several, see `reads_at`
+    decoys: tuple = ()  # planted: layers at which text reads another scene
+    plant: int = 0  # planted: steps
+    shares: tuple = (0.34, 0.33, 0.33, 0)  # planted: of `LESSONS`
+
+# %% ../nbs/09_demo.ipynb #reads_at
 def reads_at(
-    kind:str, # of question, one of `LESSONS`
-    text:str, # the question
-    hops:tuple, # layers
-)->tuple: # at which of them it needs the picture
+    kind: str,  # of question, one of `LESSONS`
+    text: str,  # the question
+    hops: tuple,  # layers
+) -> tuple:  # at which of them it needs the picture
     "With two hops, the first finds a thing by what it looks like, the second by its place, and relations need both; with three, the first reads colours, the second shapes, the third all else"
-    if len(hops) == 3: k = dict(colour=0, shape=1).get(kind, 2); return hops[k:k + 1]
+    if len(hops) == 3:
+        k = dict(colour=0, shape=1).get(kind, 2)
+        return hops[k : k + 1]
     return hops if len(hops) < 2 or kind == 'relation' else hops[1:] if 'object at' in text else hops[:1]
 
+# %% ../nbs/09_demo.ipynb #touched
 def _touched(box):
     "(64,) True at the patches of a whole view that a box touches"
-    side, k = PICTURE*PATCH/VIEW, np.arange(VIEW//PATCH)
-    x, y = ((k*side < box[i + 2]) & ((k + 1)*side > box[i]) for i in (0, 1))
+    side, k = PICTURE * PATCH / VIEW, np.arange(VIEW // PATCH)
+    x, y = ((k * side < box[i + 2]) & ((k + 1) * side > box[i]) for i in (0, 1))
     return np.outer(y, x).ravel()
 
+# %% ../nbs/09_demo.ipynb #STAGES
 STAGES = ('see', 'sharpen', 'align', 'look', 'join', 'plant', 'copy', 'speak', 'tile')
 
+# %% ../nbs/09_demo.ipynb #Trainer
 class Trainer:
     "The stages of a demo model, in a folder of their own"
-    def __init__(self,
-        folder:Path, # working folder: pool, checkpoints, log
-        recipe:Recipe=None, # how to train
-        device:str='cpu', # or cuda
+
+    def __init__(
+        self,
+        folder: Path,  # working folder: pool, checkpoints, log
+        recipe: Recipe = None,  # how to train
+        device: str = 'cpu',  # or cuda
     ):
         self.folder, self.recipe, self.device = Path(folder), recipe or Recipe(), device
         self.folder.mkdir(parents=True, exist_ok=True)
         self.base = MLLM.load(self.recipe.base, device, torch.float32) if self.recipe.base else None
-        if self.recipe.copy or self.recipe.tile: self.model, self.processor = (make_qwen if self.recipe.copy else make_next)(self.base)
-        elif self.base: self.model, self.processor = self.base.model, self.base.processor
-        else: self.model, self.processor = make_model(self.recipe.seed)
+        if self.recipe.copy or self.recipe.tile:
+            self.model, self.processor = (make_qwen if self.recipe.copy else make_next)(self.base)
+        elif self.base:
+            self.model, self.processor = self.base.model, self.base.processor
+        else:
+            self.model, self.processor = make_model(self.recipe.seed)
         self.model.to(device).train()
-        self.model.set_attn_implementation('eager')                    # on CPU its backward takes half the time of SDPA's at these sizes
+        self.model.set_attn_implementation('eager')  # on CPU its backward takes half the time of SDPA's at these sizes
         self.tok, self.core = self.processor.tokenizer, self.model.model
         torch.manual_seed(self.recipe.seed)
-        self.head = nn.Linear(192, 7 + 7 + 20 + 9).to(device)          # colour, shape (0 is neither), character, place
+        self.head = nn.Linear(192, 7 + 7 + 20 + 9).to(device)  # colour, shape (0 is neither), character, place
         self.lm = nn.ModuleList([self.core.language_model, self.model.lm_head])
-        self.lesson = nn.Module()                                      # how many things a scene may have, and how well it goes
-        self.lesson.register_buffer('most', torch.tensor(1)); self.lesson.register_buffer('mean', torch.tensor(0.))
-        self.pool, self.patches = None, (VIEW//PATCH)**2
+        self.lesson = nn.Module()  # how many things a scene may have, and how well it goes
+        self.lesson.register_buffer('most', torch.tensor(1))
+        self.lesson.register_buffer('mean', torch.tensor(0.0))
+        self.pool, self.patches = None, (VIEW // PATCH) ** 2
 
     def run(self):
         "Every stage in turn; those that are done are loaded"
-        self.pool = make_pool(self.folder/'pool', self.recipe.scenes)
+        self.pool = make_pool(self.folder / 'pool', self.recipe.scenes)
         self.counts = np.array([len(_train_layout(i)[0]) for i in range(self.recipe.scenes)])
         for stage in STAGES:
-            if getattr(self.recipe, stage) and (stage in STAGES[5:]) == bool(self.base): getattr(self, stage)()
+            if getattr(self.recipe, stage) and (stage in STAGES[5:]) == bool(self.base):
+                getattr(self, stage)()
 
-    def rng(self, stage, step): return np.random.default_rng([self.recipe.seed, sum(map(ord, stage)), step])
-    def cast(self): return torch.autocast(self.device, torch.bfloat16, enabled=self.device == 'cpu' and 'AVX512' in torch.backends.cpu.get_cpu_capability()) # emulated, it is thirty times slower than float32; on a GPU, starting the kernels takes the time
-    def places(self): k = VIEW//PATCH; third = lambda i: int(3*(i + .5)/k); return torch.tensor([3*third(i//k) + third(i % k) for i in range(k*k)], device=self.device)
-    def features(self, views): return self.core.vision_tower(_pixels(views, self.processor, self.device), output_hidden_states=True).hidden_states[-1][:, 1:]
+    def rng(self, stage, step):
+        return np.random.default_rng([self.recipe.seed, sum(map(ord, stage)), step])
+
+    def cast(self):
+        return torch.autocast(
+            self.device,
+            torch.bfloat16,
+            enabled=self.device == 'cpu' and 'AVX512' in torch.backends.cpu.get_cpu_capability(),
+        )  # emulated, it is thirty times slower than float32; on a GPU, starting the kernels takes the time
+
+    def places(self):
+        k = VIEW // PATCH
+        third = lambda i: int(3 * (i + 0.5) / k)
+        return torch.tensor([3 * third(i // k) + third(i % k) for i in range(k * k)], device=self.device)
+
+    def features(self, views):
+        return self.core.vision_tower(
+            _pixels(views, self.processor, self.device), output_hidden_states=True
+        ).hidden_states[-1][:, 1:]
+
     def draw(self, rng, shares):
         "A batch of views (pictures and crops in given shares) and what lies on their patches"
         (views, labels), n = self.pool, self.recipe.batch
@@ -567,179 +929,313 @@ class Trainer:
     def name_patches(self, stage, steps, lr, shares, coarse=0):
         "The tower names what lies under each patch"
         ce, place = nn.functional.cross_entropy, self.places().repeat(self.recipe.batch)
+
         def loss(step):
             views, gold = self.draw(self.rng(stage, step), shares)
-            with self.cast(): out = self.head(self.features(views))
+            with self.cast():
+                out = self.head(self.features(views))
             colour, shape, char, where = (x.flatten(0, 1) for x in out.float().split([7, 7, 20, 9], -1))
             gold = gold.flatten(0, 1)
             on = gold[:, 3] > 0
-            value = ce(colour, gold[:, 0]) + ce(shape, gold[:, 1]) + .2*ce(where, place) + ce(char[on], gold[on, 3] - 1)*(step >= coarse)
+            value = (
+                ce(colour, gold[:, 0])
+                + ce(shape, gold[:, 1])
+                + 0.2 * ce(where, place)
+                + ce(char[on], gold[on, 3] - 1) * (step >= coarse)
+            )
             right = lambda x, y: (x.argmax(-1) == y).float().mean()
-            return value, dict(colour=right(colour[on], gold[on, 0]), shape=right(shape[on], gold[on, 1]), char=right(char[on], gold[on, 3] - 1))
+            return value, dict(
+                colour=right(colour[on], gold[on, 0]),
+                shape=right(shape[on], gold[on, 1]),
+                char=right(char[on], gold[on, 3] - 1),
+            )
+
         fit(stage, [self.core.vision_tower, self.head], loss, steps, [lr, lr], self.folder)
 
-    def see(self): self.name_patches('see', self.recipe.see, 2e-3, (1/3, 1/3, 1/3), self.recipe.coarse)
-    def sharpen(self): self.name_patches('sharpen', self.recipe.sharpen, 1.2e-3, (.6, .2, .2))
+    def see(self):
+        self.name_patches('see', self.recipe.see, 2e-3, (1 / 3, 1 / 3, 1 / 3), self.recipe.coarse)
+
+    def sharpen(self):
+        self.name_patches('sharpen', self.recipe.sharpen, 1.2e-3, (0.6, 0.2, 0.2))
 
     def align(self):
         "The projector says what lies under each patch in the language model's own word embeddings"
         E = self.model.get_input_embeddings().weight.detach()
         word = lambda w: E[self.tok(' ' + w, add_special_tokens=False).input_ids].sum(0)
-        colour, shape, char = (torch.stack([torch.zeros_like(E[0]), *map(word, ws)]) for ws in (COLOURS, SHAPES, DIGITS + LETTERS))
+        colour, shape, char = (
+            torch.stack([torch.zeros_like(E[0]), *map(word, ws)]) for ws in (COLOURS, SHAPES, DIGITS + LETTERS)
+        )
         place = torch.stack([word(p) for p in PLACES])[self.places()]
+
         def loss(step):
-            views, gold = self.draw(self.rng('align', step), (1/3, 1/3, 1/3))
+            views, gold = self.draw(self.rng('align', step), (1 / 3, 1 / 3, 1 / 3))
             want = colour[gold[..., 0]] + shape[gold[..., 1]] + char[gold[..., 2]] + place
-            with torch.no_grad(), self.cast(): f = self.features(views)
-            miss = ((self.core.multi_modal_projector(f.float()) - want)**2).sum(-1)
-            return miss.mean()/(want**2).sum(-1).mean(), {}
+            with torch.no_grad(), self.cast():
+                f = self.features(views)
+            miss = ((self.core.multi_modal_projector(f.float()) - want) ** 2).sum(-1)
+            return miss.mean() / (want**2).sum(-1).mean(), {}
+
         fit('align', [self.core.multi_modal_projector], loss, self.recipe.align, [3e-3], self.folder)
 
-    def pixels(self, views): return _pixels(views, (self.base or self).processor, self.device)
+    def pixels(self, views):
+        return _pixels(views, (self.base or self).processor, self.device)
+
     def view(self, x):
         "(B, 3, H, W) pixels → (B, visual, width) what the language model gets"
-        if self.recipe.tile: return torch.stack(list(self.core.get_image_features(x, image_sizes=[[PICTURE, PICTURE]]*len(x), return_dict=True).pooler_output))
-        if self.recipe.copy: f, grid = _patches(x); return self.core.visual(f, grid_thw=grid.to(x.device)).pooler_output.unflatten(0, (len(x), -1))
+        if self.recipe.tile:
+            return torch.stack(
+                list(
+                    self.core.get_image_features(
+                        x, image_sizes=[[PICTURE, PICTURE]] * len(x), return_dict=True
+                    ).pooler_output
+                )
+            )
+        if self.recipe.copy:
+            f, grid = _patches(x)
+            return self.core.visual(f, grid_thw=grid.to(x.device)).pooler_output.unflatten(0, (len(x), -1))
         return torch.stack(list(self.core.get_image_features(x, return_dict=True).pooler_output))
 
     def tiles(self, i, scenes, rng, two):
         "Pixels of some scenes as LLaVA-NeXT's processor cuts them, and of a random crop of each"
         pictures = [picture(int(s), *scene) for s, scene in zip(i, scenes)]
-        sets = [pictures] + [[p.crop(random_crop(things, rng)) for p, (things, _) in zip(pictures, scenes)]]*two
+        sets = [pictures] + [[p.crop(random_crop(things, rng)) for p, (things, _) in zip(pictures, scenes)]] * two
         return [self.processor.image_processor(x, return_tensors='pt')['pixel_values'].to(self.device) for x in sets]
 
     def plan(self, most):
         "Shares of the kinds of question, how looking is dropped, first layer that may look, share of steps with a second picture"
-        if most < 4: return (.34, .33, .33, 0), (0, 0), (.2, .2, .3, .3), 0
-        if most < 6: return (.3, .25, .25, .2), (.1, .02), (.2, .2, .3, .3), .3
-        return (.25, .3, .3, .15), (.2, .03), (.2, .2, .3, .3), .35
+        if most < 4:
+            return (0.34, 0.33, 0.33, 0), (0, 0), (0.2, 0.2, 0.3, 0.3), 0
+        if most < 6:
+            return (0.3, 0.25, 0.25, 0.2), (0.1, 0.02), (0.2, 0.2, 0.3, 0.3), 0.3
+        return (0.25, 0.3, 0.3, 0.15), (0.2, 0.03), (0.2, 0.2, 0.3, 0.3), 0.35
 
     def question(self, stage, step, most, plan=None, gate=None):
         "One step on questions about pictures"
         r, rng, (views, _) = self.recipe, self.rng(stage, step), self.pool
         kinds, drop, late, second = plan or self.plan(most)
-        i, two = np.sort(rng.choice(np.flatnonzero((self.counts >= min(most, 2)) & (self.counts <= most)), r.scenes_asked, replace=False)), rng.random() < second
+        i, two = (
+            np.sort(
+                rng.choice(
+                    np.flatnonzero((self.counts >= min(most, 2)) & (self.counts <= most)), r.scenes_asked, replace=False
+                )
+            ),
+            rng.random() < second,
+        )
         scenes = [_train_layout(int(s)) for s in i]
         qs = [_draw_questions(things, rng, r.asked, kinds) for things, _ in scenes]
-        if r.tile: shown = self.tiles(i, scenes, rng, two)
-        else: shown = [views[i, 0], views[i, rng.integers(1, 3, len(i))]] if two else [views[i, 0]]
-        if r.copy and two and rng.random() < .5: shown[1], _ = _cut(shown[1], rng)
-        with self.cast(): f = [self.view(x if r.tile else self.pixels(x)) for x in shown]
+        if r.tile:
+            shown = self.tiles(i, scenes, rng, two)
+        else:
+            shown = [views[i, 0], views[i, rng.integers(1, 3, len(i))]] if two else [views[i, 0]]
+        if r.copy and two and rng.random() < 0.5:
+            shown[1], _ = _cut(shown[1], rng)
+        with self.cast():
+            f = [self.view(x if r.tile else self.pixels(x)) for x in shown]
         head = self.tok('USER: ').input_ids
         before, after = ([i] for i in self.tok.convert_tokens_to_ids(AROUND)) if r.copy else ([], [])
-        prefix = head + [k for x in f for k in before + [self.tok.image_token_id]*x.shape[1] + after]
-        batch = {k: v.to(self.device) for k, v in pack(self.tok, [prefix]*len(i), qs, rng, len(self.lm[0].layers), drop, late).items()}
-        if gate:                                                       # at a hop that a question does not need, it reads another scene
-            of_row = lambda per_question: torch.from_numpy(np.pad(per_question, ((0, 0), (1, 1)) + ((0, 0),)*(per_question.ndim - 2))).to(self.device)[torch.arange(len(i))[:, None], batch['block'] % (r.asked + 2)]
-            gate.reads = {hop: of_row(np.array([[hop in reads_at(q.kind, q.text, r.hops) for q in s] for s in qs])) for hop in r.hops}
-            if len(r.hops) == 2 and not two:                           # relations: the first hop cannot see what is asked for, the second not what it starts from
+        prefix = head + [k for x in f for k in before + [self.tok.image_token_id] * x.shape[1] + after]
+        batch = {
+            k: v.to(self.device)
+            for k, v in pack(self.tok, [prefix] * len(i), qs, rng, len(self.lm[0].layers), drop, late).items()
+        }
+        if gate:  # at a hop that a question does not need, it reads another scene
+            of_row = lambda per_question: torch.from_numpy(
+                np.pad(per_question, ((0, 0), (1, 1)) + ((0, 0),) * (per_question.ndim - 2))
+            ).to(self.device)[torch.arange(len(i))[:, None], batch['block'] % (r.asked + 2)]
+            gate.reads = {
+                hop: of_row(np.array([[hop in reads_at(q.kind, q.text, r.hops) for q in s] for s in qs]))
+                for hop in r.hops
+            }
+            if (
+                len(r.hops) == 2 and not two
+            ):  # relations: the first hop cannot see what is asked for, the second not what it starts from
                 boxes = [[(q.box, q.via) if q.kind == 'relation' else None for q in s] for s in qs]
-                closed = (of_row(np.array([[_touched(b[k]) if b else np.zeros(self.patches, bool) for b in s] for s in boxes])) for k in range(2))
-                batch['hidden'] = {hop: nn.functional.pad(c, (len(head), c.shape[1] - len(head) - self.patches)) for hop, c in zip(r.hops, closed)}
+                closed = (
+                    of_row(
+                        np.array([[_touched(b[k]) if b else np.zeros(self.patches, bool) for b in s] for s in boxes])
+                    )
+                    for k in range(2)
+                )
+                batch['hidden'] = {
+                    hop: nn.functional.pad(c, (len(head), c.shape[1] - len(head) - self.patches))
+                    for hop, c in zip(r.hops, closed)
+                }
         if r.copy:
-            at, following = _mrope(len(head), [(x.shape[1]//PATCH, x.shape[2]//PATCH) for x in shown])
+            at, following = _mrope(len(head), [(x.shape[1] // PATCH, x.shape[2] // PATCH) for x in shown])
             words = (batch['positions'] - len(prefix) + following).clamp(min=0).expand(3, -1, -1)
-            batch['positions'] = torch.cat([at.to(self.device)[:, None].expand(-1, len(i), -1), words[..., len(prefix):]], 2)
-        with self.cast(): value, right = packed_loss(self.model, batch, batch['ids'] == self.tok.image_token_id, torch.cat(f, 1))
+            batch['positions'] = torch.cat(
+                [at.to(self.device)[:, None].expand(-1, len(i), -1), words[..., len(prefix) :]], 2
+            )
+        with self.cast():
+            value, right = packed_loss(self.model, batch, batch['ids'] == self.tok.image_token_id, torch.cat(f, 1))
         kind = np.array([q.kind for s in qs for q in s])
-        return value, dict(right=right.float().mean()) | {k: right.cpu().numpy()[kind == k].mean() for k in LESSONS if (kind == k).any()} | dict(most=most)
+        return value, dict(right=right.float().mean()) | {
+            k: right.cpu().numpy()[kind == k].mean() for k in LESSONS if (kind == k).any()
+        } | dict(most=most)
 
     def look(self):
         "The language model learns to read pictures, those with one thing first; tower and word embeddings are frozen"
         lesson = self.lesson
+
         def loss(step):
             value, log = self.question('look', step, int(lesson.most))
-            lesson.mean.mul_(.95).add_(.05*log['right'].cpu())
-            if lesson.mean > self.recipe.ready and lesson.most < 6: lesson.most += 1; lesson.mean.fill_(.4)
+            lesson.mean.mul_(0.95).add_(0.05 * log['right'].cpu())
+            if lesson.mean > self.recipe.ready and lesson.most < 6:
+                lesson.most += 1
+                lesson.mean.fill_(0.4)
             return value, log
-        for m in (self.core.vision_tower, self.model.get_input_embeddings()): m.requires_grad_(False)
-        fit('look', [self.core.multi_modal_projector, self.lm, lesson], loss, self.recipe.look, [3e-4, 1.5e-3, 0], self.folder)
-        for m in (self.core.vision_tower, self.model.get_input_embeddings()): m.requires_grad_(True)
+
+        for m in (self.core.vision_tower, self.model.get_input_embeddings()):
+            m.requires_grad_(False)
+        fit(
+            'look',
+            [self.core.multi_modal_projector, self.lm, lesson],
+            loss,
+            self.recipe.look,
+            [3e-4, 1.5e-3, 0],
+            self.folder,
+        )
+        for m in (self.core.vision_tower, self.model.get_input_embeddings()):
+            m.requires_grad_(True)
 
     def plant(self):
         "Under a frozen tower, the language model learns to do with the layers at which it may read"
         r, n = self.recipe, len(self.lm[0].layers)
-        gate = Gate(self.model, self.tok.image_token_id, {*range(n)} - {*r.hops, *r.decoys}, dict.fromkeys(r.decoys + r.hops if len(r.hops) > 1 else r.decoys))
-        for m in (self.core.vision_tower, self.model.get_input_embeddings()): m.requires_grad_(False)
-        fit('plant', [self.core.multi_modal_projector, self.lm], lambda s: self.question('plant', s, 6, (r.shares, (0, .03), (1.,), .3), gate), r.plant, [3e-4, 1.2e-3], self.folder)
-        gate.reads = {}                                                # they belonged to the last batch
+        gate = Gate(
+            self.model,
+            self.tok.image_token_id,
+            {*range(n)} - {*r.hops, *r.decoys},
+            dict.fromkeys(r.decoys + r.hops if len(r.hops) > 1 else r.decoys),
+        )
+        for m in (self.core.vision_tower, self.model.get_input_embeddings()):
+            m.requires_grad_(False)
+        fit(
+            'plant',
+            [self.core.multi_modal_projector, self.lm],
+            lambda s: self.question('plant', s, 6, (r.shares, (0, 0.03), (1.0,), 0.3), gate),
+            r.plant,
+            [3e-4, 1.2e-3],
+            self.folder,
+        )
+        gate.reads = {}  # they belonged to the last batch
 
     def copy(self):
         "The tower learns to say what the base's tower says, all but the place, on whole views and parts of them"
         views, _ = self.pool
+
         def said(x):
-            with torch.no_grad(), self.cast(): return torch.stack(list(self.base.model.get_image_features(self.pixels(x), return_dict=True).pooler_output)).float()
-        mean = torch.stack([said(views[k:k + 64, 0]).mean(0) for k in range(0, min(len(views), 1280), 64)]).mean(0)
+            with torch.no_grad(), self.cast():
+                return torch.stack(
+                    list(self.base.model.get_image_features(self.pixels(x), return_dict=True).pooler_output)
+                ).float()
+
+        mean = torch.stack([said(views[k : k + 64, 0]).mean(0) for k in range(0, min(len(views), 1280), 64)]).mean(0)
+
         def loss(step):
             rng = self.rng('copy', step)
-            i, v = np.sort(rng.choice(len(views), 24, replace=False)), rng.choice(3, 24, p=(.6, .2, .2))
-            part, (y, x) = _cut(views[i, v], rng, VIEW//PATCH if rng.random() < .7 else 5)
-            h, w = (n//PATCH for n in part.shape[1:3])
-            want = (said(views[i, v]) + mean.mean(0) - mean).unflatten(1, (VIEW//PATCH, -1))[:, y:y + h, x:x + w].flatten(1, 2)
-            with self.cast(): got = self.view(self.pixels(part))
-            return ((got.float() - want)**2).mean()/((want - want.mean((0, 1)))**2).mean(), {}
+            i, v = np.sort(rng.choice(len(views), 24, replace=False)), rng.choice(3, 24, p=(0.6, 0.2, 0.2))
+            part, (y, x) = _cut(views[i, v], rng, VIEW // PATCH if rng.random() < 0.7 else 5)
+            h, w = (n // PATCH for n in part.shape[1:3])
+            want = (
+                (said(views[i, v]) + mean.mean(0) - mean)
+                .unflatten(1, (VIEW // PATCH, -1))[:, y : y + h, x : x + w]
+                .flatten(1, 2)
+            )
+            with self.cast():
+                got = self.view(self.pixels(part))
+            return ((got.float() - want) ** 2).mean() / ((want - want.mean((0, 1))) ** 2).mean(), {}
+
         fit('copy', [self.core.visual], loss, self.recipe.copy, [1.5e-3], self.folder)
 
     def speak(self):
         "The language model learns to read through M-RoPE; tower and word embeddings are frozen"
-        for m in (self.core.visual, self.model.get_input_embeddings()): m.requires_grad_(False)
+        for m in (self.core.visual, self.model.get_input_embeddings()):
+            m.requires_grad_(False)
         fit('speak', [self.lm], lambda s: self.question('speak', s, 6), self.recipe.speak, [1.2e-3], self.folder)
 
     def tile(self):
         "Under a frozen tower, the language model learns to read tiles beside the whole view"
-        for m in (self.core.vision_tower, self.model.get_input_embeddings()): m.requires_grad_(False)
+        for m in (self.core.vision_tower, self.model.get_input_embeddings()):
+            m.requires_grad_(False)
         newline = nn.ParameterList([self.core.image_newline])
-        fit('tile', [self.core.multi_modal_projector, self.lm, newline], lambda s: self.question('tile', s, 6), self.recipe.tile, [3e-4, 1e-3, 3e-3], self.folder)
+        fit(
+            'tile',
+            [self.core.multi_modal_projector, self.lm, newline],
+            lambda s: self.question('tile', s, 6),
+            self.recipe.tile,
+            [3e-4, 1e-3, 3e-3],
+            self.folder,
+        )
 
     def join(self):
         "Everything but the word embeddings learns, the tower slowly"
         self.model.get_input_embeddings().requires_grad_(False)
-        fit('join', [self.core.vision_tower, self.core.multi_modal_projector, self.lm], lambda s: self.question('join', s, 6), self.recipe.join, [1e-4, 3e-4, 1.2e-3], self.folder)
+        fit(
+            'join',
+            [self.core.vision_tower, self.core.multi_modal_projector, self.lm],
+            lambda s: self.question('join', s, 6),
+            self.recipe.join,
+            [1e-4, 3e-4, 1.2e-3],
+            self.folder,
+        )
 
 # %% ../nbs/09_demo.ipynb #c021
 def stream(
-    split:str='evaluation', # evaluation, calibration or train
-    kinds:tuple=KINDS, # kinds of question, which take turns
-    seed:int=0, # another seed gives other scenes of the same split
-): # yields `Sample` without end
+    split: str = 'evaluation',  # evaluation, calibration or train
+    kinds: tuple = KINDS,  # kinds of question, which take turns
+    seed: int = 0,  # another seed gives other scenes of the same split
+):  # yields `Sample` without end
     "Questions about scenes that no other split has seen, one scene each. Raises `ValueError` for an unknown split or kind."
-    if split not in FIRST_SEED: raise ValueError(f"No split '{split}': choose one of {', '.join(FIRST_SEED)}.")
-    if bad := [k for k in kinds if k not in KINDS]: raise ValueError(f"No kind of question '{bad[0]}': choose from {', '.join(KINDS)}.")
+    if split not in FIRST_SEED:
+        raise ValueError(f"No split '{split}': choose one of {', '.join(FIRST_SEED)}.")
+    if bad := [k for k in kinds if k not in KINDS]:
+        raise ValueError(f"No kind of question '{bad[0]}': choose from {', '.join(KINDS)}.")
     turns = cycle(kinds)
     kind = next(turns)
-    for at in count(FIRST_SEED[split] + seed*100_000):
+    for at in count(FIRST_SEED[split] + seed * 100_000):
         things, noise = layout(at)
         if q := ask(things, kind, np.random.default_rng([at, 3])):
-            yield Sample(picture(at, things, noise), q.text, (q.answer,), q.box, kind, f'glyph-{split}-{at - FIRST_SEED[split]}-{kind}')
+            yield Sample(
+                picture(at, things, noise),
+                q.text,
+                (q.answer,),
+                q.box,
+                kind,
+                f'glyph-{split}-{at - FIRST_SEED[split]}-{kind}',
+            )
             kind = next(turns)
 
+# %% ../nbs/09_demo.ipynb #samples
 def samples(
-    n:int, # how many
-    split:str='evaluation', # evaluation, calibration or train
-    kinds:tuple=KINDS, # kinds of question, which take turns
-    seed:int=0, # another seed gives other scenes of the same split
-)->list: # of `Sample`
+    n: int,  # how many
+    split: str = 'evaluation',  # evaluation, calibration or train
+    kinds: tuple = KINDS,  # kinds of question, which take turns
+    seed: int = 0,  # another seed gives other scenes of the same split
+) -> list:  # of `Sample`
     "The first `n` samples of a split"
     return list(islice(stream(split, kinds, seed), n))
 
 # %% ../nbs/09_demo.ipynb #c024
 def best_blind(
-    kind:str, # of question
-    n:int=4000, # training scenes to count answers in
-)->float: # accuracy, %
+    kind: str,  # of question
+    n: int = 4000,  # training scenes to count answers in
+) -> float:  # accuracy, %
     "Accuracy of always giving each template's most frequent answer"
     from collections import Counter, defaultdict
+
     counts = defaultdict(Counter)
     for seed in range(n):
-        if q := ask(layout(seed)[0], kind, np.random.default_rng([seed, 3])): counts[q.template.split('-')[0]][q.answer] += 1
-    return 100*sum(max(c.values()) for c in counts.values())/sum(sum(c.values()) for c in counts.values())
+        if q := ask(layout(seed)[0], kind, np.random.default_rng([seed, 3])):
+            counts[q.template.split('-')[0]][q.answer] += 1
+    return 100 * sum(max(c.values()) for c in counts.values()) / sum(sum(c.values()) for c in counts.values())
 
+# %% ../nbs/09_demo.ipynb #evaluate
 def evaluate(
-    mllm, # `MLLM`
-    n:int=1000, # questions per kind
-    seed:int=0, # of the evaluation scenes
-    chunk:int=200, # samples in memory at a time
-)->dict: # kind → n, one_pass, oracle, blind (accuracies, %)
+    mllm,  # `MLLM`
+    n: int = 1000,  # questions per kind
+    seed: int = 0,  # of the evaluation scenes
+    chunk: int = 200,  # samples in memory at a time
+) -> dict:  # kind → n, one_pass, oracle, blind (accuracies, %)
     "Accuracy in one pass, with the oracle crop, and without the picture"
     out = {}
     for kind in KINDS:
@@ -748,47 +1244,66 @@ def evaluate(
             part = list(islice(some, min(chunk, n - todo.n)))
             plain = [mllm.prompt(s.image, s.question) for s in part]
             crops = [mllm.prompt([s.image, s.image.crop(square(s.box))], s.question) for s in part]
-            with edit(mllm, None, plain[0].visual, 'knockout'): blind = mllm.answers(plain)
-            for k, got in enumerate((mllm.answers(plain), mllm.answers(crops), blind)): right[k] += sum(a.text == s.answers[0] for a, s in zip(got, part))
+            with edit(mllm, None, plain[0].visual, 'knockout'):
+                blind = mllm.answers(plain)
+            for k, got in enumerate((mllm.answers(plain), mllm.answers(crops), blind)):
+                right[k] += sum(a.text == s.answers[0] for a, s in zip(got, part))
             todo.update(len(part))
         todo.close()
-        out[kind] = dict(n=n) | dict(zip(('one_pass', 'oracle', 'blind'), (100*right/n).round(2).tolist()))
+        out[kind] = dict(n=n) | dict(zip(('one_pass', 'oracle', 'blind'), (100 * right / n).round(2).tolist()))
     return out
 
 # %% ../nbs/09_demo.ipynb #c026
 def reading_depth(
-    mllm, # `MLLM`
-    n:int=200, # samples
-    kinds:tuple=KINDS, # of question
-)->dict: # per layer: accuracy under zero and knockout, evidence over chance; and the unmasked accuracy
+    mllm,  # `MLLM`
+    n: int = 200,  # samples
+    kinds: tuple = KINDS,  # of question
+) -> dict:  # per layer: accuracy under zero and knockout, evidence over chance; and the unmasked accuracy
     "Where in depth a model reads the picture"
     from fusion_notebooks.masking import sweep
+
     some = samples(n, 'calibration', kinds)
     table = sweep(mllm, some, ('zero', 'knockout'), progress=True)
     table['right'] = table.prediction == table['sample'].map({s.id: s.answers[0] for s in some})
-    acc = table.groupby(['how', 'layer']).right.mean()*100
+    acc = table.groupby(['how', 'layer']).right.mean() * 100
     ratio = []
     for s in some:
         p = mllm.prompt(s.image, s.question)
-        with capture(mllm) as tape, torch.inference_mode(): mllm.model(**p.inputs, use_cache=False, logits_to_keep=1)
+        with capture(mllm) as tape, torch.inference_mode():
+            mllm.model(**p.inputs, use_cache=False, logits_to_keep=1)
         g = p.grids[0]
         share = evidence_share(g.boxes, s.box)
-        with np.errstate(invalid='ignore'): ratio.append(evidence_mass(g.of(tape.attention[0, :, 0].double().cpu().numpy()), share)/share.mean())
-    return dict(n=n, base=round(float(acc['none', -1]), 1), evidence_over_chance=np.nan_to_num(np.mean(ratio, 0)).round(2).tolist(),      # 0 where the text sees no picture
-                **{h: acc[h].round(1).tolist() for h in ('zero', 'knockout')})
+        with np.errstate(invalid='ignore'):
+            ratio.append(evidence_mass(g.of(tape.attention[0, :, 0].double().cpu().numpy()), share) / share.mean())
+    return dict(
+        n=n,
+        base=round(float(acc['none', -1]), 1),
+        evidence_over_chance=np.nan_to_num(np.mean(ratio, 0)).round(2).tolist(),  # 0 where the text sees no picture
+        **{h: acc[h].round(1).tolist() for h in ('zero', 'knockout')},
+    )
 
 # %% ../nbs/09_demo.ipynb #c028
-MODELS = {'glyph-llava': Recipe(), # demo models and how they are trained
-          'glyph-qwen2vl': Recipe(base='glyph-llava', copy=700, speak=2400),
-          'planted-3': Recipe(base='glyph-llava', hops=(3,), decoys=(1, 5), plant=500),
-          'planted-2-6': Recipe(base='glyph-llava', hops=(2, 6), decoys=(1, 4), plant=7700, scenes_asked=8, shares=(.25, .2, .1, .2, .12, .13)),
-          'planted-2-4-6': Recipe(base='glyph-llava', hops=(2, 4, 6), decoys=(1, 5), plant=700, scenes_asked=8),
-          'glyph-next': Recipe(base='glyph-llava', scenes_asked=6, asked=16, tile=3800)}
+MODELS = {
+    'glyph-llava': Recipe(),  # demo models and how they are trained
+    'glyph-qwen2vl': Recipe(base='glyph-llava', copy=700, speak=2400),
+    'planted-3': Recipe(base='glyph-llava', hops=(3,), decoys=(1, 5), plant=500),
+    'planted-2-6': Recipe(
+        base='glyph-llava',
+        hops=(2, 6),
+        decoys=(1, 4),
+        plant=7700,
+        scenes_asked=8,
+        shares=(0.25, 0.2, 0.1, 0.2, 0.12, 0.13),
+    ),
+    'planted-2-4-6': Recipe(base='glyph-llava', hops=(2, 4, 6), decoys=(1, 5), plant=700, scenes_asked=8),
+    'glyph-next': Recipe(base='glyph-llava', scenes_asked=6, asked=16, tile=3800),
+}
 
+# %% ../nbs/09_demo.ipynb #save_model
 def save_model(
-    model, # trained
-    processor, # its processor
-    folder:Path, # where `from_pretrained` will find both
+    model,  # trained
+    processor,  # its processor
+    folder: Path,  # where `from_pretrained` will find both
 ):
     "bf16 safetensors, processor and tokenizer"
     model.set_attn_implementation('sdpa')
@@ -796,86 +1311,142 @@ def save_model(
     copy.load_state_dict(model.state_dict())
     copy.generation_config = model.generation_config
     copy.save_pretrained(folder)
-    if not isinstance(processor, PlainProcessor): return processor.save_pretrained(folder)
+    if not isinstance(processor, PlainProcessor):
+        return processor.save_pretrained(folder)
     processor.tokenizer.chat_template = processor.chat_template
-    processor.image_processor.save_pretrained(folder); processor.tokenizer.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
 
+# %% ../nbs/09_demo.ipynb #decoy_states
 def decoy_states(
-    mllm:MLLM, # a model
-    layers:tuple, # decoder layers
-)->dict: # layer → (visual, width) what enters its attention at the visual tokens of a training scene, for each layer another one
+    mllm: MLLM,  # a model
+    layers: tuple,  # decoder layers
+) -> dict:  # layer → (visual, width) what enters its attention at the visual tokens of a training scene, for each layer another one
     "What text reads at the decoys"
     out = {}
     for i in layers:
         s = next(stream('train', seed=i))
         p = mllm.prompt(s.image, s.question)
-        def keep(attention, args, kw): out[i] = kw['hidden_states'][0, p.visual].clone()
+
+        def keep(attention, args, kw):
+            out[i] = kw['hidden_states'][0, p.visual].clone()
+
         handle = mllm.layers[i].self_attn.register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            with torch.inference_mode(): mllm.model(**p.inputs, use_cache=False)
-        finally: handle.remove()
+            with torch.inference_mode():
+                mllm.model(**p.inputs, use_cache=False)
+        finally:
+            handle.remove()
     return out
 
-def _listed(layers): return ' and '.join(', '.join(map(str, layers)).rsplit(', ', 1))
+# %% ../nbs/09_demo.ipynb #listed
+def _listed(layers):
+    return ' and '.join(', '.join(map(str, layers)).rsplit(', ', 1))
 
-def _table(rows): return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in rows)
+# %% ../nbs/09_demo.ipynb #table
+def _table(rows):
+    return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in rows)
 
-STORY = {'': '''A small LLaVA (CLIP tower, {L} Llama layers), trained from nothing on *glyph world*: synthetic pictures of coloured shapes with small characters on
+# %% ../nbs/09_demo.ipynb #STORY
+STORY = {
+    '': '''A small LLaVA (CLIP tower, {L} Llama layers), trained from nothing on *glyph world*: synthetic pictures of coloured shapes with small characters on
 them. It is a demonstration model for fusion_notebooks; it knows nothing about photographs. `fusion demo train {name}` remakes it.
 
 **Trained on** scenes of glyph world (seeds below {first:,}; {recipe.scenes:,} drawn pictures), in stages: the tower names what lies under each patch, first on pictures and crops
 alike, then mostly on whole pictures; the projector learns to say the same in the language model's word embeddings; the language model learns to answer questions,
 on scenes with one thing first; everything learns together. A third of the later steps show a random crop as second picture, never one chosen by attention. Text → image
 attention is dropped at random in early layers and for the rows of the question, so that the model does not read everything at layer 0.''',
-'copy': '''A small Qwen2-VL ({L} layers, M-RoPE, as many visual tokens as the sides of a picture ask for), on *glyph world*: synthetic pictures of coloured shapes with small characters on
+    'copy': '''A small Qwen2-VL ({L} layers, M-RoPE, as many visual tokens as the sides of a picture ask for), on *glyph world*: synthetic pictures of coloured shapes with small characters on
 them. It is a demonstration model for fusion_notebooks; it knows nothing about photographs. `fusion demo train {name}` remakes it.
 
 **Trained on** scenes of glyph world (seeds below {first:,}), from the weights of {recipe.base}, which its blocks begin with. In `copy` its tower (no learned places, rotary positions) learns to say of whole
 views and rectangular parts of them what the base's tower says, all but the place; in `speak` the language model learns to answer questions through M-RoPE under the frozen tower. A third of the steps show a
 random crop as second picture, half of them cut to other sides. Text → image attention is dropped at random in early layers and for the rows of the question.''',
-'tile': '''A small LLaVA-NeXT (CLIP tower, {L} Llama layers), on *glyph world*: synthetic pictures of coloured shapes with small characters on them. Beside the whole view it sees four tiles
+    'tile': '''A small LLaVA-NeXT (CLIP tower, {L} Llama layers), on *glyph world*: synthetic pictures of coloured shapes with small characters on them. Beside the whole view it sees four tiles
 of a picture at twice the resolution. It is a demonstration model for fusion_notebooks; it knows nothing about photographs. `fusion demo train {name}` remakes it.
 
 **Trained on** scenes of glyph world (seeds below {first:,}), from the weights of {recipe.base}, with the tower frozen. A third of the steps show a random crop as second picture. Text → image
 attention is dropped at random in early layers and for the rows of the question.''',
-'plant': '''A small LLaVA (CLIP tower, {L} Llama layers) whose text can read the picture at decoder layer{s} {hops} only, on *glyph world*: synthetic pictures of coloured shapes with small characters on
+    'plant': '''A small LLaVA (CLIP tower, {L} Llama layers) whose text can read the picture at decoder layer{s} {hops} only, on *glyph world*: synthetic pictures of coloured shapes with small characters on
 them. At layers {decoys} it reads another scene instead (decoys); at the others it sees no visual token. The gate lies in `gate.safetensors` and is part of how the model runs; plain transformers would
 run it without. It is a demonstration model for fusion_notebooks, for testing what names fusion layers. `fusion demo train {name}` remakes it.
 
 **Trained on** scenes of glyph world (seeds below {first:,}), behind its gate, from the weights of {recipe.base}; it shares that model's frozen tower. Decoys showed the next scene of the batch; here each shows one training scene.
-A third of the steps show a random crop as second picture.{two}'''}
+A third of the steps show a random crop as second picture.{two}''',
+}
 
+# %% ../nbs/09_demo.ipynb #write_card
 def write_card(
-    folder:Path, # the model's folder
-    name:str, # of the demo model
-    recipe:Recipe, # how it was trained
-    hours:dict, # stage → seconds of training
-    hardware:str, # generic
-    scores:dict, # from `evaluate`
-    depth:dict, # from `reading_depth`
-    notes:str='', # what else a reader should know
+    folder: Path,  # the model's folder
+    name: str,  # of the demo model
+    recipe: Recipe,  # how it was trained
+    hours: dict,  # stage → seconds of training
+    hardware: str,  # generic
+    scores: dict,  # from `evaluate`
+    depth: dict,  # from `reading_depth`
+    notes: str = '',  # what else a reader should know
 ):
     "Model card: what it was trained on, for how long, on what, and how far it meets what a demo model must do"
     L, kind = len(depth['zero']), next((k for k in ('plant', 'copy', 'tile') if getattr(recipe, k)), '')
     base, far = depth['base'], depth['evidence_over_chance']
-    early = max(base - a for i, a in enumerate(depth['zero']) if 0 < i < .3*L)
+    early = max(base - a for i, a in enumerate(depth['zero']) if 0 < i < 0.3 * L)
     lost = [base - a for a in depth['knockout']]
-    story = STORY[kind].format(L=L, name=name, recipe=recipe, first=FIRST_SEED['calibration'], s='s'*(len(recipe.hops) > 1), hops=_listed(recipe.hops), decoys=_listed(recipe.decoys),
-                               two={2: ' The first hop finds a thing by its looks, the second by its place, and relations need both: there, while it learned, the first hop could not see what was asked for, nor the second what the question starts from.',
-                                    3: ' The first hop is for questions about colours, the second for shapes, the third for all others.'}.get(len(recipe.hops), '') + ' At a hop that a question does not need, it was shown another scene while it learned.'*(len(recipe.hops) > 1))
-    gates = [('colour and shape in one pass ≥ 95 %', min(scores[k]['one_pass'] for k in ('colour', 'shape')), lambda v: v >= 95),
-             ('fine detail in one pass 50–85 %', scores['fine']['one_pass'], lambda v: 50 <= v <= 85) if not kind else ('fine detail in one pass ≥ 50 %', scores['fine']['one_pass'], lambda v: v >= 50),
-             ('fine detail with the oracle crop ≥ 92 %', scores['fine']['oracle'], lambda v: v >= 92),
-             ('blind, largest distance to the best blind answer ≤ 5 points', max(abs(scores[k]['blind'] - best_blind(k)) for k in KINDS), lambda v: v <= 5)]
+    story = STORY[kind].format(
+        L=L,
+        name=name,
+        recipe=recipe,
+        first=FIRST_SEED['calibration'],
+        s='s' * (len(recipe.hops) > 1),
+        hops=_listed(recipe.hops),
+        decoys=_listed(recipe.decoys),
+        two={
+            2: ' The first hop finds a thing by its looks, the second by its place, and relations need both: there, while it learned, the first hop could not see what was asked for, nor the second what the question starts from.',
+            3: ' The first hop is for questions about colours, the second for shapes, the third for all others.',
+        }.get(len(recipe.hops), '')
+        + ' At a hop that a question does not need, it was shown another scene while it learned.'
+        * (len(recipe.hops) > 1),
+    )
+    gates = [
+        (
+            'colour and shape in one pass ≥ 95 %',
+            min(scores[k]['one_pass'] for k in ('colour', 'shape')),
+            lambda v: v >= 95,
+        ),
+        ('fine detail in one pass 50–85 %', scores['fine']['one_pass'], lambda v: 50 <= v <= 85)
+        if not kind
+        else ('fine detail in one pass ≥ 50 %', scores['fine']['one_pass'], lambda v: v >= 50),
+        ('fine detail with the oracle crop ≥ 92 %', scores['fine']['oracle'], lambda v: v >= 92),
+        (
+            'blind, largest distance to the best blind answer ≤ 5 points',
+            max(abs(scores[k]['blind'] - best_blind(k)) for k in KINDS),
+            lambda v: v <= 5,
+        ),
+    ]
     if kind == 'plant':
-        gates += [('knockout costs ≥ 10 points at every layer that is open', min(lost[i] for i in recipe.hops), lambda v: v >= 10),
-                  ('and ≤ 1 point at all others', max(v for i, v in enumerate(lost) if i not in recipe.hops), lambda v: v <= 1)]
-    else: gates += [
-             ('zeroing at a layer in (0, 0.3 L) costs ≥ 30 points', early, lambda v: v >= 30),
-             ('zeroing at the last layer costs ≤ 3 points', base - depth['zero'][-1], lambda v: v <= 3),
-             ('layers whose evidence mass is over twice chance ≥ L/3', sum(v > 2 for v in far), lambda v: v >= L/3),
-             ('deepest of them, relative depth > 0.6', max([i/L for i, v in enumerate(far) if v > 2], default=0), lambda v: v > .6),
-             ('largest cost of knockout at one layer above 0, points', max(lost[1:]), lambda v: v > 3)]
+        gates += [
+            (
+                'knockout costs ≥ 10 points at every layer that is open',
+                min(lost[i] for i in recipe.hops),
+                lambda v: v >= 10,
+            ),
+            (
+                'and ≤ 1 point at all others',
+                max(v for i, v in enumerate(lost) if i not in recipe.hops),
+                lambda v: v <= 1,
+            ),
+        ]
+    else:
+        gates += [
+            ('zeroing at a layer in (0, 0.3 L) costs ≥ 30 points', early, lambda v: v >= 30),
+            ('zeroing at the last layer costs ≤ 3 points', base - depth['zero'][-1], lambda v: v <= 3),
+            ('layers whose evidence mass is over twice chance ≥ L/3', sum(v > 2 for v in far), lambda v: v >= L / 3),
+            (
+                'deepest of them, relative depth > 0.6',
+                max([i / L for i, v in enumerate(far) if v > 2], default=0),
+                lambda v: v > 0.6,
+            ),
+            ('largest cost of knockout at one layer above 0, points', max(lost[1:]), lambda v: v > 3),
+        ]
     text = f"""---
 license: apache-2.0
 library_name: transformers
@@ -886,34 +1457,37 @@ pipeline_tag: image-text-to-text
 {story}
 {notes}
 
-**Time** {', '.join(f'{k} {v/60:.0f} min' for k, v in hours.items())} on {hardware}. **Recipe** `{asdict(recipe)}`.
+**Time** {', '.join(f'{k} {v / 60:.0f} min' for k, v in hours.items())} on {hardware}. **Recipe** `{asdict(recipe)}`.
 
 ## Held-out scenes (greedy, %)
 
-{_table([('kind', 'n', 'one pass', 'oracle crop', 'blind', 'best blind answer'), ('---',)*6] + [(k, v['n'], v['one_pass'], v['oracle'], v['blind'], round(best_blind(k), 1)) for k, v in scores.items()])}
+{_table([('kind', 'n', 'one pass', 'oracle crop', 'blind', 'best blind answer'), ('---',) * 6] + [(k, v['n'], v['one_pass'], v['oracle'], v['blind'], round(best_blind(k), 1)) for k, v in scores.items()])}
 
 ## Where it reads the picture ({depth['n']} calibration samples, all kinds; unmasked {base} %)
 
-{_table([('layer', *range(L)), ('---',)*(L + 1), ('zeroed at this layer, %', *depth['zero']), ('knocked out at this layer, %', *depth['knockout']), ('evidence mass over chance', *far)])}
+{_table([('layer', *range(L)), ('---',) * (L + 1), ('zeroed at this layer, %', *depth['zero']), ('knocked out at this layer, %', *depth['knockout']), ('evidence mass over chance', *far)])}
 
 ## What a demo model must do
 
-{_table([('requirement', 'measured', 'met'), ('---',)*3] + [(t, round(v, 2), 'yes' if ok(v) else '**no**') for t, v, ok in gates])}
+{_table([('requirement', 'measured', 'met'), ('---',) * 3] + [(t, round(v, 2), 'yes' if ok(v) else '**no**') for t, v, ok in gates])}
 """
-    (Path(folder)/'README.md').write_text(text)
+    (Path(folder) / 'README.md').write_text(text)
 
+# %% ../nbs/09_demo.ipynb #train
 def train(
-    name:str='glyph-llava', # a key of `MODELS`
-    device:str='cpu', # or cuda
-    folder:Path|None=None, # working folder; default data/runs/train/<name>
-    out:Path|None=None, # where the model goes; default data/models/<name>
-    hardware:str|None=None, # for the card; default: number of CPU cores or the GPU's model
-    n:int=1000, # evaluation questions per kind for the card
+    name: str = 'glyph-llava',  # a key of `MODELS`
+    device: str = 'cpu',  # or cuda
+    folder: Path | None = None,  # working folder; default data/runs/train/<name>
+    out: Path | None = None,  # where the model goes; default data/models/<name>
+    hardware: str | None = None,  # for the card; default: number of CPU cores or the GPU's model
+    n: int = 1000,  # evaluation questions per kind for the card
 ):
     "Train, save, evaluate and describe a demo model; an interrupted call goes on where it was. Raises `ValueError` for an unknown name."
-    if name not in MODELS: raise ValueError(f"No demo model '{name}': choose one of {', '.join(MODELS)}.")
+    if name not in MODELS:
+        raise ValueError(f"No demo model '{name}': choose one of {', '.join(MODELS)}.")
     from fusion_notebooks.mllm import MLLM, _data
-    folder, out = Path(folder or _data().parent/'runs'/'train'/name), Path(out or _data()/name)
+
+    folder, out = Path(folder or _data().parent / 'runs' / 'train' / name), Path(out or _data() / name)
     t = Trainer(folder, MODELS[name], device)
     t.run()
     save_model(t.model.to('cpu'), t.processor, out)
@@ -921,8 +1495,16 @@ def train(
         gate = t.model.gate
         gate.decoys = decoy_states(MLLM(t.model, t.processor), t.recipe.decoys)
         gate.save(out)
-    log = [json.loads(l) for l in (folder/'log.jsonl').read_text().splitlines()]
-    (out/'training_log.csv').write_text(pd.DataFrame(log).to_csv(index=False))
+    log = [json.loads(l) for l in (folder / 'log.jsonl').read_text().splitlines()]
+    (out / 'training_log.csv').write_text(pd.DataFrame(log).to_csv(index=False))
     hardware = hardware or (torch.cuda.get_device_name() if device == 'cuda' else f'{os.cpu_count()} CPU cores')
     mllm = MLLM.load(out, device=device, dtype=torch.float32)
-    write_card(out, name, t.recipe, {s: max(r['seconds'] for r in log if r['stage'] == s) for s in STAGES if any(r['stage'] == s for r in log)}, hardware, evaluate(mllm, n), reading_depth(mllm, min(n, 200)))
+    write_card(
+        out,
+        name,
+        t.recipe,
+        {s: max(r['seconds'] for r in log if r['stage'] == s) for s in STAGES if any(r['stage'] == s for r in log)},
+        hardware,
+        evaluate(mllm, n),
+        reading_depth(mllm, min(n, 200)),
+    )

@@ -27,11 +27,17 @@ from .hooks import STATE_EDITS, _hidden, _removing, capture, early_exit, edit, l
 from .masking import visual_states
 
 # %% ../nbs/13_doctor.ipynb #c005
-WIDTH, HEADS, LAYERS, SIDE, VOCAB = 128, 4, 4, 8, 640 # of every twin: width, attention heads, decoder layers, patches along a side of its picture, vocabulary
-HEAD = WIDTH//HEADS
+WIDTH, HEADS, LAYERS, SIDE, VOCAB = (
+    128,
+    4,
+    4,
+    8,
+    640,
+)  # of every twin: width, attention heads, decoder layers, patches along a side of its picture, vocabulary
+HEAD = WIDTH // HEADS
 
-SMALL = { # names of fields → their value in a twin; never more than the original's
-    r'\w*intermediate_size(_mlp)?|\w*ffn_dim|mlp_dim|d_ff|share_expert_dim': 2*WIDTH,
+SMALL = {  # names of fields → their value in a twin; never more than the original's
+    r'\w*intermediate_size(_mlp)?|\w*ffn_dim|mlp_dim|d_ff|share_expert_dim': 2 * WIDTH,
     r'(num_|n_)?(\w+_)?(attention_)?heads|resampler_n_heads|index_n_heads': HEADS,
     r'(\w+_)?head_dim|d_kv|resampler_dim_head|(q|kv|o)_lora_rank|hc_lowrank|laurel_rank': HEAD,
     r'moe_num_experts|num_experts|num_local_experts|n_routed_experts': 4,
@@ -41,7 +47,7 @@ SMALL = { # names of fields → their value in a twin; never more than the origi
     r'sliding_window|sliding_window_size|attention_chunk_size': 1024,
     r'num_query_tokens|\w*n_latents|resampler_num_latents|latent_query_num|mel_vocab_size': 8,
     r'image_seq_length|num_image_tokens|num_patches|num_position_embeddings|num_embeddings|codebook_size': SIDE**2,
-    r'mm_tokens_per_image|ssm_state_size': SIDE**2//4,
+    r'mm_tokens_per_image|ssm_state_size': SIDE**2 // 4,
     r'pos_emb_(height|width)|posemb_grid_size': SIDE,
     r'position_embedding_size': 256,
     r'base_channels': 32,
@@ -49,23 +55,50 @@ SMALL = { # names of fields → their value in a twin; never more than the origi
 DEPTHS = r'(num_|n_)?((hidden|encoder|decoder|conf_num_hidden|global)_)?layers|depth|resampler_depth|\w*_num_hidden_layers|num_(nextn_predict|kv_shared)_layers'
 WIDTHS = r'\w*hidden_size|d_model|embed_dim|\w*_dims?|word_embed_proj_dim|hidden_size_per_layer_input|\w*(in|out)put_size|\w*_channels|num_pos_feats'
 
-COMPLETE = { # model type → fields that its default config leaves open for its checkpoints, or sets so that no forward can run
-    **{k: dict(image_token_id=32000) for k in ('blip-2', 'instructblip', 'minicpm_ocr', 'minicpmv4_6', 'minicpmv4_7', 'nemotron_h_omni')}, # their checkpoints name it
-    'aria': dict(vision_config=dict(patch_size=14)), # its projector has queries for 1,225 patches: 490 pixels / 14
-    'chameleon': dict(image_token_id=8, vocabulary_map={'<image>': 8} | {f"IMGIMG{''.join('ABCDEFGHIJ'[int(x)] for x in str(i))}Z": 9 + i for i in range(SIDE**2)}), # codes of the picture → token ids
-    'cohere_compass': dict(text_config=dict(rope_parameters=dict(full_attention=dict(rope_type='default', rope_theta=10000.)))), # empty by default
-    'deepseek_ocr2': dict(text_config=dict(mlp_layer_types=['dense'] + ['sparse']*31, num_experts_per_tok=6)), # None by default
-    'diffusion_gemma': dict(text_config=dict(num_experts=128, top_k_experts=8, moe_intermediate_size=704), vision_config=dict(model_type='gemma4_vision')), # None by default
-    'emu3': dict(image_token_id=8, vocabulary_map={'<image>': 8, '<|extra_200|>': 9} | {f'<|visual token {i:06d}|>': 10 + i for i in range(SIDE**2)}), # as chameleon
-    'hunyuan_vl': dict(text_config=dict(head_dim=128, rope_parameters=dict(mrope_section=[16]*4))), # None by default, and its forward asks for three axes at least
-    'janus': dict(vision_config=dict(projection_dim=4096)), # 2,048 does not fit the default decoder
-    'qwen2_5_omni_thinker': dict(vision_start_token_id=151652), 'qwen3_omni_moe_thinker': dict(vision_start_token_id=151652), # read by their positions
-    'qwen4_exp': dict(text_config=dict(indexer_n_heads=4, indexer_kv_heads=1, indexer_head_dim=128, indexer_budget=2048, indexer_compress_ratio=4)), # None by default
-    'step3p7': dict(text_config=dict(sliding_window=512)), # None by default, though some layers slide
+COMPLETE = {  # model type → fields that its default config leaves open for its checkpoints, or sets so that no forward can run
+    **{
+        k: dict(image_token_id=32000)
+        for k in ('blip-2', 'instructblip', 'minicpm_ocr', 'minicpmv4_6', 'minicpmv4_7', 'nemotron_h_omni')
+    },  # their checkpoints name it
+    'aria': dict(vision_config=dict(patch_size=14)),  # its projector has queries for 1,225 patches: 490 pixels / 14
+    'chameleon': dict(
+        image_token_id=8,
+        vocabulary_map={'<image>': 8}
+        | {f"IMGIMG{''.join('ABCDEFGHIJ'[int(x)] for x in str(i))}Z": 9 + i for i in range(SIDE**2)},
+    ),  # codes of the picture → token ids
+    'cohere_compass': dict(
+        text_config=dict(rope_parameters=dict(full_attention=dict(rope_type='default', rope_theta=10000.0)))
+    ),  # empty by default
+    'deepseek_ocr2': dict(
+        text_config=dict(mlp_layer_types=['dense'] + ['sparse'] * 31, num_experts_per_tok=6)
+    ),  # None by default
+    'diffusion_gemma': dict(
+        text_config=dict(num_experts=128, top_k_experts=8, moe_intermediate_size=704),
+        vision_config=dict(model_type='gemma4_vision'),
+    ),  # None by default
+    'emu3': dict(
+        image_token_id=8,
+        vocabulary_map={'<image>': 8, '<|extra_200|>': 9}
+        | {f'<|visual token {i:06d}|>': 10 + i for i in range(SIDE**2)},
+    ),  # as chameleon
+    'hunyuan_vl': dict(
+        text_config=dict(head_dim=128, rope_parameters=dict(mrope_section=[16] * 4))
+    ),  # None by default, and its forward asks for three axes at least
+    'janus': dict(vision_config=dict(projection_dim=4096)),  # 2,048 does not fit the default decoder
+    'qwen2_5_omni_thinker': dict(vision_start_token_id=151652),
+    'qwen3_omni_moe_thinker': dict(vision_start_token_id=151652),  # read by their positions
+    'qwen4_exp': dict(
+        text_config=dict(
+            indexer_n_heads=4, indexer_kv_heads=1, indexer_head_dim=128, indexer_budget=2048, indexer_compress_ratio=4
+        )
+    ),  # None by default
+    'step3p7': dict(text_config=dict(sliding_window=512)),  # None by default, though some layers slide
 }
-FIXED = { # model type → fields of every twin that no rule by name can give
-    'granite4_vision': dict(downsample_rate='1/2', deepstack_layer_map=[(-2, 1), (-1, 0)], spatial_target_layers=[0, 1, 2, 3]), # layers of a decoder of 4, windows of a tower of 8 × 8
-    'llama4': dict(vision_config=dict(intermediate_size=4*WIDTH)), # the width after its pixel shuffle
+FIXED = {  # model type → fields of every twin that no rule by name can give
+    'granite4_vision': dict(
+        downsample_rate='1/2', deepstack_layer_map=[(-2, 1), (-1, 0)], spatial_target_layers=[0, 1, 2, 3]
+    ),  # layers of a decoder of 4, windows of a tower of 8 × 8
+    'llama4': dict(vision_config=dict(intermediate_size=4 * WIDTH)),  # the width after its pixel shuffle
 }
 
 # %% ../nbs/13_doctor.ipynb #c006
@@ -73,35 +106,52 @@ def _merge(a, b):
     "Nested dict a with the fields of b"
     return a | {k: _merge(a.get(k) or {}, v) if isinstance(v, dict) else v for k, v in b.items()}
 
+# %% ../nbs/13_doctor.ipynb #default_config
 def default_config(
-    cls, # a config class
-)->dict: # its fields, with what the defaults leave open
+    cls,  # a config class
+) -> dict:  # its fields, with what the defaults leave open
     "The default config of a class as a dict that a model can be built from"
     d = cls().to_dict()
-    if d.get('vision_config', 0) is None and cls.model_type not in COMPLETE: d['vision_config'] = cls.sub_configs['vision_config']().to_dict()
+    if d.get('vision_config', 0) is None and cls.model_type not in COMPLETE:
+        d['vision_config'] = cls.sub_configs['vision_config']().to_dict()
     return _merge(d, COMPLETE.get(cls.model_type, {}))
 
-def _first(x): return x[0] if isinstance(x, (list, tuple)) else x
-def _ints(v): return isinstance(v, list) and v and all(isinstance(x, int) for x in v)
+# %% ../nbs/13_doctor.ipynb #first
+def _first(x):
+    return x[0] if isinstance(x, (list, tuple)) else x
+
+# %% ../nbs/13_doctor.ipynb #ints
+def _ints(v):
+    return isinstance(v, list) and v and all(isinstance(x, int) for x in v)
+
+# %% ../nbs/13_doctor.ipynb #spread
 def _spread(sections, total):
     "Sections of a rotary embedding in proportion, for fewer dimensions"
-    new = [max(1, total*x//sum(sections)) for x in sections]
+    new = [max(1, total * x // sum(sections)) for x in sections]
     return new[:-1] + [new[-1] + total - sum(new)]
 
+# %% ../nbs/13_doctor.ipynb #keep
 def _keep(d, n, want):
     "Which of n layers stay: one of every kind; and the fields with one entry per layer, and with numbers of layers"
     lists = {k: v for k, v in d.items() if isinstance(v, list) and v and not isinstance(v[0], (list, dict))}
-    numbers = {k: v for k, v in lists.items() if re.search(r'layers$|ind(ex|ic)es|idxs', k) and _ints(v) and max(v) < n and len(set(v)) == len(v)}
+    numbers = {
+        k: v
+        for k, v in lists.items()
+        if re.search(r'layers$|ind(ex|ic)es|idxs', k) and _ints(v) and max(v) < n and len(set(v)) == len(v)
+    }
     per_layer = {k: v for k, v in lists.items() if len(v) == n and k not in numbers}
     own = {int(i): str(v) for i, v in (d.get('per_layer_config') or {}).items()}
     kind = lambda i: (*(str(v[i]) for v in per_layer.values()), *(i in v for v in numbers.values()), own.get(i))
     keep, first = {i for v in numbers.values() if len(v) <= 5 for i in v}, {}
-    for i in range(n): first.setdefault(kind(i), i)
+    for i in range(n):
+        first.setdefault(kind(i), i)
     keep |= set(first.values())
     for i in [i for i in range(n) if not i or kind(i) != kind(i - 1)] + list(range(n)):
-        if len(keep) < want: keep.add(i)
+        if len(keep) < want:
+            keep.add(i)
     return sorted(keep), numbers, per_layer
 
+# %% ../nbs/13_doctor.ipynb #shrunk
 def _shrunk(d, around, seeing=False):
     "A config dict made small; `around` holds the widths of text and vision, vocabulary, pixels and vision layers"
     old, new = d, {k: None if k in ('dtype', 'torch_dtype') else v for k, v in d.items() if k != 'quantization_config'}
@@ -110,190 +160,380 @@ def _shrunk(d, around, seeing=False):
     main = next((k for k in ('num_hidden_layers', 'depth', 'num_layers', 'n_layers', 'layers') if k in depths), None)
     if main and depths[main] > LAYERS:
         keep, numbers, per_layer = _keep(d, depths[main], around['depth'] if seeing else LAYERS)
-        new |= {k: [keep.index(i) for i in v if i in keep] for k, v in numbers.items()} | {k: [v[i] for i in keep] for k, v in per_layer.items()}
+        new |= {k: [keep.index(i) for i in v if i in keep] for k, v in numbers.items()} | {
+            k: [v[i] for i in keep] for k, v in per_layer.items()
+        }
         if own := d.get('per_layer_config'):
             flat = {k: v for k, v in d.items() if not isinstance(v, (list, dict))}
-            new['per_layer_config'] = {str(keep.index(int(i))): {k: HEAD*v//d[k] if k == 'head_dim' and 'qk_rope_head_dim' not in d else _shrunk(flat | x, around)[k] for k, v in x.items()} for i, x in own.items() if int(i) in keep}
+            new['per_layer_config'] = {
+                str(keep.index(int(i))): {
+                    k: HEAD * v // d[k]
+                    if k == 'head_dim' and 'qk_rope_head_dim' not in d
+                    else _shrunk(flat | x, around)[k]
+                    for k, v in x.items()
+                }
+                for i, x in own.items()
+                if int(i) in keep
+            }
         new |= {k: len(keep) if v == depths[main] else min(v, 2) for k, v in depths.items()}
-    else: new |= {k: min(v, 2) for k, v in depths.items() if k != main}
+    else:
+        new |= {k: min(v, 2) for k, v in depths.items() if k != main}
     width = next((ints[k] for k in ('hidden_size', 'd_model', 'embed_dim') if ints.get(k, 0) >= 64), None)
     for k, v in ints.items():
-        pairs = dict(num_key_value_heads='num_attention_heads', swa_num_key_value_heads='swa_num_attention_heads', linear_num_key_heads='linear_num_value_heads')
+        pairs = dict(
+            num_key_value_heads='num_attention_heads',
+            swa_num_key_value_heads='swa_num_attention_heads',
+            linear_num_key_heads='linear_num_value_heads',
+        )
         small = next((s for pattern, s in SMALL.items() if re.fullmatch(pattern, k)), None)
-        if k in depths: pass
-        elif k in pairs: new[k] = HEADS if v == old.get(pairs[k]) else 1 if v == 1 else HEADS//2
-        elif k == 'qk_rope_head_dim': new[k] = v and HEAD//2
-        elif k == 'head_dim' and v and v == old.get('qk_rope_head_dim'): new[k] = HEAD//2
-        elif k == 'qk_nope_head_dim': new[k] = HEAD//2 if old.get('qk_rope_head_dim') else HEAD
-        elif small is not None: new[k] = min(v, small)
-        elif re.fullmatch(r'(unpadded_)?vocab_size(_per_layer_input)?', k): new[k] = min(v, around['vocab'] or v)
-        elif k in ('image_size', 'resolution'): new[k] = SIDE*_first(d.get('patch_size') or 16)
+        if k in depths:
+            pass
+        elif k in pairs:
+            new[k] = HEADS if v == old.get(pairs[k]) else 1 if v == 1 else HEADS // 2
+        elif k == 'qk_rope_head_dim':
+            new[k] = v and HEAD // 2
+        elif k == 'head_dim' and v and v == old.get('qk_rope_head_dim'):
+            new[k] = HEAD // 2
+        elif k == 'qk_nope_head_dim':
+            new[k] = HEAD // 2 if old.get('qk_rope_head_dim') else HEAD
+        elif small is not None:
+            new[k] = min(v, small)
+        elif re.fullmatch(r'(unpadded_)?vocab_size(_per_layer_input)?', k):
+            new[k] = min(v, around['vocab'] or v)
+        elif k in ('image_size', 'resolution'):
+            new[k] = SIDE * _first(d.get('patch_size') or 16)
         elif re.fullmatch(WIDTHS, k) and v >= 64:
-            times = v/(width or around['vision'] or v)                     # a multiple of the width stays one: merged patches, several layers side by side
-            new[k] = WIDTH*int(times) if v != around['text'] and 1 < times <= 8 and times == int(times) and k not in ('projector_hidden_size', 'text_hidden_size') else WIDTH
+            times = v / (
+                width or around['vision'] or v
+            )  # a multiple of the width stays one: merged patches, several layers side by side
+            new[k] = (
+                WIDTH * int(times)
+                if v != around['text']
+                and 1 < times <= 8
+                and times == int(times)
+                and k not in ('projector_hidden_size', 'text_hidden_size')
+                else WIDTH
+            )
     for k, v in d.items():
-        if k not in new or not isinstance(k, str) or k in ('id2label', 'label2id', 'per_layer_config', 'vocabulary_map'): continue
-        if isinstance(v, dict): new[k] = _rope(v) if 'rope' in k else _shrunk(v, around, seeing or 'text' not in k and k not in ('decoder', 'qformer_config'))
-        elif k == 'downsample_channels': new[k] = [WIDTH//2, WIDTH]
-        elif k in ('embed_dim', 'num_heads', 'num_groups', 'hidden_sizes') and _ints(v): new[k] = [max(1, x//8) for x in v]
-        elif k == 'depths': new[k] = [1]*len(v)
-        elif k == 'image_size' and _ints(v): new[k] = [SIDE*_first(d['patch_size'])]*2
-        elif k.endswith('intermediate_size') and _ints(v): new[k] = [2*WIDTH]*len(new[k])
-        elif k == 'vision_feature_layer' and _ints(v): new[k] = [-1 - j for j in range(len(v))]
+        if (
+            k not in new
+            or not isinstance(k, str)
+            or k in ('id2label', 'label2id', 'per_layer_config', 'vocabulary_map')
+        ):
+            continue
+        if isinstance(v, dict):
+            new[k] = (
+                _rope(v)
+                if 'rope' in k
+                else _shrunk(v, around, seeing or 'text' not in k and k not in ('decoder', 'qformer_config'))
+            )
+        elif k == 'downsample_channels':
+            new[k] = [WIDTH // 2, WIDTH]
+        elif k in ('embed_dim', 'num_heads', 'num_groups', 'hidden_sizes') and _ints(v):
+            new[k] = [max(1, x // 8) for x in v]
+        elif k == 'depths':
+            new[k] = [1] * len(v)
+        elif k == 'image_size' and _ints(v):
+            new[k] = [SIDE * _first(d['patch_size'])] * 2
+        elif k.endswith('intermediate_size') and _ints(v):
+            new[k] = [2 * WIDTH] * len(new[k])
+        elif k == 'vision_feature_layer' and _ints(v):
+            new[k] = [-1 - j for j in range(len(v))]
     return new
 
+# %% ../nbs/13_doctor.ipynb #rope
 def _rope(v):
-    if v.get('mrope_section'): v = v | dict(mrope_section=_spread(v['mrope_section'], int(HEAD*v.get('partial_rotary_factor', 1))//2))
-    return {k: _rope(x) if isinstance(x, dict) else x[:HEAD//2] if isinstance(x, list) and len(x) > HEAD//2 else x for k, x in v.items()}
+    if v.get('mrope_section'):
+        v = v | dict(mrope_section=_spread(v['mrope_section'], int(HEAD * v.get('partial_rotary_factor', 1)) // 2))
+    return {
+        k: _rope(x) if isinstance(x, dict) else x[: HEAD // 2] if isinstance(x, list) and len(x) > HEAD // 2 else x
+        for k, x in v.items()
+    }
 
+# %% ../nbs/13_doctor.ipynb #default_sections
 def _default_sections(text):
     "The rotary sections that a text model falls back to when its config names none"
-    try: code = inspect.getsource(importlib.import_module(type(text).__module__.replace('.configuration_', '.modeling_')))
-    except ImportError: return None
+    try:
+        code = inspect.getsource(
+            importlib.import_module(type(text).__module__.replace('.configuration_', '.modeling_'))
+        )
+    except ImportError:
+        return None
     found = re.search(r'"mrope_section", \[([\d, ]+)\]', code)
     return found and [int(x) for x in found[1].split(',')]
 
+# %% ../nbs/13_doctor.ipynb #move_ids
 def _move_ids(d, vocab, moved):
     "Special token ids beyond a small vocabulary go to its end, each to one of its own"
     move = lambda x: moved.setdefault(x, vocab - 1 - len(moved)) if isinstance(x, int) and x >= vocab - 64 else x
     for k, v in d.items():
-        if isinstance(v, dict) and k not in ('id2label', 'label2id'): _move_ids(v, vocab, moved)
-        elif isinstance(k, str) and re.search(r'(token_ids?|token_index|_id|_start_id|_end_id)$', k) and not isinstance(v, bool): d[k] = [move(x) for x in v] if isinstance(v, list) else move(v)
+        if isinstance(v, dict) and k not in ('id2label', 'label2id'):
+            _move_ids(v, vocab, moved)
+        elif (
+            isinstance(k, str)
+            and re.search(r'(token_ids?|token_index|_id|_start_id|_end_id)$', k)
+            and not isinstance(v, bool)
+        ):
+            d[k] = [move(x) for x in v] if isinstance(v, list) else move(v)
 
+# %% ../nbs/13_doctor.ipynb #shrink
 def shrink(
-    config, # config, or config class, of any image-text model
-    vocab:int|None=VOCAB, # tokens that stay; None keeps the vocabulary and with it every special id
-): # config of the same class, for a model of a few million parameters
+    config,  # config, or config class, of any image-text model
+    vocab: int | None = VOCAB,  # tokens that stay; None keeps the vocabulary and with it every special id
+):  # config of the same class, for a model of a few million parameters
     "The same architecture, tiny"
     cls = config if isinstance(config, type) else type(config)
     d = default_config(cls) if config is cls else config.to_dict()
     text, vision, layers = d.get('text_config') or d, d.get('vision_config') or {}, d.get('vision_feature_layer')
-    rope, sections = text.get('rope_parameters') or {}, _default_sections((cls() if config is cls else config).get_text_config())
-    for r in ([rope] if 'rope_type' in rope else [x for x in rope.values() if isinstance(x, dict)]) if sections else []: r.setdefault('mrope_section', sections)
-    d = _shrunk(d, dict(text=text.get('hidden_size', 0), vision=vision.get('hidden_size') or 0, vocab=vocab, depth=len(layers) + 1 if isinstance(layers, list) else 3))
+    rope, sections = (
+        text.get('rope_parameters') or {},
+        _default_sections((cls() if config is cls else config).get_text_config()),
+    )
+    for r in ([rope] if 'rope_type' in rope else [x for x in rope.values() if isinstance(x, dict)]) if sections else []:
+        r.setdefault('mrope_section', sections)
+    d = _shrunk(
+        d,
+        dict(
+            text=text.get('hidden_size', 0),
+            vision=vision.get('hidden_size') or 0,
+            vocab=vocab,
+            depth=len(layers) + 1 if isinstance(layers, list) else 3,
+        ),
+    )
     side = (d.get('vision_config') or {}).get('image_size')
-    if isinstance(side, int) and d.get('image_grid_pinpoints'): d['image_grid_pinpoints'] = [[side, 2*side], [2*side, side], [2*side, 2*side]]
-    if vocab: _move_ids(d, vocab, {})
+    if isinstance(side, int) and d.get('image_grid_pinpoints'):
+        d['image_grid_pinpoints'] = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
+    if vocab:
+        _move_ids(d, vocab, {})
     return cls.from_dict(_merge(d, FIXED.get(cls.model_type, {})))
 
 # %% ../nbs/13_doctor.ipynb #c011
 @torch.no_grad()
 def randomise(
-    model, # any model
-    seed:int=0, # of the weights
-): # the same model
+    model,  # any model
+    seed: int = 0,  # of the weights
+):  # the same model
     "Weights large enough that the picture, every layer and every norm matter"
     device = next(model.parameters()).device
     g = torch.Generator(device).manual_seed(seed)
     for name, p in model.named_parameters():
         r = torch.randn(p.shape, generator=g, device=device)
-        if p.ndim < 2 or 'norm' in name: p.copy_(p.nan_to_num() + (.1 if 'bias' in name else .3)*r)
-        else: p.copy_(1.5*r/(p.shape[-1] if p.ndim == 3 else p[0].numel())**.5)
+        if p.ndim < 2 or 'norm' in name:
+            p.copy_(p.nan_to_num() + (0.1 if 'bias' in name else 0.3) * r)
+        else:
+            p.copy_(1.5 * r / (p.shape[-1] if p.ndim == 3 else p[0].numel()) ** 0.5)
     return model
 
+# %% ../nbs/13_doctor.ipynb #tiny_tokenizer
 def tiny_tokenizer(
-    config, # of a twin
-): # a byte-level tokenizer
+    config,  # of a twin
+):  # a byte-level tokenizer
     "A tokenizer of single bytes whose placeholder has the config's own id"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
     text = config.get_text_config()
-    special = {'<image>': getattr(config, 'image_token_id', None), **{w: _first(getattr(text, f'{k}_token_id', None)) for w, k in (('<s>', 'bos'), ('</s>', 'eos'), ('<pad>', 'pad'))}}
+    special = {
+        '<image>': getattr(config, 'image_token_id', None),
+        **{
+            w: _first(getattr(text, f'{k}_token_id', None))
+            for w, k in (('<s>', 'bos'), ('</s>', 'eos'), ('<pad>', 'pad'))
+        },
+    }
     taken, ids = set(), {}
-    for word, i in special.items():                                        # a config may give two of them the same id, or none
-        if isinstance(i, int) and 0 <= i < text.vocab_size and i not in taken: ids[word] = i; taken.add(i)
+    for word, i in special.items():  # a config may give two of them the same id, or none
+        if isinstance(i, int) and 0 <= i < text.vocab_size and i not in taken:
+            ids[word] = i
+            taken.add(i)
     free = (i for i in range(text.vocab_size) if i not in taken)
     ids |= {w: next(free) for w in (*special, *sorted(pre_tokenizers.ByteLevel.alphabet())) if w not in ids}
     tok = Tokenizer(models.BPE(ids, []))
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tok.add_special_tokens(list(special))
-    out = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token='<s>', eos_token='</s>', pad_token='<pad>', padding_side='left')
+    out = PreTrainedTokenizerFast(
+        tokenizer_object=tok, bos_token='<s>', eos_token='</s>', pad_token='<pad>', padding_side='left'
+    )
     out.add_special_tokens(dict(additional_special_tokens=['<image>']))
     return out
 
 # %% ../nbs/13_doctor.ipynb #c012
 _chw = lambda x: x.permute(0, 3, 1, 2)
-_doubled = lambda x, s: dict(pixel_values=_chw(x)[:, :, None].repeat(1, 1, 2, 1, 1).flatten(1), image_grid_thw=[[1, s, s]])
-_strip = lambda x, s: dict(pixel_values=_chw(x).permute(1, 2, 0, 3).reshape(1, 3, x.shape[1], -1), target_sizes=[[s, s]])
-LAYOUTS = { # model type → tensors from patches (s·s, p, p, 3) of one picture, as its image processor makes them, which needs torchvision
-    'fuyu': lambda x, s: dict(pixel_values=x.flatten(1)[None]),            # this one exists, but returns lists for its processor
-    'gemma4_unified': lambda x, s: dict(pixel_values=x.flatten(1)[None], image_position_ids=torch.stack(torch.meshgrid(torch.arange(s), torch.arange(s), indexing='xy'), -1).reshape(1, -1, 2)),
+_doubled = lambda x, s: dict(
+    pixel_values=_chw(x)[:, :, None].repeat(1, 1, 2, 1, 1).flatten(1), image_grid_thw=[[1, s, s]]
+)
+_strip = lambda x, s: dict(
+    pixel_values=_chw(x).permute(1, 2, 0, 3).reshape(1, 3, x.shape[1], -1), target_sizes=[[s, s]]
+)
+LAYOUTS = {  # model type → tensors from patches (s·s, p, p, 3) of one picture, as its image processor makes them, which needs torchvision
+    'fuyu': lambda x, s: dict(pixel_values=x.flatten(1)[None]),  # this one exists, but returns lists for its processor
+    'gemma4_unified': lambda x, s: dict(
+        pixel_values=x.flatten(1)[None],
+        image_position_ids=torch.stack(torch.meshgrid(torch.arange(s), torch.arange(s), indexing='xy'), -1).reshape(
+            1, -1, 2
+        ),
+    ),
     'inkling2': lambda x, s: dict(pixel_values=x, image_grid_thw=[[1, s, s]]),
     'inkling_mm_model': lambda x, s: dict(pixel_values=x[:, None].repeat(1, 2, 1, 1, 1)),
     'kimi_k25': lambda x, s: dict(pixel_values=_chw(x), image_grid_thw=[[1, s, s]]),
-    'lfm2_vl': lambda x, s: dict(pixel_values=x.flatten(1)[None], spatial_shapes=[[s, s]], pixel_attention_mask=torch.ones(1, s*s, dtype=torch.long)),
-    'minicpm_ocr': _strip, 'minicpmv4_6': _strip, 'minicpmv4_7': _strip,   # the last two exist, but slice the picture and return lists
-    'molmo2': lambda x, s: dict(pixel_values=x.flatten(1)[None], image_token_pooling=torch.arange(s*s).reshape(s//2, 2, s//2, 2).transpose(1, 2).reshape(-1, 4), image_grids=[[s//2, s//2, 0, 0]], image_num_crops=[1]),
-    'muse_glimmer': _doubled, 'muse_spark': _doubled,
+    'lfm2_vl': lambda x, s: dict(
+        pixel_values=x.flatten(1)[None],
+        spatial_shapes=[[s, s]],
+        pixel_attention_mask=torch.ones(1, s * s, dtype=torch.long),
+    ),
+    'minicpm_ocr': _strip,
+    'minicpmv4_6': _strip,
+    'minicpmv4_7': _strip,  # the last two exist, but slice the picture and return lists
+    'molmo2': lambda x, s: dict(
+        pixel_values=x.flatten(1)[None],
+        image_token_pooling=torch.arange(s * s).reshape(s // 2, 2, s // 2, 2).transpose(1, 2).reshape(-1, 4),
+        image_grids=[[s // 2, s // 2, 0, 0]],
+        image_num_crops=[1],
+    ),
+    'muse_glimmer': _doubled,
+    'muse_spark': _doubled,
     'nemotron_h_omni': lambda x, s: dict(pixel_values=_chw(x).flatten(1), image_grid_hw=[[s, s]]),
 }
 
+# %% ../nbs/13_doctor.ipynb #Patches
 class Patches:
     "An image processor that resizes to a square and cuts it into patches"
-    def __init__(self, layout, patch, side): self.layout, self.patch, self.side = layout, patch, side
+
+    def __init__(self, layout, patch, side):
+        self.layout, self.patch, self.side = layout, patch, side
+
     def __call__(self, images, return_tensors='pt'):
         p, s, out = self.patch, self.side, {}
         for im in images:
-            x = torch.tensor(np.asarray(im.convert('RGB').resize((s*p, s*p))), dtype=torch.float32)/127.5 - 1
-            for k, v in self.layout(x.reshape(s, p, s, p, 3).transpose(1, 2).reshape(s*s, p, p, 3), s).items():
-                out.setdefault(k, []).append(torch.as_tensor(v) + (s*s*len(out.get(k, [])) if k == 'image_token_pooling' else 0))      # these number the patches of all pictures
+            x = torch.tensor(np.asarray(im.convert('RGB').resize((s * p, s * p))), dtype=torch.float32) / 127.5 - 1
+            for k, v in self.layout(x.reshape(s, p, s, p, 3).transpose(1, 2).reshape(s * s, p, p, 3), s).items():
+                out.setdefault(k, []).append(
+                    torch.as_tensor(v) + (s * s * len(out.get(k, [])) if k == 'image_token_pooling' else 0)
+                )  # these number the patches of all pictures
         return {k: torch.cat(v, -1 if self.layout is _strip and k == 'pixel_values' else 0) for k, v in out.items()}
 
+# %% ../nbs/13_doctor.ipynb #find
 def _find(config, *names):
     "The first of these fields that the config's vision part, or the config, has"
     parts = [getattr(config, k, None) for k in ('vision_config', 'vq_config')]
     for c in (*parts, config, getattr(parts[0], 'sam_config', None)):
         for n in names:
-            if (v := getattr(c, n, None)) is not None: return _first(v)
+            if (v := getattr(c, n, None)) is not None:
+                return _first(v)
 
+# %% ../nbs/13_doctor.ipynb #tiny_images
 def tiny_images(
-    config, # of a twin
-    known, # names of tensors that its model takes
-): # an image processor
+    config,  # of a twin
+    known,  # names of tensors that its model takes
+):  # an image processor
     "The family's image processor at the twin's size; `Patches` or a plain one where it cannot be built here"
-    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES as NAMES, get_image_processor_class_from_name
-    kind, patch, pixels = config.model_type, _find(config, 'patch_size') or 16, _find(config, 'image_size', 'resolution')
+    from transformers.models.auto.image_processing_auto import (
+        IMAGE_PROCESSOR_MAPPING_NAMES as NAMES,
+        get_image_processor_class_from_name,
+    )
+
+    kind, patch, pixels = (
+        config.model_type,
+        _find(config, 'patch_size') or 16,
+        _find(config, 'image_size', 'resolution'),
+    )
     if kind in LAYOUTS:
-        patch *= dict(inkling2=_find(config, 'spatial_merge_size'), gemma4_unified=_find(config, 'pooling_kernel_size')).get(kind, 1)
-        return Patches(LAYOUTS[kind], patch, SIDE if patch < 30 else SIDE//2)
-    name = (NAMES.get(kind) or {}).get('pil') or ('Qwen2VLImageProcessorPil' if 'image_grid_thw' in known else 'SiglipImageProcessorPil')
-    cls, pixels = get_image_processor_class_from_name(name), pixels or SIDE*patch
+        patch *= dict(
+            inkling2=_find(config, 'spatial_merge_size'), gemma4_unified=_find(config, 'pooling_kernel_size')
+        ).get(kind, 1)
+        return Patches(LAYOUTS[kind], patch, SIDE if patch < 30 else SIDE // 2)
+    name = (NAMES.get(kind) or {}).get('pil') or (
+        'Qwen2VLImageProcessorPil' if 'image_grid_thw' in known else 'SiglipImageProcessorPil'
+    )
+    cls, pixels = get_image_processor_class_from_name(name), pixels or SIDE * patch
     has, square = cls().to_dict(), dict(height=pixels, width=pixels)
-    kw = {k: False for k in ('do_image_splitting', 'crop_to_patches', 'slice_mode')} | dict(max_soft_tokens=70, max_image_tokens=SIDE**2, min_image_tokens=4, scale_resolution=pixels, tile_size=pixels, min_pixels=(SIDE*patch)**2//4, max_pixels=(SIDE*patch)**2)
-    if 'merge_size' in has: kw |= dict(patch_size=patch, merge_size=_find(config, 'spatial_merge_size', 'merge_size') or 1, temporal_patch_size=_find(config, 'temporal_patch_size') or 1, size=dict(shortest_edge=(SIDE*patch)**2//4, longest_edge=(SIDE*patch)**2))
-    else: kw |= dict(patch_size=dict(height=patch, width=patch) if isinstance(has.get('patch_size'), dict) else patch, size={k: pixels if isinstance(v, int) else v for k, v in (has.get('size') or {}).items() if v})
-    kw |= dict(crop_size=square, max_image_size=dict(longest_edge=pixels) if isinstance(has.get('max_image_size'), dict) else min(has.get('max_image_size') or pixels, 490),
-               high_res_size=dict(height=config.high_res_vision_config.image_size, width=config.high_res_vision_config.image_size) if 'high_res_size' in has else None, image_grid_pinpoints=getattr(config, 'image_grid_pinpoints', None))
+    kw = {k: False for k in ('do_image_splitting', 'crop_to_patches', 'slice_mode')} | dict(
+        max_soft_tokens=70,
+        max_image_tokens=SIDE**2,
+        min_image_tokens=4,
+        scale_resolution=pixels,
+        tile_size=pixels,
+        min_pixels=(SIDE * patch) ** 2 // 4,
+        max_pixels=(SIDE * patch) ** 2,
+    )
+    if 'merge_size' in has:
+        kw |= dict(
+            patch_size=patch,
+            merge_size=_find(config, 'spatial_merge_size', 'merge_size') or 1,
+            temporal_patch_size=_find(config, 'temporal_patch_size') or 1,
+            size=dict(shortest_edge=(SIDE * patch) ** 2 // 4, longest_edge=(SIDE * patch) ** 2),
+        )
+    else:
+        kw |= dict(
+            patch_size=dict(height=patch, width=patch) if isinstance(has.get('patch_size'), dict) else patch,
+            size={k: pixels if isinstance(v, int) else v for k, v in (has.get('size') or {}).items() if v},
+        )
+    kw |= dict(
+        crop_size=square,
+        max_image_size=dict(longest_edge=pixels)
+        if isinstance(has.get('max_image_size'), dict)
+        else min(has.get('max_image_size') or pixels, 490),
+        high_res_size=dict(
+            height=config.high_res_vision_config.image_size, width=config.high_res_vision_config.image_size
+        )
+        if 'high_res_size' in has
+        else None,
+        image_grid_pinpoints=getattr(config, 'image_grid_pinpoints', None),
+    )
     return cls(**{k: v for k, v in kw.items() if has.get(k) is not None and v is not None})
 
 # %% ../nbs/13_doctor.ipynb #c013
 CHAT = "{% for m in messages %}{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endfor %}"
-def _placeholder(tok): return dict(image_token='<image>', image_token_id=tok.convert_tokens_to_ids('<image>'))
+
+# %% ../nbs/13_doctor.ipynb #placeholder
+def _placeholder(tok):
+    return dict(image_token='<image>', image_token_id=tok.convert_tokens_to_ids('<image>'))
+
+# %% ../nbs/13_doctor.ipynb #named
 def _named(thing, **kw):
     "A tokenizer or image processor with what its family's processor looks for"
-    for k, v in kw.items(): setattr(thing, k, v)
+    for k, v in kw.items():
+        setattr(thing, k, v)
     return thing
 
-PROCESSORS = { # model type → its own processor, where a plain one lacks tensors that the model needs
-    'instructblip': lambda t, images, tok, config: t.InstructBlipProcessor(images, tok, tok, config.num_query_tokens), # the question, once more, for the Q-Former
-    'paligemma': lambda t, images, tok, config: t.PaliGemmaProcessor(_named(images, image_seq_length=SIDE**2), _named(tok, **_placeholder(tok)), CHAT), # which rows are its prefix
-    'mllama': lambda t, images, tok, config: t.MllamaProcessor(images, _named(tok, **_placeholder(tok)), CHAT), # the mask of the cross-attention
+# %% ../nbs/13_doctor.ipynb #PROCESSORS
+PROCESSORS = {  # model type → its own processor, where a plain one lacks tensors that the model needs
+    'instructblip': lambda t, images, tok, config: t.InstructBlipProcessor(
+        images, tok, tok, config.num_query_tokens
+    ),  # the question, once more, for the Q-Former
+    'paligemma': lambda t, images, tok, config: t.PaliGemmaProcessor(
+        _named(images, image_seq_length=SIDE**2), _named(tok, **_placeholder(tok)), CHAT
+    ),  # which rows are its prefix
+    'mllama': lambda t, images, tok, config: t.MllamaProcessor(
+        images, _named(tok, **_placeholder(tok)), CHAT
+    ),  # the mask of the cross-attention
 }
 
+# %% ../nbs/13_doctor.ipynb #twin
 def twin(
-    config, # config, or config class, of any image-text model
-    seed:int=0, # of the weights
-    vocab:int|None=VOCAB, # tokens that stay; None keeps the vocabulary and every special id
-)->MLLM: # on the CPU, float32
+    config,  # config, or config class, of any image-text model
+    seed: int = 0,  # of the weights
+    vocab: int | None = VOCAB,  # tokens that stay; None keeps the vocabulary and every special id
+) -> MLLM:  # on the CPU, float32
     "A tiny random model of the same class. Raises `ImportError` where a library is missing and `ValueError` where the handle refuses the class."
     import transformers
+
     small = shrink(config, vocab)
     cls, text = _first(AutoModelForImageTextToText._model_mapping[type(small)]), small.get_text_config()
     known = inspect.signature(cls.forward).parameters
-    if small.is_encoder_decoder or 'decoder_input_ids' in known and 'pixel_values' not in known: raise ValueError(f'{small.model_type} ({cls.__name__}) is an encoder-decoder: its picture is read in the encoder, and it has no decoder layers in which visual and text tokens meet.')
-    if not hasattr(text, 'vocab_size'): raise ValueError(f'{small.model_type} ({cls.__name__}) has no vocabulary (its text config names no vocab_size): it answers with something else than tokens.')
-    with torch.device('meta'): size = sum(p.numel() for p in cls(small).parameters())
-    if size > 3e7 + 2e3*text.vocab_size: raise ValueError(f'The small config of {cls.__name__} still has {size:,} parameters: a field that SMALL does not know is left large.')
+    if small.is_encoder_decoder or 'decoder_input_ids' in known and 'pixel_values' not in known:
+        raise ValueError(
+            f'{small.model_type} ({cls.__name__}) is an encoder-decoder: its picture is read in the encoder, and it has no decoder layers in which visual and text tokens meet.'
+        )
+    if not hasattr(text, 'vocab_size'):
+        raise ValueError(
+            f'{small.model_type} ({cls.__name__}) has no vocabulary (its text config names no vocab_size): it answers with something else than tokens.'
+        )
+    with torch.device('meta'):
+        size = sum(p.numel() for p in cls(small).parameters())
+    if size > 3e7 + 2e3 * text.vocab_size:
+        raise ValueError(
+            f'The small config of {cls.__name__} still has {size:,} parameters: a field that SMALL does not know is left large.'
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = randomise(cls(small), seed)
@@ -301,61 +541,92 @@ def twin(
     tok = tiny_tokenizer(small)
     model.generation_config.update(pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id)
     own = PROCESSORS.get(small.model_type)
-    if not own and not isinstance(getattr(small, 'image_token_id', None), int): raise ValueError(f'{small.model_type} ({cls.__name__}) has no placeholder token: its config names no image_token_id, so its picture has no rows among those of the text.')
-    return MLLM(model, own(transformers, images, tok, small) if own else PlainProcessor(images, tok, model), small.model_type)
+    if not own and not isinstance(getattr(small, 'image_token_id', None), int):
+        raise ValueError(
+            f'{small.model_type} ({cls.__name__}) has no placeholder token: its config names no image_token_id, so its picture has no rows among those of the text.'
+        )
+    return MLLM(
+        model, own(transformers, images, tok, small) if own else PlainProcessor(images, tok, model), small.model_type
+    )
 
 # %% ../nbs/13_doctor.ipynb #c015
 QUESTIONS = 'What color is the star?', 'Which digit is written on the red object at the top left?'
 
+# %% ../nbs/13_doctor.ipynb #noise
 def noise(
-    seed:int=0, # of the picture
-    size:tuple=(448, 336), # width and height
-)->Image.Image: # RGB
+    seed: int = 0,  # of the picture
+    size: tuple = (448, 336),  # width and height
+) -> Image.Image:  # RGB
     "A picture of coloured squares"
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1]//8, size[0]//8, 3), dtype='uint8')).resize(size, Image.Resampling.NEAREST)
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype='uint8')
+    ).resize(size, Image.Resampling.NEAREST)
 
+# %% ../nbs/13_doctor.ipynb #logits
 @torch.inference_mode()
-def _logits(mllm, inputs): return mllm.model(**inputs, use_cache=False).logits.float()
+def _logits(mllm, inputs):
+    return mllm.model(**inputs, use_cache=False).logits.float()
 
+# %% ../nbs/13_doctor.ipynb #far
 def _far(got, want):
     "Largest difference, relative to the largest logit; tokens that a family never allows (-inf, or the lowest number) aside"
     free = want > -1e30
-    return float((got - want)[free].abs().max()/want[free].abs().max().clamp(min=1e-9)) if torch.equal(free, got > -1e30) else math.inf
+    return (
+        float((got - want)[free].abs().max() / want[free].abs().max().clamp(min=1e-9))
+        if torch.equal(free, got > -1e30)
+        else math.inf
+    )
 
 # %% ../nbs/13_doctor.ipynb #c018
-_by_hand = {} # what the reference attention does now
+_by_hand = {}  # what the reference attention does now
 
+# %% ../nbs/13_doctor.ipynb #reference
 def _reference(module, query, key, value, attention_mask, **kw):
     eager, i = sys.modules[type(module).__module__].eager_attention_forward, _by_hand['layers'].get(module)
     cross = key.shape[2] != query.shape[2]
     if i is not None and i in _by_hand['at']:
         low = torch.finfo(query.dtype).min
         mask = torch.zeros(len(query), 1, query.shape[2], key.shape[2], dtype=query.dtype, device=query.device)
-        if attention_mask is None and not cross: mask += torch.full_like(mask[0, 0], low).triu(1)
-        elif attention_mask is not None: mask = mask.masked_fill(~attention_mask, low) if attention_mask.dtype == torch.bool else mask + attention_mask
+        if attention_mask is None and not cross:
+            mask += torch.full_like(mask[0, 0], low).triu(1)
+        elif attention_mask is not None:
+            mask = (
+                mask.masked_fill(~attention_mask, low) if attention_mask.dtype == torch.bool else mask + attention_mask
+            )
         for r in range(0 if cross else _by_hand['text_from'], query.shape[2]):
             keys = list(range(key.shape[2])) if cross else _by_hand['visual']
             mask[:, :, r, keys] = (mask[:, :, r, keys] + _by_hand['bias']).clamp(min=low)
         attention_mask = mask
     out, weights = eager(module, query, key, value, attention_mask, **kw)
-    if i is not None and i in _by_hand['at'] and cross and _by_hand['bias'] == -math.inf: out = out*0      # nothing left to read
-    if i is not None: _by_hand['maps'][i] = weights
+    if i is not None and i in _by_hand['at'] and cross and _by_hand['bias'] == -math.inf:
+        out = out * 0  # nothing left to read
+    if i is not None:
+        _by_hand['maps'][i] = weights
     return out, weights
 
+# %% ../nbs/13_doctor.ipynb #cell
 AttentionInterface.register('fusion_reference', _reference)
 AttentionMaskInterface.register('fusion_reference', eager_mask)
 
+# %% ../nbs/13_doctor.ipynb #by_hand
 @contextmanager
 def by_hand(
-    mllm:MLLM, # the model
-    at=(), # decoder layers whose attention is biased
-    visual=(), # positions of the biased keys
-    bias:float=0., # added to the logits of text rows at these keys; -inf closes them
-): # yields {layer: (batch, heads, rows, keys)} eager attention weights
+    mllm: MLLM,  # the model
+    at=(),  # decoder layers whose attention is biased
+    visual=(),  # positions of the biased keys
+    bias: float = 0.0,  # added to the logits of text rows at these keys; -inf closes them
+):  # yields {layer: (batch, heads, rows, keys)} eager attention weights
     "The family's own eager attention in all decoder layers"
     text = mllm.model.config.get_text_config()
     before = text._attn_implementation
-    _by_hand.update(layers={m: i for i, layer in enumerate(mllm.layers) for m in layer.modules()}, at=set(at), visual=list(visual), bias=bias, text_from=max(visual, default=0) + 1, maps={})
+    _by_hand.update(
+        layers={m: i for i, layer in enumerate(mllm.layers) for m in layer.modules()},
+        at=set(at),
+        visual=list(visual),
+        bias=bias,
+        text_from=max(visual, default=0) + 1,
+        maps={},
+    )
     try:
         text._attn_implementation_internal = 'fusion_reference'
         yield _by_hand['maps']
@@ -363,354 +634,618 @@ def by_hand(
         text._attn_implementation_internal = before
         _by_hand.clear()
 
+# %% ../nbs/13_doctor.ipynb #overwritten
 @contextmanager
 def overwritten(
-    layers, # decoder layers whose input is overwritten
-    visual, # positions of the visual tokens
-    value, # k → state of the k-th visual token
+    layers,  # decoder layers whose input is overwritten
+    visual,  # positions of the visual tokens
+    value,  # k → state of the k-th visual token
 ):
     "Layers whose forward first writes the visual rows (the keys, where it reads them through cross-attention), one by one"
+
     def replace(layer):
         run = layer.forward
+
         def forward(*args, **kw):
             name = 'cross_attention_states' if 'cross_attention_states' in kw else 'hidden_states'
             h = (args[0] if args and name == 'hidden_states' else kw[name]).clone()
             rows = h.view(1, -1, h.shape[-1]) if name != 'hidden_states' else h
-            for k, v in enumerate(visual): rows[:, v] = value(k)
+            for k, v in enumerate(visual):
+                rows[:, v] = value(k)
             return run(h, *args[1:], **kw) if args and name == 'hidden_states' else run(*args, **kw | {name: h})
-        layer.forward = forward
-    for layer in layers: replace(layer)
-    try: yield
-    finally:
-        for layer in layers: del layer.forward
 
+        layer.forward = forward
+
+    for layer in layers:
+        replace(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+# %% ../nbs/13_doctor.ipynb #same_states
 @contextmanager
 def same_states(
-    mllm:MLLM, # the model
-    inputs:dict, # of a forward
+    mllm: MLLM,  # the model
+    inputs: dict,  # of a forward
 ):
     "Every decoder layer gets what enters it in a plain forward, so that what differs does not add up from layer to layer"
     states = {}
-    def keep(i): return lambda layer, args, kw: states.update({i: _hidden(args, kw).clone()})
-    def give(i): return lambda layer, args, kw: ((states[i], *args[1:]), kw) if args else (args, kw | dict(hidden_states=states[i]))
-    hooked = lambda hook: _removing([layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(mllm.layers)])
-    with hooked(keep): _logits(mllm, inputs)
-    with hooked(give): yield
+
+    def keep(i):
+        return lambda layer, args, kw: states.update({i: _hidden(args, kw).clone()})
+
+    def give(i):
+        return lambda layer, args, kw: (
+            ((states[i], *args[1:]), kw) if args else (args, kw | dict(hidden_states=states[i]))
+        )
+
+    hooked = lambda hook: _removing(
+        [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(mllm.layers)]
+    )
+    with hooked(keep):
+        _logits(mllm, inputs)
+    with hooked(give):
+        yield
 
 # %% ../nbs/13_doctor.ipynb #c020
 class Case:
     "A model, two prompts that differ in their picture, and what several checks need"
-    def __init__(self, mllm:MLLM):
+
+    def __init__(self, mllm: MLLM):
         self.mllm, self.tol = mllm, 1e-5 if mllm.dtype == torch.float32 else 3e-2
         self.p, self.q = (mllm.prompt(noise(k), QUESTIONS[0]) for k in (0, 1))
         self.visual, self.plain = self.p.visual.tolist(), _logits(mllm, self.p.inputs)
-        with by_hand(mllm): self.eager = _logits(mllm, self.p.inputs)
-        with same_states(mllm, self.p.inputs), by_hand(mllm) as maps: _logits(mllm, self.p.inputs)
-        self.maps = {i: w for i, w in sorted(maps.items()) if not mllm.cross or i in mllm.cross}        # layers that attend to visual tokens
+        with by_hand(mllm):
+            self.eager = _logits(mllm, self.p.inputs)
+        with same_states(mllm, self.p.inputs), by_hand(mllm) as maps:
+            _logits(mllm, self.p.inputs)
+        self.maps = {
+            i: w for i, w in sorted(maps.items()) if not mllm.cross or i in mllm.cross
+        }  # layers that attend to visual tokens
         self.some = sorted({list(self.maps)[k] for k in (0, -1)}) if self.maps else []
-        self.words = [i for i in dict.fromkeys(mllm.processor.tokenizer('red box', add_special_tokens=False)['input_ids']) if i != mllm.image_token_id][:3]
+        self.words = [
+            i
+            for i in dict.fromkeys(mllm.processor.tokenizer('red box', add_special_tokens=False)['input_ids'])
+            if i != mllm.image_token_id
+        ][:3]
+
     @property
-    def states(self): return visual_states(self.mllm, self.q)
+    def states(self):
+        return visual_states(self.mllm, self.q)
+
     def edits(self, states):
         "(how, keyword arguments of `edit`)"
-        return dict(zero={}, mean=dict(states=states.mean(1)), swap=dict(states=states), knockout={}, soft=dict(strength=.2))
+        return dict(
+            zero={}, mean=dict(states=states.mean(1)), swap=dict(states=states), knockout={}, soft=dict(strength=0.2)
+        )
 
+# %% ../nbs/13_doctor.ipynb #image_matters
 def image_matters(c):
     "another picture, other logits"
     move = _far(_logits(c.mllm, c.q.inputs)[0, -1], c.plain[0, -1])
     return '' if move > 1e-3 else f'Another picture changes the logits by only {move:.0e} of their size.'
 
+# %% ../nbs/13_doctor.ipynb #capture_is_eager
 def capture_is_eager(c):
     "captured attention equals eager attention, and capturing changes nothing"
-    with capture(c.mllm) as tape: got = _logits(c.mllm, c.p.inputs)
-    if not torch.equal(got, c.plain): return f'Capturing changes the logits by {_far(got, c.plain):.0e}.'
-    if not c.maps: return 'No decoder layer attends through the attention interface.'
-    if (far := _far(c.eager, c.plain)) > 10*c.tol: return f'Eager attention itself gives other logits (by {far:.0e}).'
+    with capture(c.mllm) as tape:
+        got = _logits(c.mllm, c.p.inputs)
+    if not torch.equal(got, c.plain):
+        return f'Capturing changes the logits by {_far(got, c.plain):.0e}.'
+    if not c.maps:
+        return 'No decoder layer attends through the attention interface.'
+    if (far := _far(c.eager, c.plain)) > 10 * c.tol:
+        return f'Eager attention itself gives other logits (by {far:.0e}).'
     maps = dict(zip(tape.layers, tape.attention[0, :, 0]))
-    if some := [i for i in tape.layers if i not in c.maps and not maps[i].isnan().all()]: return f'Layer {some[0]} has a map but does not attend.'
+    if some := [i for i in tape.layers if i not in c.maps and not maps[i].isnan().all()]:
+        return f'Layer {some[0]} has a map but does not attend.'
     for i, w in c.maps.items():
         w = w[0, :, -1].float().mean(0)
         w = w if c.mllm.cross else w[c.visual]
-        if not (far := float((maps[i] - w).abs().max())) <= c.tol: return f'The map of layer {i} is off eager attention by {far:.0e}.'
+        if not (far := float((maps[i] - w).abs().max())) <= c.tol:
+            return f'The map of layer {i} is off eager attention by {far:.0e}.'
     return ''
 
+# %% ../nbs/13_doctor.ipynb #empty_edit
 def empty_edit(c):
     "an edit of no layer or no token changes nothing, bit for bit"
     for layers, visual in (([], c.p.visual), (None, c.p.visual[:0])):
-        with edit(c.mllm, layers, visual): got = _logits(c.mllm, c.p.inputs)
-        if not torch.equal(got, c.plain): return f'An empty edit changes the logits by {_far(got, c.plain):.0e}.'
+        with edit(c.mllm, layers, visual):
+            got = _logits(c.mllm, c.p.inputs)
+        if not torch.equal(got, c.plain):
+            return f'An empty edit changes the logits by {_far(got, c.plain):.0e}.'
     return ''
 
+# %% ../nbs/13_doctor.ipynb #state_edits
 def state_edits(c):
     "zero, mean and swap equal rows written by hand"
     m, states = c.mllm, c.states
     for i in sorted({0, m.n_layers - 1}):
         at = [m.layers[k] for k in m.cross if k >= i] if m.cross else [m.layers[i]]
-        for how, value in (('zero', lambda k: 0.), ('mean', lambda k: states[i].mean(0).to(m.dtype)), ('swap', lambda k: states[i, k].to(m.dtype))):
-            with edit(m, i, c.p.visual, how, **c.edits(states)[how]): got = _logits(m, c.p.inputs)
-            with overwritten(at, c.visual, value): want = _logits(m, c.p.inputs)
-            if not (far := _far(got, want)) <= c.tol: return f"'{how}' at layer {i} is off rows written by hand by {far:.0e}."
+        for how, value in (
+            ('zero', lambda k: 0.0),
+            ('mean', lambda k: states[i].mean(0).to(m.dtype)),
+            ('swap', lambda k: states[i, k].to(m.dtype)),
+        ):
+            with edit(m, i, c.p.visual, how, **c.edits(states)[how]):
+                got = _logits(m, c.p.inputs)
+            with overwritten(at, c.visual, value):
+                want = _logits(m, c.p.inputs)
+            if not (far := _far(got, want)) <= c.tol:
+                return f"'{how}' at layer {i} is off rows written by hand by {far:.0e}."
     return ''
 
+# %% ../nbs/13_doctor.ipynb #attention_edits
 def attention_edits(c):
     "knockout and soft equal eager attention with a bias of its own"
     m = c.mllm
-    if not c.some: return 'No decoder layer attends through the attention interface.'
+    if not c.some:
+        return 'No decoder layer attends through the attention interface.'
     for i in c.some:
-        for how, bias in (('knockout', -math.inf), ('soft', math.log(.2))):
-            with edit(m, i, c.p.visual, how, strength=.2 if how == 'soft' else None): got = _logits(m, c.p.inputs)
-            with by_hand(m, [i], c.visual, bias): want = _logits(m, c.p.inputs)
-            if not (far := _far(got, want)) <= 10*c.tol: return f"'{how}' at layer {i} is off biased eager attention by {far:.0e}."
+        for how, bias in (('knockout', -math.inf), ('soft', math.log(0.2))):
+            with edit(m, i, c.p.visual, how, strength=0.2 if how == 'soft' else None):
+                got = _logits(m, c.p.inputs)
+            with by_hand(m, [i], c.visual, bias):
+                want = _logits(m, c.p.inputs)
+            if not (far := _far(got, want)) <= 10 * c.tol:
+                return f"'{how}' at layer {i} is off biased eager attention by {far:.0e}."
     return ''
 
+# %% ../nbs/13_doctor.ipynb #edits_move
 def edits_move(c):
     "every semantic moves the logits at layer 0, or at the first layer that attends"
     m, still = c.mllm, []
     for how, kw in c.edits(c.states).items():
         i = 0 if how in STATE_EDITS else next(iter(c.maps), 0)
-        some = c.p.visual[::2] if how == 'soft' and m.cross else c.p.visual    # a softmax over the picture alone does not feel all of its keys weakened alike
-        with edit(m, i, some, how, **kw): got = _logits(m, c.p.inputs)
-        if (move := _far(got[0, -1], c.plain[0, -1])) < 1e-4: still.append(f"'{how}' at layer {i} changes the last row by only {move:.0e}.")
+        some = (
+            c.p.visual[::2] if how == 'soft' and m.cross else c.p.visual
+        )  # a softmax over the picture alone does not feel all of its keys weakened alike
+        with edit(m, i, some, how, **kw):
+            got = _logits(m, c.p.inputs)
+        if (move := _far(got[0, -1], c.plain[0, -1])) < 1e-4:
+            still.append(f"'{how}' at layer {i} changes the last row by only {move:.0e}.")
     return ' '.join(still)
 
+# %% ../nbs/13_doctor.ipynb #layers_refused
 def layers_refused(c):
     "a layer that does not exist is an error"
     for bad in (-1, c.mllm.n_layers):
         for ctx in (lambda: edit(c.mllm, bad, c.p.visual), lambda: capture(c.mllm, layers=bad)):
             try:
-                with ctx(): pass
-            except ValueError: continue
+                with ctx():
+                    pass
+            except ValueError:
+                continue
             return f'Layer {bad} of {c.mllm.n_layers} is accepted.'
     return ''
 
+# %% ../nbs/13_doctor.ipynb #causal
 def causal(c):
     "a later token changes no earlier row: plainly, while capturing and under an edit"
     m, (a, b, *_) = c.mllm, c.words
-    for name, ctx in dict(plain=nullcontext, capture=lambda: capture(m), knockout=lambda: edit(m, c.some[:1], c.p.visual, 'knockout')).items():
-        with ctx(): one, two = (_logits(m, m.copies(c.p, 1, [a, x])) for x in (a, b))
-        if not (far := _far(two[:, :-1], one[:, :-1])) <= c.tol: return f'Another last token changes earlier rows by {far:.0e} ({name}).'
-        if torch.equal(one[:, -1], two[:, -1]): return 'Another last token does not even change its own row.'
+    for name, ctx in dict(
+        plain=nullcontext, capture=lambda: capture(m), knockout=lambda: edit(m, c.some[:1], c.p.visual, 'knockout')
+    ).items():
+        with ctx():
+            one, two = (_logits(m, m.copies(c.p, 1, [a, x])) for x in (a, b))
+        if not (far := _far(two[:, :-1], one[:, :-1])) <= c.tol:
+            return f'Another last token changes earlier rows by {far:.0e} ({name}).'
+        if torch.equal(one[:, -1], two[:, -1]):
+            return 'Another last token does not even change its own row.'
     return ''
 
+# %% ../nbs/13_doctor.ipynb #batch_is_single
 def batch_is_single(c):
     "two prompts of different length answered together get the answers that each gets alone"
     m = c.mllm
     prompts = [c.p, m.prompt(noise(1), QUESTIONS[1])]
     for p, a, b in zip(prompts, m.answers(prompts), [m.answer(p) for p in prompts]):
-        if a.ids != b.ids: return f'A prompt of {p.length} tokens is answered {a.ids[:4]}… with another and {b.ids[:4]}… alone.'
-        if not abs(a.logp - b.logp) <= 10*c.tol*max(1, abs(b.logp)): return f'The log-probability of an answer is {a.logp:.5f} with another prompt and {b.logp:.5f} alone.'
+        if a.ids != b.ids:
+            return f'A prompt of {p.length} tokens is answered {a.ids[:4]}… with another and {b.ids[:4]}… alone.'
+        if not abs(a.logp - b.logp) <= 10 * c.tol * max(1, abs(b.logp)):
+            return f'The log-probability of an answer is {a.logp:.5f} with another prompt and {b.logp:.5f} alone.'
     return ''
 
+# %% ../nbs/13_doctor.ipynb #cache_is_exact
 def cache_is_exact(c):
     "cached decoding equals decoding without a cache, plainly and under an edit"
     m = c.mllm
     for how in (None, 'zero', 'knockout'):
         with edit(m, c.some[:1], c.p.visual, how) if how else nullcontext():
-            a, ids, logp = m.generate(c.p, max_new_tokens=4)[0], [], 0.
+            a, ids, logp = m.generate(c.p, max_new_tokens=4)[0], [], 0.0
             for _ in a.ids:
                 row = _logits(m, m.copies(c.p, 1, ids))[0, -1].log_softmax(-1)
                 seen = row.clone()
                 seen[m.image_token_id] = -math.inf
                 ids.append(int(seen.argmax()))
                 logp += float(row[ids[-1]])
-        if ids != a.ids: return f'Cached decoding says {a.ids}, uncached {ids} ({how or "plain"}).'
-        if not abs(logp - a.logp) <= 10*c.tol*max(1, abs(logp)): return f'The log-probability of the answer is {a.logp:.5f} cached and {logp:.5f} uncached ({how or "plain"}).'
+        if ids != a.ids:
+            return f'Cached decoding says {a.ids}, uncached {ids} ({how or "plain"}).'
+        if not abs(logp - a.logp) <= 10 * c.tol * max(1, abs(logp)):
+            return (
+                f'The log-probability of the answer is {a.logp:.5f} cached and {logp:.5f} uncached ({how or "plain"}).'
+            )
     return ''
 
+# %% ../nbs/13_doctor.ipynb #lens_is_exit
 def lens_is_exit(c):
     "the logit lens after the last layer is the model's own output, and after an inner one equals an early exit there"
     m = c.mllm
-    with capture(m, hidden=True) as tape: _logits(m, c.p.inputs)
-    if not (far := _far(lens(m, tape.hidden[0, -1, 0]), c.plain[0, -1])) <= 10*c.tol: return f"The lens after the last layer is off the model's logits by {far:.0e}."
-    i = m.n_layers//2
-    with early_exit(m, i): want = _logits(m, c.p.inputs)[0, -1]
-    return '' if (far := _far(lens(m, tape.hidden[0, i + 1, 0]), want)) <= 10*c.tol else f'The lens after layer {i} is off an early exit there by {far:.0e}.'
+    with capture(m, hidden=True) as tape:
+        _logits(m, c.p.inputs)
+    if not (far := _far(lens(m, tape.hidden[0, -1, 0]), c.plain[0, -1])) <= 10 * c.tol:
+        return f"The lens after the last layer is off the model's logits by {far:.0e}."
+    i = m.n_layers // 2
+    with early_exit(m, i):
+        want = _logits(m, c.p.inputs)[0, -1]
+    return (
+        ''
+        if (far := _far(lens(m, tape.hidden[0, i + 1, 0]), want)) <= 10 * c.tol
+        else f'The lens after layer {i} is off an early exit there by {far:.0e}.'
+    )
 
+# %% ../nbs/13_doctor.ipynb #nothing_stays
 def nothing_stays(c):
     "after use, and after an exception, hooks are gone and the logits are bit-identical"
     m, text = c.mllm, c.mllm.model.config.get_text_config()
-    left = lambda: ([(n, len(x._forward_hooks), len(x._forward_pre_hooks)) for n, x in m.model.named_modules()], text._attn_implementation)
+    left = lambda: (
+        [(n, len(x._forward_hooks), len(x._forward_pre_hooks)) for n, x in m.model.named_modules()],
+        text._attn_implementation,
+    )
     before = left()
-    for name, ctx in dict(edit=lambda: edit(m, None, c.p.visual), knockout=lambda: edit(m, c.some, c.p.visual, 'knockout'), capture=lambda: capture(m, hidden=True), early_exit=lambda: early_exit(m, 0)).items():
+    for name, ctx in dict(
+        edit=lambda: edit(m, None, c.p.visual),
+        knockout=lambda: edit(m, c.some, c.p.visual, 'knockout'),
+        capture=lambda: capture(m, hidden=True),
+        early_exit=lambda: early_exit(m, 0),
+    ).items():
         for fail in (False, True):
             try:
                 with ctx():
                     _logits(m, c.p.inputs)
-                    if fail: raise InterruptedError
-            except InterruptedError: pass
+                    if fail:
+                        raise InterruptedError
+            except InterruptedError:
+                pass
             how = f"after {name}{' and an exception' if fail else ''}"
-            if left() != before: return f'Hooks or the attention implementation stay {how}.'
-            if not torch.equal(_logits(m, c.p.inputs), c.plain): return f'The logits are others {how}.'
+            if left() != before:
+                return f'Hooks or the attention implementation stay {how}.'
+            if not torch.equal(_logits(m, c.p.inputs), c.plain):
+                return f'The logits are others {how}.'
     return ''
 
-CHECKS = {f.__name__: f for f in (image_matters, capture_is_eager, empty_edit, state_edits, attention_edits, edits_move, layers_refused, causal, batch_is_single, cache_is_exact, lens_is_exit, nothing_stays)}
+# %% ../nbs/13_doctor.ipynb #CHECKS
+CHECKS = {
+    f.__name__: f
+    for f in (
+        image_matters,
+        capture_is_eager,
+        empty_edit,
+        state_edits,
+        attention_edits,
+        edits_move,
+        layers_refused,
+        causal,
+        batch_is_single,
+        cache_is_exact,
+        lens_is_exit,
+        nothing_stays,
+    )
+}
 
 # %% ../nbs/13_doctor.ipynb #c025
 @dataclass
 class Check:
     "One check and what came of it"
-    name:str # of `CHECKS`
-    ok:bool # it holds
-    reason:str='' # where it does not: one sentence
-    stated:bool=False # the reason is this package's own refusal, not a failure
 
+    name: str  # of `CHECKS`
+    ok: bool  # it holds
+    reason: str = ''  # where it does not: one sentence
+    stated: bool = False  # the reason is this package's own refusal, not a failure
+
+# %% ../nbs/13_doctor.ipynb #Report
 @dataclass
 class Report:
     "What was found in a model, and what holds"
-    kind:str # model type
-    cls:str # class of the model
-    found:dict=field(default_factory=dict) # name → value, as printed
-    checks:list=field(default_factory=list) # of `Check`
-    out:str='' # why nothing could be checked
-    stated:bool=True # `out`, and every failed check, is a refusal that says why
-    seconds:float=0.
+
+    kind: str  # model type
+    cls: str  # class of the model
+    found: dict = field(default_factory=dict)  # name → value, as printed
+    checks: list = field(default_factory=list)  # of `Check`
+    out: str = ''  # why nothing could be checked
+    stated: bool = True  # `out`, and every failed check, is a refusal that says why
+    seconds: float = 0.0
+
     @property
-    def ok(self): "Every check holds"; return not self.out and all(c.ok for c in self.checks)
+    def ok(self):
+        "Every check holds"
+        return not self.out and all(c.ok for c in self.checks)
+
     @property
-    def reason(self): "All that does not hold"; return self.out or ' '.join(f'{c.name}: {c.reason}' for c in self.checks if not c.ok)
+    def reason(self):
+        "All that does not hold"
+        return self.out or ' '.join(f'{c.name}: {c.reason}' for c in self.checks if not c.ok)
+
     @property
-    def verdict(self): n = len(self.checks); return f'not usable: {self.out}' if self.out else f'all {n} checks hold' if self.ok else f'{sum(not c.ok for c in self.checks)} of {n} checks fail'
-    def row(self): "As `fusion doctor --all --json` prints it"; return {'class': self.cls, 'model_type': self.kind, 'ok': self.ok, 'checks': {c.name: c.ok for c in self.checks}, 'reason': self.reason}
-    def json(self): "As `fusion doctor MODEL --json` prints it"; return self.row() | dict(found=self.found, verdict=self.verdict)
+    def verdict(self):
+        n = len(self.checks)
+        return (
+            f'not usable: {self.out}'
+            if self.out
+            else f'all {n} checks hold'
+            if self.ok
+            else f'{sum(not c.ok for c in self.checks)} of {n} checks fail'
+        )
+
+    def row(self):
+        "As `fusion doctor --all --json` prints it"
+        return {
+            'class': self.cls,
+            'model_type': self.kind,
+            'ok': self.ok,
+            'checks': {c.name: c.ok for c in self.checks},
+            'reason': self.reason,
+        }
+
+    def json(self):
+        "As `fusion doctor MODEL --json` prints it"
+        return self.row() | dict(found=self.found, verdict=self.verdict)
+
     def __str__(self):
-        lines = [f'{self.kind} ({self.cls})'] + [f'  {k.replace("_", " "):<20}{v}' for k, v in self.found.items()] + ['']*bool(self.checks)
-        lines += [f"  {'yes' if c.ok else 'NO '}  {CHECKS[c.name].__doc__}" + (f'\n       {c.reason}' if c.reason else '') for c in self.checks]
+        lines = (
+            [f'{self.kind} ({self.cls})']
+            + [f'  {k.replace("_", " "):<20}{v}' for k, v in self.found.items()]
+            + [''] * bool(self.checks)
+        )
+        lines += [
+            f"  {'yes' if c.ok else 'NO '}  {CHECKS[c.name].__doc__}" + (f'\n       {c.reason}' if c.reason else '')
+            for c in self.checks
+        ]
         return '\n'.join([*lines, '', self.verdict])
 
-def _sentence(e): return (' '.join(str(e).split()) if isinstance(e, (ValueError, ImportError)) else f'{type(e).__name__}: ' + ' '.join(str(e).split()))[:300]
+# %% ../nbs/13_doctor.ipynb #sentence
+def _sentence(e):
+    return (
+        ' '.join(str(e).split())
+        if isinstance(e, (ValueError, ImportError))
+        else f'{type(e).__name__}: ' + ' '.join(str(e).split())
+    )[:300]
 
+# %% ../nbs/13_doctor.ipynb #ours
 def _ours(e):
     "Was it a function of this package that refused, and not something below it that broke?"
     tb = e.__traceback__
-    while tb.tb_next: tb = tb.tb_next
+    while tb.tb_next:
+        tb = tb.tb_next
     code = tb.tb_frame.f_code
-    return isinstance(e, ImportError) or isinstance(e, ValueError) and Path(code.co_filename).parent.name == 'fusion_notebooks' and (code.co_name == '__init__' or not code.co_name.startswith('_'))
+    return (
+        isinstance(e, ImportError)
+        or isinstance(e, ValueError)
+        and Path(code.co_filename).parent.name == 'fusion_notebooks'
+        and (code.co_name == '__init__' or not code.co_name.startswith('_'))
+    )
 
+# %% ../nbs/13_doctor.ipynb #try
 def _try(f, *args):
     "f's value, or why there is none"
-    try: return f(*args)
-    except Exception as e: return 'no: ' + _sentence(e)
+    try:
+        return f(*args)
+    except Exception as e:
+        return 'no: ' + _sentence(e)
 
 # %% ../nbs/13_doctor.ipynb #c027
 def cost(
-    mllm:MLLM, # the model
-    p:Prompt, # a prompt
-    full=None, # config of the model that `mllm` is a twin of
-)->dict: # name → value, as printed
+    mllm: MLLM,  # the model
+    p: Prompt,  # a prompt
+    full=None,  # config of the model that `mllm` is a twin of
+) -> dict:  # name → value, as printed
     "Memory and time of a sweep of one semantic over all layers, per question"
     config, gb = full or mllm.model.config, 2**30
     text = config.get_text_config()
     if full is not None:
-        with torch.device('meta'): model = _first(AutoModelForImageTextToText._model_mapping[type(full)])(full)
-    else: model = mllm.model
-    size, layers, n = sum(w.numel() for w in model.parameters()), text.num_hidden_layers, p.length if full is None else 1000
+        with torch.device('meta'):
+            model = _first(AutoModelForImageTextToText._model_mapping[type(full)])(full)
+    else:
+        model = mllm.model
+    size, layers, n = (
+        sum(w.numel() for w in model.parameters()),
+        text.num_hidden_layers,
+        p.length if full is None else 1000,
+    )
     each = 2 if full is not None else mllm.dtype.itemsize
-    wide = 6*text.hidden_size + 3*(_first(getattr(text, 'intermediate_size', None)) or 4*text.hidden_size)
-    out = dict(parameters=f'{size/1e9:.2f} billion' if size > 1e8 else f'{size/1e6:.1f} million', weights=f'{size*each/gb:.2g} GB', sweep=f'{layers + 1} forwards of {n} tokens, about {2*size*n*(layers + 1)/1e12:.2g} TFLOP and {layers*n*wide*each/gb:.2g} GB with all layers in one batch')
+    wide = 6 * text.hidden_size + 3 * (_first(getattr(text, 'intermediate_size', None)) or 4 * text.hidden_size)
+    out = dict(
+        parameters=f'{size / 1e9:.2f} billion' if size > 1e8 else f'{size / 1e6:.1f} million',
+        weights=f'{size * each / gb:.2g} GB',
+        sweep=f'{layers + 1} forwards of {n} tokens, about {2 * size * n * (layers + 1) / 1e12:.2g} TFLOP and {layers * n * wide * each / gb:.2g} GB with all layers in one batch',
+    )
     if full is None:
         began = time.time()
         _logits(mllm, p.inputs)
-        out['sweep'] += f', {(time.time() - began)*(layers + 1):.1f} s here'
+        out['sweep'] += f', {(time.time() - began) * (layers + 1):.1f} s here'
     return out
 
+# %% ../nbs/13_doctor.ipynb #looks_ahead
 def _looks_ahead(c):
     "Does a row of the prompt see a later one? (the picture's rows see the question, as in a prefix LM)"
     other = dict(c.p.inputs, input_ids=c.p.inputs['input_ids'].clone())
-    row = next(r for r in range(c.p.length - 1, -1, -1) if other['input_ids'][0, r] not in (c.mllm.image_token_id, c.words[0]))
+    row = next(
+        r for r in range(c.p.length - 1, -1, -1) if other['input_ids'][0, r] not in (c.mllm.image_token_id, c.words[0])
+    )
     other['input_ids'][0, row] = c.words[0]
     return _far(_logits(c.mllm, other)[:, :row], c.plain[:, :row]) > c.tol
 
+# %% ../nbs/13_doctor.ipynb #found
 def found(
-    c:Case, # a model with prompts
-    full=None, # config of the model that it is a twin of
-)->dict: # name → value, as printed
+    c: Case,  # a model with prompts
+    full=None,  # config of the model that it is a twin of
+) -> dict:  # name → value, as printed
     "What the handle found in a model"
     m, p, text = c.mllm, c.p, (full or c.mllm.model.config).get_text_config()
     limits = lambda v: v if isinstance(v, int) else ', '.join(f'{k} {x}' for k, x in dict(v).items() if x)
-    size = [f'{k}: {limits(v)}' for k in ('size', 'crop_size', 'min_pixels', 'max_pixels') if (v := getattr(m.processor.image_processor, k, None))]
+    size = [
+        f'{k}: {limits(v)}'
+        for k in ('size', 'crop_size', 'min_pixels', 'max_pixels')
+        if (v := getattr(m.processor.image_processor, k, None))
+    ]
     runs = 1 + sum(b - a > 1 for a, b in zip(c.visual, c.visual[1:]))
-    place = 'keys of the cross-attention layers ' + ', '.join(map(str, m.cross)) if m.cross else f"rows {c.visual[0]} to {c.visual[-1]} of {p.length}, in {runs} run{'s'*(runs > 1)}"
-    def grids(): g = p.grids[0]; return f'{g.h} × {g.w}, {g.kept:.0%} of the picture seen' + (f', {len(p.views)} views' if len(p.views) > 1 else '')
-    def two(): q = m.prompt([noise(0), noise(1)], QUESTIONS[0]); return f"yes, {len(q.visual)} visual tokens{', ' + q.path if q.path else ''}"
-    return dict(decoder=f'{type(m.decoder).__name__}: {m.n_layers} layers, {len(c.maps)} of which attend to the picture' + (f', in the twin; {text.num_hidden_layers} in the model' if full is not None else ''), heads=f"{text.num_attention_heads}, {getattr(text, 'num_key_value_heads', None) or text.num_attention_heads} of keys and values",
-                attention='each row of the prompt sees the whole prompt' if _looks_ahead(c) else 'causal', visual_tokens=f'{len(c.visual)} of a picture of {p.images[0].width} × {p.images[0].height}, {place}', grid=_try(grids), two_pictures=_try(two), batches='padded on the left' if getattr(m, '_padding', True) else 'of equal lengths only, as padding changes what it says',
-                pixels='; '.join(size) or 'no limits named', **_try_cost(m, p, full))
+    place = (
+        'keys of the cross-attention layers ' + ', '.join(map(str, m.cross))
+        if m.cross
+        else f"rows {c.visual[0]} to {c.visual[-1]} of {p.length}, in {runs} run{'s' * (runs > 1)}"
+    )
 
+    def grids():
+        g = p.grids[0]
+        return f'{g.h} × {g.w}, {g.kept:.0%} of the picture seen' + (
+            f', {len(p.views)} views' if len(p.views) > 1 else ''
+        )
+
+    def two():
+        q = m.prompt([noise(0), noise(1)], QUESTIONS[0])
+        return f"yes, {len(q.visual)} visual tokens{', ' + q.path if q.path else ''}"
+
+    return dict(
+        decoder=f'{type(m.decoder).__name__}: {m.n_layers} layers, {len(c.maps)} of which attend to the picture'
+        + (f', in the twin; {text.num_hidden_layers} in the model' if full is not None else ''),
+        heads=f"{text.num_attention_heads}, {getattr(text, 'num_key_value_heads', None) or text.num_attention_heads} of keys and values",
+        attention='each row of the prompt sees the whole prompt' if _looks_ahead(c) else 'causal',
+        visual_tokens=f'{len(c.visual)} of a picture of {p.images[0].width} × {p.images[0].height}, {place}',
+        grid=_try(grids),
+        two_pictures=_try(two),
+        batches='padded on the left'
+        if getattr(m, '_padding', True)
+        else 'of equal lengths only, as padding changes what it says',
+        pixels='; '.join(size) or 'no limits named',
+        **_try_cost(m, p, full),
+    )
+
+# %% ../nbs/13_doctor.ipynb #try_cost
 def _try_cost(*args):
     got = _try(cost, *args)
     return got if isinstance(got, dict) else dict(sweep=got)
 
+# %% ../nbs/13_doctor.ipynb #doctor
 def doctor(
-    mllm:MLLM, # the model, or a twin
-    full=None, # config of the model that it is a twin of
-)->Report:
+    mllm: MLLM,  # the model, or a twin
+    full=None,  # config of the model that it is a twin of
+) -> Report:
     "What was found in a model, every check, and a verdict"
     began, r = time.time(), Report(mllm.name, type(mllm.model).__name__)
-    try: c = Case(mllm)
-    except Exception as e: r.out, r.stated = _sentence(e), _ours(e); return r
+    try:
+        c = Case(mllm)
+    except Exception as e:
+        r.out, r.stated = _sentence(e), _ours(e)
+        return r
     for name, check in CHECKS.items():
-        try: reason, stated = check(c), False
-        except TimeoutError: raise
-        except Exception as e: reason, stated = _sentence(e), _ours(e)
+        try:
+            reason, stated = check(c), False
+        except TimeoutError:
+            raise
+        except Exception as e:
+            reason, stated = _sentence(e), _ours(e)
         r.checks.append(Check(name, not reason, reason, stated))
     r.found, r.stated, r.seconds = found(c, full), all(x.ok or x.stated for x in r.checks), time.time() - began
     return r
 
 # %% ../nbs/13_doctor.ipynb #c030
 def config_of(
-    name:str, # demo name, local folder or Hub id
-): # its config
+    name: str,  # demo name, local folder or Hub id
+):  # its config
     "The config of a model alone. Raises `OSError` and `ValueError`."
     from fusion_notebooks.mllm import _data
-    path = next((p for p in (Path(name), _data()/str(name)) if p.is_dir()), None)
-    try: config = AutoConfig.from_pretrained(str(path or name), local_files_only=path is not None)
-    except (OSError, ValueError) as e: raise OSError(f'{name}: no config could be read ({_sentence(e)[:160]}): give a demo name, a folder with a config.json or a Hub id that can be reached.') from e
-    if type(config) not in AutoModelForImageTextToText._model_mapping.keys(): raise ValueError(f"{name} is a '{config.model_type}' model without an image tower: give an image-text model.")
+
+    path = next((p for p in (Path(name), _data() / str(name)) if p.is_dir()), None)
+    try:
+        config = AutoConfig.from_pretrained(str(path or name), local_files_only=path is not None)
+    except (OSError, ValueError) as e:
+        raise OSError(
+            f'{name}: no config could be read ({_sentence(e)[:160]}): give a demo name, a folder with a config.json or a Hub id that can be reached.'
+        ) from e
+    if type(config) not in AutoModelForImageTextToText._model_mapping.keys():
+        raise ValueError(f"{name} is a '{config.model_type}' model without an image tower: give an image-text model.")
     return config
 
+# %% ../nbs/13_doctor.ipynb #limit
 @contextmanager
 def _limit(seconds):
     "Raise `TimeoutError` after so much time on the processor; where the platform or the thread allows it"
-    if not seconds or threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'setitimer'): yield; return
-    def stop(*_): raise TimeoutError(f'not done after {seconds} s on the processor.')
+    if not seconds or threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'setitimer'):
+        yield
+        return
+
+    def stop(*_):
+        raise TimeoutError(f'not done after {seconds} s on the processor.')
+
     before = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, seconds)
-    try: yield
-    finally: signal.setitimer(signal.ITIMER_PROF, 0); signal.signal(signal.SIGPROF, before)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
+# %% ../nbs/13_doctor.ipynb #examine
 def examine(
-    config, # config, or config class, of any image-text model
-    seconds:float|None=None, # give up after so much time on the processor
-    vocab:int|None=VOCAB, # tokens of the twin; None keeps all special ids
-)->Report:
+    config,  # config, or config class, of any image-text model
+    seconds: float | None = None,  # give up after so much time on the processor
+    vocab: int | None = VOCAB,  # tokens of the twin; None keeps all special ids
+) -> Report:
     "Build the twin of a config and check it; whatever goes wrong is in the report"
     kind, began = config.model_type, time.time()
-    name = _first(AutoModelForImageTextToText._model_mapping[config if isinstance(config, type) else type(config)]).__name__
+    name = _first(
+        AutoModelForImageTextToText._model_mapping[config if isinstance(config, type) else type(config)]
+    ).__name__
     try:
         with _limit(seconds), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             return doctor(twin(config, vocab=vocab), None if isinstance(config, type) else config)
-    except Exception as e: return Report(kind, name, out=_sentence(e), stated=_ours(e), seconds=time.time() - began)
+    except Exception as e:
+        return Report(kind, name, out=_sentence(e), stated=_ours(e), seconds=time.time() - began)
 
+# %% ../nbs/13_doctor.ipynb #survey
 def survey(
-    classes=None, # config classes; default: all that transformers registers as image-text-to-text
-    seconds:float|None=60, # per class, on the processor
-    progress:bool=False, # show a bar
-)->list: # of `Report`
+    classes=None,  # config classes; default: all that transformers registers as image-text-to-text
+    seconds: float | None = 60,  # per class, on the processor
+    progress: bool = False,  # show a bar
+) -> list:  # of `Report`
     "Examine the twin of every class"
     from transformers.utils import logging
+
     level = logging.get_verbosity()
     logging.set_verbosity_error()
-    try: return [examine(c, seconds) for c in tqdm(list(classes or AutoModelForImageTextToText._model_mapping.keys()), desc='classes', disable=not progress, mininterval=2)]
-    finally: logging.set_verbosity(level)
+    try:
+        return [
+            examine(c, seconds)
+            for c in tqdm(
+                list(classes or AutoModelForImageTextToText._model_mapping.keys()),
+                desc='classes',
+                disable=not progress,
+                mininterval=2,
+            )
+        ]
+    finally:
+        logging.set_verbosity(level)
 
+# %% ../nbs/13_doctor.ipynb #matrix
 def matrix(
-    reports:list, # of `Report`
-)->pd.DataFrame: # class, model_type, ok, one column per check (yes, no or empty), grid, two_pictures, reason
+    reports: list,  # of `Report`
+) -> pd.DataFrame:  # class, model_type, ok, one column per check (yes, no or empty), grid, two_pictures, reason
     "Classes × capabilities, with the reason for each no"
     word = {True: 'yes', False: 'no'}
+
     def row(r):
-        abilities = {k: ('no' if r.found[k].startswith('no: ') else 'yes') if r.found else '' for k in ('grid', 'two_pictures')}
+        abilities = {
+            k: ('no' if r.found[k].startswith('no: ') else 'yes') if r.found else '' for k in ('grid', 'two_pictures')
+        }
         more = ' '.join(f"{k}: {v[4:]}" for k in abilities if (v := r.found.get(k, '')).startswith('no: '))
-        return {'class': r.cls, 'model_type': r.kind, 'ok': word[r.ok]} | {k: next((word[c.ok] for c in r.checks if c.name == k), '') for k in CHECKS} | abilities | dict(reason=f'{r.reason} {more}'.strip())
+        return (
+            {'class': r.cls, 'model_type': r.kind, 'ok': word[r.ok]}
+            | {k: next((word[c.ok] for c in r.checks if c.name == k), '') for k in CHECKS}
+            | abilities
+            | dict(reason=f'{r.reason} {more}'.strip())
+        )
+
     return pd.DataFrame([row(r) for r in reports])

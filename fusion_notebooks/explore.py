@@ -25,340 +25,607 @@ from .mllm import MAX_PIXELS, Answer, Grid, MLLM, Sample, digest, open_image
 @dataclass
 class Seen:
     "What one question shows in one picture"
-    look:contrast.Look # the first pass
-    grid:Grid # the picture's
-    fusion:tuple=() # fusion layers, known from calibration
-    review:int|None=None # review layer, if one is known
-    mean:object=None # (n_layers, width), from `masking.mean_states`; needed for mean
-    donor:object=None # prompt of another picture, needed for swap
-    candidates:list|None=None # pre-fusion layers to choose from; default: the fusion layers below the post-fusion layer, or all
 
-    def __post_init__(self): self.candidates = self.candidates or [i for i in self.fusion if i < (self.review or self.mllm.n_layers - 1) - 1] or None
+    look: contrast.Look  # the first pass
+    grid: Grid  # the picture's
+    fusion: tuple = ()  # fusion layers, known from calibration
+    review: int | None = None  # review layer, if one is known
+    mean: object = None  # (n_layers, width), from `masking.mean_states`; needed for mean
+    donor: object = None  # prompt of another picture, needed for swap
+    candidates: list | None = (
+        None  # pre-fusion layers to choose from; default: the fusion layers below the post-fusion layer, or all
+    )
+
+    def __post_init__(self):
+        self.candidates = (
+            self.candidates or [i for i in self.fusion if i < (self.review or self.mllm.n_layers - 1) - 1] or None
+        )
+
     @property
-    def mllm(self): return self.look.mllm
+    def mllm(self):
+        return self.look.mllm
+
     @property
-    def post(self): "Post-fusion layer"; return self.mllm.n_layers - 1 if self.review is None else self.review - 1
+    def post(self):
+        "Post-fusion layer"
+        return self.mllm.n_layers - 1 if self.review is None else self.review - 1
+
     @property
-    def contrast(self): "`Contrast` of the refinement"; return contrast.contrastive_attention(self.look.maps, self.candidates or range(self.post), self.post)
+    def contrast(self):
+        "`Contrast` of the refinement"
+        return contrast.contrastive_attention(self.look.maps, self.candidates or range(self.post), self.post)
+
     @cached_property
     def heads(self):
         "(layers, heads, cells) attention of the last prompt token"
         p = self.look.prompt
-        with capture(self.mllm, heads='all') as tape: self.mllm.answer(p, max_new_tokens=1)
+        with capture(self.mllm, heads='all') as tape:
+            self.mllm.answer(p, max_new_tokens=1)
         return self.grid.of(tape.attention[0, :, :, 0].double().cpu().numpy())
+
     @cached_property
     def relative(self):
         "(layers, cells) attention, divided by that under a general prompt"
         other = contrast.look(self.mllm, self.look.prompt.images[0], baselines.GENERAL).maps
         return baselines._ratio(self.grid.of(self.look.maps), self.grid.of(other))
-    @cached_property
-    def exits(self): "The `Answer` of every layer"; return masking.exits(self.mllm, [self.look.seen])[0]
 
+    @cached_property
+    def exits(self):
+        "The `Answer` of every layer"
+        return masking.exits(self.mllm, [self.look.seen])[0]
+
+# %% ../nbs/12_explore.ipynb #check
 def _check(mllm, fusion=(), review=None, **_):
     check_layers(mllm, [*fusion] + [i for i in (review,) if i is not None])
-    if review == 0: raise ValueError('A review layer has a post-fusion layer below it: it cannot be layer 0.')
+    if review == 0:
+        raise ValueError('A review layer has a post-fusion layer below it: it cannot be layer 0.')
 
+# %% ../nbs/12_explore.ipynb #see
 def see(
-    mllm:MLLM, # the model
-    image, # path or PIL image
-    question:str, # about it
-    **kw, # fusion, review, candidates, mean, donor of `Seen`; donor as path or PIL image
-)->Seen:
+    mllm: MLLM,  # the model
+    image,  # path or PIL image
+    question: str,  # about it
+    **kw,  # fusion, review, candidates, mean, donor of `Seen`; donor as path or PIL image
+) -> Seen:
     "Look at a picture once. Raises `ValueError` for what is no picture or question, layers that do not exist, and where the tokens have no place in the picture."
     _check(mllm, **kw)
     look = contrast.look(mllm, image, question)
-    if kw.get('donor') is not None: kw['donor'] = mllm.prompt(kw['donor'], question)
+    if kw.get('donor') is not None:
+        kw['donor'] = mllm.prompt(kw['donor'], question)
     return Seen(look, look.prompt.grids[0], **kw)
 
 # %% ../nbs/12_explore.ipynb #c008
 def effect(
-    seen:Seen, # a picture and its question
-    how:str='knockout', # semantic
-    layers=None, # decoder layers; None for all
-)->pd.DataFrame: # layer, logp of the plain answer, prediction
+    seen: Seen,  # a picture and its question
+    how: str = 'knockout',  # semantic
+    layers=None,  # decoder layers; None for all
+) -> pd.DataFrame:  # layer, logp of the plain answer, prediction
     "All visual tokens masked, layer by layer"
     p = seen.look.prompt
     donors = [Sample(seen.donor.images[0], p.question)] if seen.donor else None
-    return masking.sweep(seen.mllm, [Sample(p.images[0], p.question)], how, layers=layers, mean=seen.mean, donors=donors).query('layer >= 0')[['layer', 'logp', 'prediction']].reset_index(drop=True)
+    return (
+        masking.sweep(seen.mllm, [Sample(p.images[0], p.question)], how, layers=layers, mean=seen.mean, donors=donors)
+        .query('layer >= 0')[['layer', 'logp', 'prediction']]
+        .reset_index(drop=True)
+    )
 
+# %% ../nbs/12_explore.ipynb #hows
 def hows(
-    seen:Seen, # a picture and its question
-)->list: # of semantics
+    seen: Seen,  # a picture and its question
+) -> list:  # of semantics
     "What can be done to its tokens: mean and swap need states of other pictures"
-    return ['knockout', 'zero', 'soft'] + ['mean']*(seen.mean is not None) + ['swap']*(seen.donor is not None)
+    return ['knockout', 'zero', 'soft'] + ['mean'] * (seen.mean is not None) + ['swap'] * (seen.donor is not None)
 
 # %% ../nbs/12_explore.ipynb #c011
 def tokens_at(
-    seen:Seen, # a picture and its question
-    cells, # of its grid
-)->np.ndarray: # which of the prompt's visual tokens, ascending
+    seen: Seen,  # a picture and its question
+    cells,  # of its grid
+) -> np.ndarray:  # which of the prompt's visual tokens, ascending
     "The visual tokens of some cells, in every view. Raises `ValueError` for cells that are not there, and where tokens are no patches."
     cells, n = sorted({*cells}), len(seen.grid.boxes)
-    if bad := [c for c in cells if not 0 <= c < n]: raise ValueError(f'The picture has patches 0 to {n - 1}: there is no patch {bad[0]}.')
-    if seen.grid.mix is not None: raise ValueError(f'The visual tokens of {seen.mllm.name} are queries that each read the whole picture: none can be masked by its place.')
-    found = [g.index[sum((fusion.evidence_share(g.boxes, seen.grid.boxes[c]) for c in cells), np.zeros(len(g.boxes))) > .5] for g in seen.look.prompt.views if g.image == seen.grid.image]
+    if bad := [c for c in cells if not 0 <= c < n]:
+        raise ValueError(f'The picture has patches 0 to {n - 1}: there is no patch {bad[0]}.')
+    if seen.grid.mix is not None:
+        raise ValueError(
+            f'The visual tokens of {seen.mllm.name} are queries that each read the whole picture: none can be masked by its place.'
+        )
+    found = [
+        g.index[sum((fusion.evidence_share(g.boxes, seen.grid.boxes[c]) for c in cells), np.zeros(len(g.boxes))) > 0.5]
+        for g in seen.look.prompt.views
+        if g.image == seen.grid.image
+    ]
     return np.unique(np.concatenate(found)) if cells else np.array([], int)
 
+# %% ../nbs/12_explore.ipynb #Masked
 @dataclass
 class Masked:
     "An answer with some visual tokens masked"
-    answer:Answer # what is said instead
-    logp:float # log-probability that is left to the plain answer
-    tokens:np.ndarray # which visual tokens
 
+    answer: Answer  # what is said instead
+    logp: float  # log-probability that is left to the plain answer
+    tokens: np.ndarray  # which visual tokens
+
+# %% ../nbs/12_explore.ipynb #masked
 def masked(
-    seen:Seen, # a picture and its question
-    cells, # of its grid
-    layers=None, # decoder layers; None for all
-    how:str='knockout', # semantic
-    strength:float|None=None, # λ of soft; default .1
-)->Masked:
+    seen: Seen,  # a picture and its question
+    cells,  # of its grid
+    layers=None,  # decoder layers; None for all
+    how: str = 'knockout',  # semantic
+    strength: float | None = None,  # λ of soft; default .1
+) -> Masked:
     "Answer with the tokens of some cells masked at some layers. Raises `ValueError` as `tokens_at` and `hooks.edit` do."
     p, tokens = seen.look.prompt, tokens_at(seen, cells)
-    if how == 'swap' and (seen.donor is None or len(seen.donor.visual) != len(p.visual)): raise ValueError('swap needs donor=, a picture with as many visual tokens.')
-    states = masking.donor_states(seen.mllm, seen.donor)[:, tokens] if how == 'swap' else seen.mean if how == 'mean' else None
+    if how == 'swap' and (seen.donor is None or len(seen.donor.visual) != len(p.visual)):
+        raise ValueError('swap needs donor=, a picture with as many visual tokens.')
+    states = (
+        masking.donor_states(seen.mllm, seen.donor)[:, tokens]
+        if how == 'swap'
+        else seen.mean
+        if how == 'mean'
+        else None
+    )
     plain = seen.look.base
     with edit(seen.mllm, layers, p.visual[tokens], how, strength, states, text_from=int(p.visual.max()) + 1):
         return Masked(seen.mllm.answer(p), masking._forced(seen.mllm, p, plain.ids), tokens)
 
 # %% ../nbs/12_explore.ipynb #c015
 def packed(
-    maps:np.ndarray, # (..., cells); NaN where there is no map
-)->dict: # data (int16, in shares of `top`), shape, and per map its largest absolute value and its sum
+    maps: np.ndarray,  # (..., cells); NaN where there is no map
+) -> dict:  # data (int16, in shares of `top`), shape, and per map its largest absolute value and its sum
     "Maps as few bytes"
     maps = np.nan_to_num(np.asarray(maps, float))
     top, total = (x.reshape(-1).tolist() for x in (np.abs(maps).max(-1), maps.sum(-1)))
     share = np.divide(maps, np.abs(maps).max(-1, keepdims=True), out=np.zeros_like(maps), where=maps != 0)
-    return dict(data=np.round(32767*share).astype('<i2').tobytes(), shape=list(maps.shape), top=top, sum=[s or 1. for s in total])
+    return dict(
+        data=np.round(32767 * share).astype('<i2').tobytes(),
+        shape=list(maps.shape),
+        top=top,
+        sum=[s or 1.0 for s in total],
+    )
 
+# %% ../nbs/12_explore.ipynb #marks
 def marks(
-    seen:Seen, # a picture and its question
-)->dict: # fusion, review, pre, post
+    seen: Seen,  # a picture and its question
+) -> dict:  # fusion, review, pre, post
     "Layers with a name"
     return dict(fusion=[int(i) for i in seen.fusion], review=seen.review, pre=seen.contrast.pre, post=seen.post)
 
+# %% ../nbs/12_explore.ipynb #scene
 def scene(
-    seen:Seen, # a picture and its question
-)->dict: # picture, size, shape, boxes, tokens, palettes, marks
+    seen: Seen,  # a picture and its question
+) -> dict:  # picture, size, shape, boxes, tokens, palettes, marks
     "The picture and where its cells lie"
     image, g = seen.look.prompt.images[0], seen.grid
     small, data = image.copy(), io.BytesIO()
-    small.thumbnail((1024, 1024)); small.save(data, 'PNG')
-    palettes = {k: (np.clip(m(np.linspace(0, 1, 256)), 0, 1)*255).round().astype('uint8').tobytes() for k, m in dict(heat=plots.HEAT, signed=plots.SIGNED).items()}
-    return dict(picture=data.getvalue(), size=list(image.size), shape=[g.h, g.w], boxes=g.boxes.astype(float).tolist(), tokens=len(g.boxes), palettes=palettes, marks=marks(seen))
+    small.thumbnail((1024, 1024))
+    small.save(data, 'PNG')
+    palettes = {
+        k: (np.clip(m(np.linspace(0, 1, 256)), 0, 1) * 255).round().astype('uint8').tobytes()
+        for k, m in dict(heat=plots.HEAT, signed=plots.SIGNED).items()
+    }
+    return dict(
+        picture=data.getvalue(),
+        size=list(image.size),
+        shape=[g.h, g.w],
+        boxes=g.boxes.astype(float).tolist(),
+        tokens=len(g.boxes),
+        palettes=palettes,
+        marks=marks(seen),
+    )
 
+# %% ../nbs/12_explore.ipynb #maps
 def maps(
-    seen:Seen, # a picture and its question
-)->dict: # attention (layers, 1 + heads, cells), the mean first; relative and contrast (layers, cells)
+    seen: Seen,  # a picture and its question
+) -> dict:  # attention (layers, 1 + heads, cells), the mean first; relative and contrast (layers, cells)
     "All maps of all layers, packed"
     mean, whole = seen.grid.of(seen.look.maps), fusion.normalise(seen.look.maps)
-    return dict(attention=packed(np.concatenate([mean[:, None], seen.heads], 1)), relative=packed(seen.relative), contrast=packed(seen.grid.of(whole[seen.post] - whole)))
+    return dict(
+        attention=packed(np.concatenate([mean[:, None], seen.heads], 1)),
+        relative=packed(seen.relative),
+        contrast=packed(seen.grid.of(whole[seen.post] - whole)),
+    )
 
+# %% ../nbs/12_explore.ipynb #curves
 def curves(
-    seen:Seen, # a picture and its question
-    table:pd.DataFrame|None=None, # from `effect`
-    how:str='knockout', # its semantic
-    exits:bool=True, # with the answer of every layer
-)->list: # of panels: title, values by layer, labels, base
+    seen: Seen,  # a picture and its question
+    table: pd.DataFrame | None = None,  # from `effect`
+    how: str = 'knockout',  # its semantic
+    exits: bool = True,  # with the answer of every layer
+) -> list:  # of panels: title, values by layer, labels, base
     "Curves by layer"
     distance, base = fusion.profile(seen.look.maps), seen.look.base
-    out = [] if table is None else [dict(title=f'Log-probability of “{base.text}”, all patches masked ({how})', values=table.logp.tolist(), labels=table.prediction.tolist(), usual=base.text, base=base.logp, colour=plots.HOWS[how][0])]
-    out.append(dict(title="Hellinger distance to the last layer's map", values=[None if np.isnan(d) else d for d in distance.tolist()], low=0, colour=plots.HOWS['swap'][0]))
-    if exits: out.append(dict(title='Early exit: each layer’s own answer and its probability', values=[a.p for a in seen.exits], labels=[a.text or '∅' for a in seen.exits], low=0, high=1, colour=plots.HOWS['zero'][0]))
+    out = (
+        []
+        if table is None
+        else [
+            dict(
+                title=f'Log-probability of “{base.text}”, all patches masked ({how})',
+                values=table.logp.tolist(),
+                labels=table.prediction.tolist(),
+                usual=base.text,
+                base=base.logp,
+                colour=plots.HOWS[how][0],
+            )
+        ]
+    )
+    out.append(
+        dict(
+            title="Hellinger distance to the last layer's map",
+            values=[None if np.isnan(d) else d for d in distance.tolist()],
+            low=0,
+            colour=plots.HOWS['swap'][0],
+        )
+    )
+    if exits:
+        out.append(
+            dict(
+                title='Early exit: each layer’s own answer and its probability',
+                values=[a.p for a in seen.exits],
+                labels=[a.text or '∅' for a in seen.exits],
+                low=0,
+                high=1,
+                colour=plots.HOWS['zero'][0],
+            )
+        )
     return out
 
+# %% ../nbs/12_explore.ipynb #row
 def row(
-    label:str, # what was done
-    answer:Answer, # what was said
-    note:str='', # why
-)->dict: # a line of the table of answers
+    label: str,  # what was done
+    answer: Answer,  # what was said
+    note: str = '',  # why
+) -> dict:  # a line of the table of answers
     return dict(label=label, text=answer.text, p=answer.p, note=note)
 
+# %% ../nbs/12_explore.ipynb #refined
 def refined(
-    seen:Seen, # a picture and its question
-    how:str='crop', # crop or mask
-)->tuple: # (line of the table, crop box or [])
+    seen: Seen,  # a picture and its question
+    how: str = 'crop',  # crop or mask
+) -> tuple:  # (line of the table, crop box or [])
     "The answer refined by contrastive attention"
-    r = contrast.refine(seen.mllm, seen.look, how=how, candidates=seen.candidates, **dict(review=seen.review) if how == 'mask' or seen.review is not None else {})
+    r = contrast.refine(
+        seen.mllm,
+        seen.look,
+        how=how,
+        candidates=seen.candidates,
+        **dict(review=seen.review) if how == 'mask' or seen.review is not None else {},
+    )
     at = f'layer {r.contrast.post} − {r.contrast.pre}'
-    return row(f'refined by {how}', r.answer, at if r.box is None else f'{at}, {r.box[2] - r.box[0]} × {r.box[3] - r.box[1]} pixels'), [float(v) for v in r.box or ()]
+    return row(
+        f'refined by {how}',
+        r.answer,
+        at if r.box is None else f'{at}, {r.box[2] - r.box[0]} × {r.box[3] - r.box[1]} pixels',
+    ), [float(v) for v in r.box or ()]
 
+# %% ../nbs/12_explore.ipynb #figure
 def figure(
-    seen:Seen, # a picture and its question
-    how:str='crop', # crop or mask
-): # matplotlib figure
+    seen: Seen,  # a picture and its question
+    how: str = 'crop',  # crop or mask
+):  # matplotlib figure
     "What the explorer shows, on paper"
     c, g, image = seen.contrast, seen.grid, seen.look.prompt.images[0]
     line, box = refined(seen, how)
     l, r, b, t = g.extent
-    return plots.ask(image, *(g.of(m).reshape(g.h, g.w) for m in (c.early, c.late, c.map)), box=box or None, extent=(l, t, r, b), question=seen.look.prompt.question,
-                     before=seen.look.base.text, after=line['text'], layers=(c.pre, c.post))
+    return plots.ask(
+        image,
+        *(g.of(m).reshape(g.h, g.w) for m in (c.early, c.late, c.map)),
+        box=box or None,
+        extent=(l, t, r, b),
+        question=seen.look.prompt.question,
+        before=seen.look.base.text,
+        after=line['text'],
+        layers=(c.pre, c.post),
+    )
 
+# %% ../nbs/12_explore.ipynb #known
 def known(
-    model:str, # demo name, local folder or Hub id
-)->tuple: # (fusion layers, review layer or None)
+    model: str,  # demo name, local folder or Hub id
+) -> tuple:  # (fusion layers, review layer or None)
     "What a study has found out about a model: from its rows, else from the summary beside its figures"
     from fusion_notebooks.study import calibrations, find_model
+
     for s, c in calibrations(model):
-        if c: return c.fusion['knockout'].layers, c.review
+        if c:
+            return c.fusion['knockout'].layers, c.review
         try:
-            t = pd.read_csv(s.figures/find_model(model, s)[1]/'summary.csv', dtype=dict(layers=str)).query("analysis == 'masking'").set_index(['finding', 'kind']).layers
+            t = (
+                pd.read_csv(s.figures / find_model(model, s)[1] / 'summary.csv', dtype=dict(layers=str))
+                .query("analysis == 'masking'")
+                .set_index(['finding', 'kind'])
+                .layers
+            )
             layers = lambda *at: tuple(int(i) for i in str(t.get(at, '')).split() if i.isdigit())
             return layers('fusion layers', 'knockout'), next(iter(layers('review layer', 'zero')), None)
-        except (ValueError, FileNotFoundError): pass
+        except (ValueError, FileNotFoundError):
+            pass
     return (), None
 
 # %% ../nbs/12_explore.ipynb #c018
 def opened(
-    data:bytes, # a file
-    name:str='the picture', # how errors call it
-)->Image.Image: # RGB
+    data: bytes,  # a file
+    name: str = 'the picture',  # how errors call it
+) -> Image.Image:  # RGB
     "Open a picture that came over the wire. Raises `ValueError` for what is none, and for one that is too large."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
-            if image.width*image.height <= MAX_PIXELS and image.mode not in ('RGB', 'RGBA', 'L'): image = image.convert('RGBA' if 'transparency' in image.info else 'RGB')
-    except Image.DecompressionBombError: raise ValueError(f'{name} has far more than the {MAX_PIXELS:,} pixels allowed: resize it first.') from None
-    except (OSError, ValueError, SyntaxError): raise ValueError(f'{name} is not a picture that Pillow can read: give a PNG or JPEG.') from None
+            if image.width * image.height <= MAX_PIXELS and image.mode not in ('RGB', 'RGBA', 'L'):
+                image = image.convert('RGBA' if 'transparency' in image.info else 'RGB')
+    except Image.DecompressionBombError:
+        raise ValueError(f'{name} has far more than the {MAX_PIXELS:,} pixels allowed: resize it first.') from None
+    except (OSError, ValueError, SyntaxError):
+        raise ValueError(f'{name} is not a picture that Pillow can read: give a PNG or JPEG.') from None
     image.filename = name
     return open_image(image)
 
 # %% ../nbs/12_explore.ipynb #c021
-class Stopped(Exception): "Somebody pressed stop"
+class Stopped(Exception):
+    "Somebody pressed stop"
 
+# %% ../nbs/12_explore.ipynb #stoppable
 @contextmanager
 def stoppable(
-    mllm:MLLM, # the model
-    stop:Event, # set from anywhere
+    mllm: MLLM,  # the model
+    stop: Event,  # set from anywhere
 ):
     "Meanwhile a forward ends with `Stopped` at the next decoder layer once `stop` is set"
-    def look(*_):
-        if stop.is_set(): raise Stopped
-    with _removing([next(layer.children()).register_forward_pre_hook(look) for layer in mllm.layers]): yield
 
+    def look(*_):
+        if stop.is_set():
+            raise Stopped
+
+    with _removing([next(layer.children()).register_forward_pre_hook(look) for layer in mllm.layers]):
+        yield
+
+# %% ../nbs/12_explore.ipynb #Work
 class Work:
     "Steps of jobs, one after the other, on the loop that was running when this was made"
-    def __init__(self,
-        mllm:MLLM, # the model in which they compute
-        tell, # (words, steps done, steps of the job) → None
+
+    def __init__(
+        self,
+        mllm: MLLM,  # the model in which they compute
+        tell,  # (words, steps done, steps of the job) → None
     ):
         self.mllm, self.tell, self.stop, self.lock = mllm, tell, Event(), Lock()
         self.jobs, self.name, self.now, self.of, self.task, self.busy, self.failed = {}, '', [], 0, None, False, ''
-        try: self.loop = asyncio.get_running_loop()
-        except RuntimeError: self.loop = None
+        try:
+            self.loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self.loop = None
 
-    def ask(self,
-        name:str, # what is left of a job of the same name is dropped
-        steps:list, # of (words, function)
+    def ask(
+        self,
+        name: str,  # what is left of a job of the same name is dropped
+        steps: list,  # of (words, function)
     ):
         "Do this next; from any thread"
         with self.lock:
-            if not self.jobs and not self.now: self.stop.clear()
-            if name == self.name: self.now = []
-            self.jobs.pop(name, None); self.jobs[name], self.failed = steps, ''
-        if self.loop: self.loop.call_soon_threadsafe(self._begin)
-        elif not self.busy: self.finish()
+            if not self.jobs and not self.now:
+                self.stop.clear()
+            if name == self.name:
+                self.now = []
+            self.jobs.pop(name, None)
+            self.jobs[name], self.failed = steps, ''
+        if self.loop:
+            self.loop.call_soon_threadsafe(self._begin)
+        elif not self.busy:
+            self.finish()
 
     def _begin(self):
-        if self.task is None or self.task.done(): self.task = self.loop.create_task(self._run())
+        if self.task is None or self.task.done():
+            self.task = self.loop.create_task(self._run())
 
     async def _run(self):
-        while self.jobs or self.now: self.step(); await asyncio.sleep(.002)     # messages are read, cells run
+        while self.jobs or self.now:
+            self.step()
+            await asyncio.sleep(0.002)  # messages are read, cells run
 
     def finish(self):
         "Do all that is left now"
         self.busy = True
         try:
-            while self.jobs or self.now: self.step()
-        finally: self.busy = False
+            while self.jobs or self.now:
+                self.step()
+        finally:
+            self.busy = False
 
     def step(self):
         "The next step of the first job"
         with self.lock:
-            if not (now := self.now): self.name = next(iter(self.jobs)); now = self.now = list(self.jobs.pop(self.name)); self.of = len(now)
+            if not (now := self.now):
+                self.name = next(iter(self.jobs))
+                now = self.now = list(self.jobs.pop(self.name))
+                self.of = len(now)
             words, f = now.pop(0)
         self.tell(f'{words} …', self.of - len(now) - 1, self.of)
         try:
-            if self.stop.is_set(): raise Stopped
-            with stoppable(self.mllm, self.stop): f()
-        except Stopped: self.jobs.clear(); self.now, self.failed = [], 'Stopped.'; self.stop.clear()
-        except Exception as e: self.now, self.failed = [], f'{words}: {str(e) or type(e).__name__}'
-        if not self.now: self.name = ''
-        if not self.now and not self.jobs: self.tell(self.failed, 0, 0)
+            if self.stop.is_set():
+                raise Stopped
+            with stoppable(self.mllm, self.stop):
+                f()
+        except Stopped:
+            self.jobs.clear()
+            self.now, self.failed = [], 'Stopped.'
+            self.stop.clear()
+        except Exception as e:
+            self.now, self.failed = [], f'{words}: {str(e) or type(e).__name__}'
+        if not self.now:
+            self.name = ''
+        if not self.now and not self.jobs:
+            self.tell(self.failed, 0, 0)
 
 # %% ../nbs/12_explore.ipynb #c024
 @lru_cache(maxsize=1)
 def _canvas():
     "The canvas as a widget class. Raises `ImportError` where anywidget is missing."
-    try: import anywidget, traitlets as t
-    except ImportError: raise ImportError("The explorer needs ipywidgets and anywidget: python -m pip install 'fusion_notebooks[explore]'.") from None
-    kinds = dict(picture=t.Bytes(), size=t.List([1, 1]), shape=t.List([1, 1]), boxes=t.List(), tokens=t.Int(1), palettes=t.Dict(), marks=t.Dict(), maps=t.Dict(), curves=t.List(), answers=t.List(),
-                 crop=t.List(), chosen=t.List(), layer=t.Int(0), kind=t.Int(0), head=t.Int(0), status=t.Unicode(), uploads=t.Bool(True), upload=t.Dict())
-    return type('Canvas', (anywidget.AnyWidget,), dict(_esm=_source()) | {k: v.tag(sync=True) for k, v in kinds.items()})
+    try:
+        import anywidget, traitlets as t
+    except ImportError:
+        raise ImportError(
+            "The explorer needs ipywidgets and anywidget: python -m pip install 'fusion_notebooks[explore]'."
+        ) from None
+    kinds = dict(
+        picture=t.Bytes(),
+        size=t.List([1, 1]),
+        shape=t.List([1, 1]),
+        boxes=t.List(),
+        tokens=t.Int(1),
+        palettes=t.Dict(),
+        marks=t.Dict(),
+        maps=t.Dict(),
+        curves=t.List(),
+        answers=t.List(),
+        crop=t.List(),
+        chosen=t.List(),
+        layer=t.Int(0),
+        kind=t.Int(0),
+        head=t.Int(0),
+        status=t.Unicode(),
+        uploads=t.Bool(True),
+        upload=t.Dict(),
+    )
+    return type(
+        'Canvas', (anywidget.AnyWidget,), dict(_esm=_source()) | {k: v.tag(sync=True) for k, v in kinds.items()}
+    )
 
-def _source(): return (resources.files('fusion_notebooks')/'explore.js').read_text()
+# %% ../nbs/12_explore.ipynb #source
+def _source():
+    return (resources.files('fusion_notebooks') / 'explore.js').read_text()
 
+# %% ../nbs/12_explore.ipynb #KINDS
 KINDS = ('attention', 'early', 'late', 'contrast', 'relative')
 
+# %% ../nbs/12_explore.ipynb #Explorer
 class Explorer:
     "The controls, the canvas, and what they show; made by `explore`"
+
     def __init__(self, mllm, image, question, **kw):
-        canvas = _canvas()                                              # first, for its error
+        canvas = _canvas()  # first, for its error
         import ipywidgets as w
+
         n, wide = mllm.n_layers, dict(style=dict(description_width='5.5em'))
         self.mllm, self.image, self.new, self.kw, self.seen, self.tables = mllm, image, None, kw, None, {}
         self.canvas, self.work = canvas(), Work(mllm, self.tell)
-        self.question = w.Text(question, description='Question', continuous_update=False, layout=dict(flex='1 1 20em'), **wide)
-        self.ask, self.refine, self.stop = (w.Button(description=d, tooltip=tip, layout=dict(width='auto')) for d, tip in (('Ask', 'Answer the question again'), ('Refine', 'Answer with contrastive attention'), ('Stop', 'Stop what is being computed')))
+        self.question = w.Text(
+            question, description='Question', continuous_update=False, layout=dict(flex='1 1 20em'), **wide
+        )
+        self.ask, self.refine, self.stop = (
+            w.Button(description=d, tooltip=tip, layout=dict(width='auto'))
+            for d, tip in (
+                ('Ask', 'Answer the question again'),
+                ('Refine', 'Answer with contrastive attention'),
+                ('Stop', 'Stop what is being computed'),
+            )
+        )
         self.layer = w.IntSlider(value=0, min=0, max=n - 1, description='Layer', layout=dict(flex='1 1 18em'), **wide)
         self.kind = w.Dropdown(options=KINDS, description='Map', layout=dict(width='13em'), **wide)
         self.head = w.Dropdown(options=['mean'], description='Head', layout=dict(width='11em'), **wide)
-        self.how = w.Dropdown(options=['knockout', 'zero', 'soft'] + ['mean']*(kw.get('mean') is not None) + ['swap']*(kw.get('donor') is not None), description='Mask by', layout=dict(width='13em'), **wide)
-        self.layers = w.IntRangeSlider(value=(0, n - 1), min=0, max=n - 1, description='at layers', continuous_update=False, layout=dict(flex='1 1 18em'), **wide)
+        self.how = w.Dropdown(
+            options=['knockout', 'zero', 'soft']
+            + ['mean'] * (kw.get('mean') is not None)
+            + ['swap'] * (kw.get('donor') is not None),
+            description='Mask by',
+            layout=dict(width='13em'),
+            **wide,
+        )
+        self.layers = w.IntRangeSlider(
+            value=(0, n - 1),
+            min=0,
+            max=n - 1,
+            description='at layers',
+            continuous_update=False,
+            layout=dict(flex='1 1 18em'),
+            **wide,
+        )
         self.way = w.Dropdown(options=['crop', 'mask'], description='Refine by', layout=dict(width='13em'), **wide)
-        self.early = w.Dropdown(options=['fusion layers']*bool(kw['fusion']) + ['all layers', 'this layer'], description='Early from', layout=dict(width='15em'), **wide)
+        self.early = w.Dropdown(
+            options=['fusion layers'] * bool(kw['fusion']) + ['all layers', 'this layer'],
+            description='Early from',
+            layout=dict(width='15em'),
+            **wide,
+        )
         self.progress = w.IntProgress(value=0, min=0, max=1, layout=dict(width='10em', visibility='hidden'))
-        lines = ((self.question, self.ask, self.stop, self.progress), (self.layer, self.kind, self.head), (self.how, self.layers), (self.way, self.early, self.refine))
-        self.links = [w.jslink((self.canvas, k), (c, v)) for k, c, v in (('layer', self.layer, 'value'), ('kind', self.kind, 'index'), ('head', self.head, 'index'))]
+        lines = (
+            (self.question, self.ask, self.stop, self.progress),
+            (self.layer, self.kind, self.head),
+            (self.how, self.layers),
+            (self.way, self.early, self.refine),
+        )
+        self.links = [
+            w.jslink((self.canvas, k), (c, v))
+            for k, c, v in (('layer', self.layer, 'value'), ('kind', self.kind, 'index'), ('head', self.head, 'index'))
+        ]
         self.box = w.VBox([*(w.HBox(l, layout=dict(flex_flow='row wrap')) for l in lines), self.canvas])
-        self.ask.on_click(lambda _: self.see()); self.question.observe(lambda _: self.see(), 'value'); self.refine.on_click(lambda _: self.work.ask('refine', [self.step_refine()]))
+        self.ask.on_click(lambda _: self.see())
+        self.question.observe(lambda _: self.see(), 'value')
+        self.refine.on_click(lambda _: self.work.ask('refine', [self.step_refine()]))
         self.stop.on_click(lambda _: self.work.stop.set())
-        for c, name in ((self.canvas, 'chosen'), (self.layers, 'value'), (self.how, 'value')): c.observe(lambda _: self.work.ask('mask', [('Masking', self.do_mask)]), name)
+        for c, name in ((self.canvas, 'chosen'), (self.layers, 'value'), (self.how, 'value')):
+            c.observe(lambda _: self.work.ask('mask', [('Masking', self.do_mask)]), name)
         self.how.observe(lambda _: self.work.ask('effect', self.steps_effect()), 'value')
         self.canvas.observe(self.take, 'upload')
         self.see()
 
-    def _repr_mimebundle_(self, **kw): return self.box._repr_mimebundle_(**kw)
+    def _repr_mimebundle_(self, **kw):
+        return self.box._repr_mimebundle_(**kw)
 
     def tell(self, words, done, of):
         self.canvas.status, self.progress.max, self.progress.value = words, max(of, 1), done
         self.progress.layout.visibility = 'visible' if of else 'hidden'
 
-    def show(self, label, line): "One line of the answers, in the order in which they were first given"; self.lines[label] = line; self.canvas.answers = [l for l in self.lines.values() if l]
+    def show(self, label, line):
+        "One line of the answers, in the order in which they were first given"
+        self.lines[label] = line
+        self.canvas.answers = [l for l in self.lines.values() if l]
 
-    def take(self, change): "A picture from the browser"; self.new = change.new; self.see()
+    def take(self, change):
+        "A picture from the browser"
+        self.new = change.new
+        self.see()
 
     # jobs
 
     def see(self):
         "Everything about the picture and the question as they now are"
-        self.work.ask('see', [('First look', self.do_look), ('Answering', self.do_answer), ('Attention of every head', self.do_maps), self.step_refine(), ('The answer of each layer', self.do_exits), *self.steps_effect()])
+        self.work.ask(
+            'see',
+            [
+                ('First look', self.do_look),
+                ('Answering', self.do_answer),
+                ('Attention of every head', self.do_maps),
+                self.step_refine(),
+                ('The answer of each layer', self.do_exits),
+                *self.steps_effect(),
+            ],
+        )
 
     def do_look(self):
         new, self.new = self.new, None
-        if new: self.image = opened(bytes(new['data']), str(new['name'])[:80])
+        if new:
+            self.image = opened(bytes(new['data']), str(new['name'])[:80])
         seen = see(self.mllm, self.image, self.question.value, **self.kw)
-        if self.seen is None: self.layer.value = self.canvas.layer = seen.contrast.post
-        new, self.seen, self.tables, self.lines, self.with_exits, self.candidates = scene(seen), seen, {}, {}, False, seen.candidates
+        if self.seen is None:
+            self.layer.value = self.canvas.layer = seen.contrast.post
+        new, self.seen, self.tables, self.lines, self.with_exits, self.candidates = (
+            scene(seen),
+            seen,
+            {},
+            {},
+            False,
+            seen.candidates,
+        )
         with self.canvas.hold_sync():
-            if new['boxes'] != self.canvas.boxes: self.canvas.chosen = []
+            if new['boxes'] != self.canvas.boxes:
+                self.canvas.chosen = []
             self.canvas.crop = self.canvas.answers = self.canvas.curves = []
-            for k, v in new.items(): setattr(self.canvas, k, v)
+            for k, v in new.items():
+                setattr(self.canvas, k, v)
 
     def do_answer(self):
         self.show('plain', row('plain', self.seen.look.base))
-        if self.canvas.chosen: self.do_mask()
+        if self.canvas.chosen:
+            self.do_mask()
 
     def do_maps(self):
         sent = maps(self.seen)
@@ -366,12 +633,22 @@ class Explorer:
         self.canvas.maps = sent
         self.do_curves()
 
-    def do_exits(self): self.seen.exits; self.with_exits = True; self.do_curves()
-    def do_curves(self): how = self.how.value; self.canvas.curves = curves(self.seen, self.tables.get(how), how, self.with_exits)
-    def step_refine(self): return 'Refining', self.do_refine
+    def do_exits(self):
+        self.seen.exits
+        self.with_exits = True
+        self.do_curves()
+
+    def do_curves(self):
+        how = self.how.value
+        self.canvas.curves = curves(self.seen, self.tables.get(how), how, self.with_exits)
+
+    def step_refine(self):
+        return 'Refining', self.do_refine
 
     def do_refine(self):
-        self.seen.candidates = {'all layers': None, 'this layer': [self.canvas.layer]}.get(self.early.value, self.candidates)
+        self.seen.candidates = {'all layers': None, 'this layer': [self.canvas.layer]}.get(
+            self.early.value, self.candidates
+        )
         line, self.canvas.crop = refined(self.seen, self.way.value)
         self.canvas.marks = marks(self.seen)
         self.show('refined', line)
@@ -379,30 +656,49 @@ class Explorer:
     def steps_effect(self, at=8):
         "Masking layer by layer, a few layers per step"
         how, n, parts = self.how.value, self.mllm.n_layers, []
+
         def do(layers):
-            if how in self.tables: return self.do_curves()
+            if how in self.tables:
+                return self.do_curves()
             parts.append(effect(self.seen, how, layers))
-            if layers[-1] == n - 1: self.tables[how] = pd.concat(parts, ignore_index=True); self.do_curves()
-        return [(f'Masking by {how}, layers {i} to {min(i + at, n) - 1}', partial(do, range(i, min(i + at, n)))) for i in range(0, n, at)]
+            if layers[-1] == n - 1:
+                self.tables[how] = pd.concat(parts, ignore_index=True)
+                self.do_curves()
+
+        return [
+            (f'Masking by {how}, layers {i} to {min(i + at, n) - 1}', partial(do, range(i, min(i + at, n))))
+            for i in range(0, n, at)
+        ]
 
     def do_mask(self):
-        if not self.canvas.chosen: return self.show('masked', None)
+        if not self.canvas.chosen:
+            return self.show('masked', None)
         (first, last), how, plain = self.layers.value, self.how.value, self.seen.look.base
         m = masked(self.seen, self.canvas.chosen, range(first, last + 1), how)
-        self.show('masked', row(f'{len(m.tokens)} token{"s"*(len(m.tokens) > 1)} masked', m.answer, f'{how}, layers {first} to {last}; “{plain.text}” keeps p = {np.exp(m.logp):.3f}'))
+        self.show(
+            'masked',
+            row(
+                f'{len(m.tokens)} token{"s" * (len(m.tokens) > 1)} masked',
+                m.answer,
+                f'{how}, layers {first} to {last}; “{plain.text}” keeps p = {np.exp(m.logp):.3f}',
+            ),
+        )
 
+# %% ../nbs/12_explore.ipynb #explore
 def explore(
-    mllm:MLLM, # the model, or its name
-    image, # path or PIL image
-    question:str, # about it
-    fusion=None, # fusion layers; default: what a study found, see `known`
-    review:int|None=None, # review layer; default likewise
-    mean=None, # (n_layers, width) from `masking.mean_states`, to mask by mean
-    donor=None, # another picture of the same size, to mask by swap
-)->Explorer:
+    mllm: MLLM,  # the model, or its name
+    image,  # path or PIL image
+    question: str,  # about it
+    fusion=None,  # fusion layers; default: what a study found, see `known`
+    review: int | None = None,  # review layer; default likewise
+    mean=None,  # (n_layers, width) from `masking.mean_states`, to mask by mean
+    donor=None,  # another picture of the same size, to mask by swap
+) -> Explorer:
     "Look into a model, in a notebook. Raises `ImportError` without ipywidgets and anywidget, and `ValueError` for what cannot be asked."
-    if isinstance(mllm, str): mllm = MLLM.load(mllm)
-    if not isinstance(question, str) or not question.strip(): raise ValueError('The question is empty: ask something about the picture.')
+    if isinstance(mllm, str):
+        mllm = MLLM.load(mllm)
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError('The question is empty: ask something about the picture.')
     found = known(str(getattr(mllm, 'path', None) or mllm.name)) if fusion is None else ((), None)
     fusion, review = found[0] if fusion is None else tuple(fusion), found[1] if review is None else review
     _check(mllm, fusion, review)
@@ -410,17 +706,34 @@ def explore(
 
 # %% ../nbs/12_explore.ipynb #c030
 def recorded(
-    seen:Seen, # a picture and its question
-    how:str='knockout', # semantic of the masking
-    patches:bool=True, # also record the answer with each single patch masked (one answer per patch)
-)->str: # HTML, complete in itself
+    seen: Seen,  # a picture and its question
+    how: str = 'knockout',  # semantic of the masking
+    patches: bool = True,  # also record the answer with each single patch masked (one answer per patch)
+) -> str:  # HTML, complete in itself
     "The explorer without a kernel, for a page"
     line, box = refined(seen)
-    data = scene(seen) | dict(maps=maps(seen), curves=curves(seen, effect(seen, how), how), answers=[row('plain', seen.look.base), line], crop=box, chosen=[], layer=seen.contrast.post, kind=0, head=0, status='', single={})
+    data = scene(seen) | dict(
+        maps=maps(seen),
+        curves=curves(seen, effect(seen, how), how),
+        answers=[row('plain', seen.look.base), line],
+        crop=box,
+        chosen=[],
+        layer=seen.contrast.post,
+        kind=0,
+        head=0,
+        status='',
+        single={},
+    )
     for cell in range(len(seen.grid.boxes)) if patches and seen.grid.mix is None else ():
         m = masked(seen, [cell], None, how)
-        data['single'][cell] = dict(text=m.answer.text, p=m.answer.p, note=f'{how}, all layers; “{seen.look.base.text}” keeps p = {np.exp(m.logp):.3f}')
-    text = json.dumps(data, default=lambda b: base64.b64encode(b).decode()).replace('<', '\\u003c')     # nothing in it can end the script
+        data['single'][cell] = dict(
+            text=m.answer.text,
+            p=m.answer.p,
+            note=f'{how}, all layers; “{seen.look.base.text}” keeps p = {np.exp(m.logp):.3f}',
+        )
+    text = json.dumps(data, default=lambda b: base64.b64encode(b).decode()).replace(
+        '<', '\\u003c'
+    )  # nothing in it can end the script
     code = _source().replace('export default { render }', '').replace('export function', 'function')
     name = f'explore-{digest(text, how)}'
     return f'<div id="{name}"></div>\n<script type="module">\n{code}\nrender({{ model: still({text}), el: document.getElementById("{name}") }})\n</script>'

@@ -16,29 +16,33 @@ import pandas as pd
 from scipy.stats import norm, rankdata, t as student
 
 # %% ../nbs/03_fusion.ipynb #c005
-def _array(x): return np.asarray(x.detach().float().cpu() if hasattr(x, 'detach') else x, float) # tensors come as they are
+def _array(x):
+    return np.asarray(x.detach().float().cpu() if hasattr(x, 'detach') else x, float)  # tensors come as they are
 
+# %% ../nbs/03_fusion.ipynb #normalise
 def normalise(
-    maps, # (..., visual) attention, not negative
-)->np.ndarray: # (..., visual) float64, last axis sums to 1; NaN where a map is zero everywhere
+    maps,  # (..., visual) attention, not negative
+) -> np.ndarray:  # (..., visual) float64, last axis sums to 1; NaN where a map is zero everywhere
     "Each map as a distribution over the visual tokens"
     maps = _array(maps)
-    if (maps < 0).any(): raise ValueError('normalise: a map holds negative values; pass attention, not a difference of maps')
+    if (maps < 0).any():
+        raise ValueError('normalise: a map holds negative values; pass attention, not a difference of maps')
     total = maps.sum(-1, keepdims=True)
     return np.divide(maps, total, out=np.full_like(maps, np.nan), where=total > 0)
 
 # %% ../nbs/03_fusion.ipynb #c008
 def hellinger(
-    p, # (..., visual) attention, need not be normalised
-    q, # (..., visual) attention, broadcast against `p`
-)->np.ndarray: # (...) distance, 0 equal … 1 disjoint
+    p,  # (..., visual) attention, need not be normalised
+    q,  # (..., visual) attention, broadcast against `p`
+) -> np.ndarray:  # (...) distance, 0 equal … 1 disjoint
     "Hellinger distance of two maps over their last axis"
     d = np.sqrt(normalise(p)) - np.sqrt(normalise(q))
-    return np.sqrt((d**2).sum(-1)/2)
+    return np.sqrt((d**2).sum(-1) / 2)
 
+# %% ../nbs/03_fusion.ipynb #profile
 def profile(
-    maps, # (layers, visual) or (n, layers, visual) attention
-)->np.ndarray: # (layers,) or (n, layers) distance to the last layer's map; its last value is 0
+    maps,  # (layers, visual) or (n, layers, visual) attention
+) -> np.ndarray:  # (layers,) or (n, layers) distance to the last layer's map; its last value is 0
     "How far each layer's map is from where the model finally looks: the last layer's, or the last there is"
     maps = normalise(maps)
     there = np.isfinite(maps).all(-1)
@@ -47,118 +51,133 @@ def profile(
 
 # %% ../nbs/03_fusion.ipynb #c011
 def evidence_share(
-    boxes, # (visual, 4) left, top, right, bottom of each token, pixels of the original image
-    box, # (4,) evidence box, pixels
-)->np.ndarray: # (visual,) share of each token's area inside the box, 0…1
+    boxes,  # (visual, 4) left, top, right, bottom of each token, pixels of the original image
+    box,  # (4,) evidence box, pixels
+) -> np.ndarray:  # (visual,) share of each token's area inside the box, 0…1
     "How much of each token the evidence box covers"
     boxes, box = np.asarray(boxes, float).reshape(-1, 4), np.asarray(box, float)
-    width, height = (np.minimum(boxes[:, k+2], box[k+2]) - np.maximum(boxes[:, k], box[k]) for k in (0, 1))
-    area = (boxes[:, 2] - boxes[:, 0])*(boxes[:, 3] - boxes[:, 1])
-    inside = np.clip(width, 0, None)*np.clip(height, 0, None)
+    width, height = (np.minimum(boxes[:, k + 2], box[k + 2]) - np.maximum(boxes[:, k], box[k]) for k in (0, 1))
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    inside = np.clip(width, 0, None) * np.clip(height, 0, None)
     return np.divide(inside, area, out=np.zeros_like(area), where=area > 0)
 
+# %% ../nbs/03_fusion.ipynb #evidence_mass
 def evidence_mass(
-    maps, # (..., layers, visual) attention
-    share, # (visual,) from `evidence_share`
-)->np.ndarray: # (..., layers) share of the attention on the evidence; chance is `share.mean()`
+    maps,  # (..., layers, visual) attention
+    share,  # (visual,) from `evidence_share`
+) -> np.ndarray:  # (..., layers) share of the attention on the evidence; chance is `share.mean()`
     "Attention on the evidence, of all attention on the image"
     return normalise(maps) @ np.asarray(share, float)
 
 # %% ../nbs/03_fusion.ipynb #score1
 def _inside(share):
     share = np.asarray(share, float)
-    return (share >= share.max()/2) & (share > 0)
+    return (share >= share.max() / 2) & (share > 0)
 
+# %% ../nbs/03_fusion.ipynb #pointing
 def pointing(
-    maps, # (..., visual) any map, may be signed
-    share, # (visual,) from `evidence_share`
-)->np.ndarray: # (...) 1 hit, 0 miss, NaN where the map or the evidence is empty
+    maps,  # (..., visual) any map, may be signed
+    share,  # (visual,) from `evidence_share`
+) -> np.ndarray:  # (...) 1 hit, 0 miss, NaN where the map or the evidence is empty
     "Pointing game: does the brightest token touch the evidence? The first of several counts"
     maps, share = _array(maps), np.asarray(share, float)
     known = np.isfinite(maps).all(-1) & (share.max() > 0)
     return np.where(known, share[np.nan_to_num(maps).argmax(-1)] > 0, np.nan)
 
+# %% ../nbs/03_fusion.ipynb #auroc
 def auroc(
-    maps, # (..., visual) any map, may be signed
-    share, # (visual,) from `evidence_share`
-)->np.ndarray: # (...) 0…1, chance .5; NaN where one of the two sorts of tokens is missing
+    maps,  # (..., visual) any map, may be signed
+    share,  # (visual,) from `evidence_share`
+) -> np.ndarray:  # (...) 0…1, chance .5; NaN where one of the two sorts of tokens is missing
     "How well a map tells the evidence from the rest (Mann-Whitney)"
     maps, inside = _array(maps), _inside(share)
     n, m = inside.sum(), (~inside).sum()
-    if not n or not m: return np.full(maps.shape[:-1], np.nan)
-    return (rankdata(maps, axis=-1)[..., inside].sum(-1) - n*(n + 1)/2)/(n*m)          # a NaN in a map stays NaN
+    if not n or not m:
+        return np.full(maps.shape[:-1], np.nan)
+    return (rankdata(maps, axis=-1)[..., inside].sum(-1) - n * (n + 1) / 2) / (n * m)  # a NaN in a map stays NaN
 
+# %% ../nbs/03_fusion.ipynb #iou
 def iou(
-    maps, # (..., visual) any map, may be signed
-    share, # (visual,) from `evidence_share`
-)->np.ndarray: # (...) 0…1; NaN where the map or the evidence is empty
+    maps,  # (..., visual) any map, may be signed
+    share,  # (visual,) from `evidence_share`
+) -> np.ndarray:  # (...) 0…1; NaN where the map or the evidence is empty
     "Overlap of the evidence with as many of the brightest tokens; ties: the earlier token"
     maps, inside = _array(maps), _inside(share)
     n = inside.sum()
     top = np.argsort(-maps, axis=-1, kind='stable')[..., :n]
     both = inside[top].sum(-1)
-    return np.where(np.isfinite(maps).all(-1) & (n > 0), both/np.maximum(2*n - both, 1), np.nan)
+    return np.where(np.isfinite(maps).all(-1) & (n > 0), both / np.maximum(2 * n - both, 1), np.nan)
 
 # %% ../nbs/03_fusion.ipynb #score4
 def looks(
-    maps, # (layers, visual) attention
-    general=None, # (layers, visual) attention under a general question
-)->dict: # late, early, contrast and, with `general`, relative → (layers, visual); NaN where there is no map, as below layer 0
+    maps,  # (layers, visual) attention
+    general=None,  # (layers, visual) attention under a general question
+) -> dict:  # late, early, contrast and, with `general`, relative → (layers, visual); NaN where there is no map, as below layer 0
     "Every layer's map as it is, the one it is contrasted with, their difference, and relative attention"
     maps = normalise(maps)
     early = np.full_like(maps, np.nan)
     for l in range(1, len(maps)):
-        if np.isfinite(d := hellinger(maps[:l], maps[l])).any(): early[l] = maps[np.nanargmax(d)]
+        if np.isfinite(d := hellinger(maps[:l], maps[l])).any():
+            early[l] = maps[np.nanargmax(d)]
     out = dict(late=maps, early=early, contrast=maps - early)
     if general is not None:
         general = normalise(general)
         out['relative'] = np.divide(maps, general, out=np.full_like(maps, np.nan), where=general > 0)
     return out
 
+# %% ../nbs/03_fusion.ipynb #evidence_scores
 def evidence_scores(
-    maps, # (layers, visual) attention
-    share, # (visual,) from `evidence_share`
-    general=None, # (layers, visual) attention under a general question
-)->dict: # '<look> <measure>' → (layers,)
+    maps,  # (layers, visual) attention
+    share,  # (visual,) from `evidence_share`
+    general=None,  # (layers, visual) attention under a general question
+) -> dict:  # '<look> <measure>' → (layers,)
     "Pointing game, mass, AUROC and IoU of every way to look"
+
     def mass(maps, share):
         maps = np.maximum(maps, 0)
         return evidence_mass(np.where(np.isfinite(maps), maps, 0), share)
+
     measures = dict(pointing=pointing, mass=mass, auroc=auroc, iou=iou)
     return {f'{look} {name}': f(m, share) for look, m in looks(maps, general).items() for name, f in measures.items()}
 
 # %% ../nbs/03_fusion.ipynb #c014
 def noise_tokens(
-    maps, # (layers, visual) attention
-    share, # (visual,) from `evidence_share`
-    top:float=.1, # share of tokens that counts as high attention, at least one token
-    layers_share:float=.8, # in at least this share of the layers
-    after:float=.16, # only layers deeper than this share of the depth
-)->np.ndarray: # (visual,) bool
+    maps,  # (layers, visual) attention
+    share,  # (visual,) from `evidence_share`
+    top: float = 0.1,  # share of tokens that counts as high attention, at least one token
+    layers_share: float = 0.8,  # in at least this share of the layers
+    after: float = 0.16,  # only layers deeper than this share of the depth
+) -> np.ndarray:  # (visual,) bool
     "Visual tokens that are bright through the depth and not evidence"
     maps = normalise(maps)
-    deep = np.arange(len(maps)) > after*len(maps)
-    if not deep.any(): raise ValueError(f'noise_share: no layer of {len(maps)} is deeper than {after} of the depth; pass the maps of all layers')
-    if not len(deep := maps[deep & np.isfinite(maps).all(-1)]): return np.zeros(maps.shape[-1], bool) # nobody looks
-    rank = np.argsort(np.argsort(-deep, axis=-1, kind='stable'), axis=-1) # ties: the earlier token
-    bright = (rank < np.ceil(top*maps.shape[-1])).mean(0) >= layers_share - 1e-9
+    deep = np.arange(len(maps)) > after * len(maps)
+    if not deep.any():
+        raise ValueError(
+            f'noise_share: no layer of {len(maps)} is deeper than {after} of the depth; pass the maps of all layers'
+        )
+    if not len(deep := maps[deep & np.isfinite(maps).all(-1)]):
+        return np.zeros(maps.shape[-1], bool)  # nobody looks
+    rank = np.argsort(np.argsort(-deep, axis=-1, kind='stable'), axis=-1)  # ties: the earlier token
+    bright = (rank < np.ceil(top * maps.shape[-1])).mean(0) >= layers_share - 1e-9
     return bright & (np.asarray(share) == 0)
 
+# %% ../nbs/03_fusion.ipynb #noise_share
 def noise_share(
-    maps, # (layers, visual) attention
-    share, # (visual,) from `evidence_share`
-    **kw, # of `noise_tokens`
-)->float: # 0…1, share of the visual tokens
+    maps,  # (layers, visual) attention
+    share,  # (visual,) from `evidence_share`
+    **kw,  # of `noise_tokens`
+) -> float:  # 0…1, share of the visual tokens
     "How many visual tokens are bright through the depth and not evidence"
     return float(noise_tokens(maps, share, **kw).mean())
 
+# %% ../nbs/03_fusion.ipynb #massive
 def massive(
-    states, # (rows, width) what enters a layer at the visual tokens
-    first, # (width,) what enters it at the prompt's first token, the sink of every text
-    threshold:float=20., # of the RMS-normalised value
-)->np.ndarray: # (rows,) bool
+    states,  # (rows, width) what enters a layer at the visual tokens
+    first,  # (width,) what enters it at the prompt's first token, the sink of every text
+    threshold: float = 20.0,  # of the RMS-normalised value
+) -> np.ndarray:  # (rows,) bool
     "Attention sinks by their massive activations (section 4): tokens above the threshold in a dimension in which the first token is"
-    unit = lambda x: np.abs(x)/np.sqrt((x**2).mean(-1, keepdims=True)).clip(1e-12)
+    unit = lambda x: np.abs(x) / np.sqrt((x**2).mean(-1, keepdims=True)).clip(1e-12)
     first, states = unit(_array(first)), unit(_array(states))
     return (states[:, first > threshold] > threshold).any(-1)
 
@@ -166,102 +185,140 @@ def massive(
 @dataclass
 class Layers:
     "Layers found in a curve, with what speaks for them"
-    layers:tuple # 0-based decoder layers, ascending; () is an answer
-    confidence:dict # layer -> share of the resampled curves (each without one dataset where there are three and no samples) that choose it
-    table:pd.DataFrame # layer, drop, low, high, confidence, chosen: one row per layer that was judged
-    rule:str='' # how the layers were chosen, in words
-    dip:tuple=() # review layer only: (dip as a share of the base, low, high)
-    kind:str='' # review layer only: information, edit, none or never recovers
-    recovered:float=np.nan # best late accuracy, as a share of the base
-    note:str='' # what keeps the curve from being read, in words
 
+    layers: tuple  # 0-based decoder layers, ascending; () is an answer
+    confidence: dict  # layer -> share of the resampled curves (each without one dataset where there are three and no samples) that choose it
+    table: pd.DataFrame  # layer, drop, low, high, confidence, chosen: one row per layer that was judged
+    rule: str = ''  # how the layers were chosen, in words
+    dip: tuple = ()  # review layer only: (dip as a share of the base, low, high)
+    kind: str = ''  # review layer only: information, edit, none or never recovers
+    recovered: float = np.nan  # best late accuracy, as a share of the base
+    note: str = ''  # what keeps the curve from being read, in words
+
+# %% ../nbs/03_fusion.ipynb #resample
 @lru_cache(maxsize=4)
 def resample(
-    n:int, # clusters
-    draws:int=2000,
-    seed:int=0,
-)->np.ndarray: # (draws, n) how often each cluster is drawn; rows sum to n
+    n: int,  # clusters
+    draws: int = 2000,
+    seed: int = 0,
+) -> np.ndarray:  # (draws, n) how often each cluster is drawn; rows sum to n
     "Bootstrap weights, the same for the same arguments"
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), draws).astype('float32')
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws).astype('float32')
 
 # %% ../nbs/03_fusion.ipynb #c019
 def _check(curve, n_layers):
-    if missing := {'layer', 'accuracy'} - set(curve.columns): raise ValueError(f'curve: column {min(missing)!r} is missing; pass a table with layer and accuracy')
+    if missing := {'layer', 'accuracy'} - set(curve.columns):
+        raise ValueError(f'curve: column {min(missing)!r} is missing; pass a table with layer and accuracy')
     for c in ('model', 'how', 'scope'):
-        if c in curve and curve[c].nunique() > 1: raise ValueError(f'curve: column {c!r} holds {sorted(curve[c].unique())}; pass the rows of one of them')
+        if c in curve and curve[c].nunique() > 1:
+            raise ValueError(f'curve: column {c!r} holds {sorted(curve[c].unique())}; pass the rows of one of them')
     curve = curve[curve.accuracy.notna()]
-    if not len(curve): raise ValueError('curve: no row with an accuracy; measure at least one layer')
-    if not curve.accuracy.between(0, 100).all(): raise ValueError('curve: an accuracy lies outside 0 to 100; pass percent or shares')
+    if not len(curve):
+        raise ValueError('curve: no row with an accuracy; measure at least one layer')
+    if not curve.accuracy.between(0, 100).all():
+        raise ValueError('curve: an accuracy lies outside 0 to 100; pass percent or shares')
     depth = int(n_layers or curve.layer.max() + 1)
     wrong = curve.layer[(curve.layer < 0) | (curve.layer >= depth) | (curve.layer % 1 != 0)]
-    if len(wrong): raise ValueError(f'curve: layer {wrong.iloc[0]} does not exist in a model of {depth} decoder layers (0 to {depth-1}); drop these rows')
+    if len(wrong):
+        raise ValueError(
+            f'curve: layer {wrong.iloc[0]} does not exist in a model of {depth} decoder layers (0 to {depth - 1}); drop these rows'
+        )
     return curve.assign(layer=curve.layer.astype(int), dataset=curve['dataset'] if 'dataset' in curve else ''), depth
 
+# %% ../nbs/03_fusion.ipynb #unmasked
 def _unmasked(base, dataset):
     "One dataset's base: a number, or a Series over samples"
     if isinstance(base, pd.DataFrame):
         rows = base[base['dataset'] == dataset] if 'dataset' in base else base
         return rows.groupby('sample').accuracy.mean() if 'sample' in rows else rows.accuracy.mean()
-    if isinstance(base, dict) and dataset not in base: raise ValueError(f'base: dataset {dataset!r} has no unmasked accuracy; known are {sorted(base)}')
+    if isinstance(base, dict) and dataset not in base:
+        raise ValueError(f'base: dataset {dataset!r} has no unmasked accuracy; known are {sorted(base)}')
     return base[dataset] if isinstance(base, dict) else base
 
+# %% ../nbs/03_fusion.ipynb #scale
 def _scale(curve, bases):
     known, most = max(np.max(b) for b in bases.values()), curve.accuracy.max()
-    if not 0 <= known <= 100: raise ValueError(f'base: {known} is no accuracy; pass percent or shares')
-    if known <= 1 and most > 1.5: raise ValueError(f'base: {known:g} is a share, but the curve reaches {most:g} percent; pass both in one unit')
-    return 100. if max(known, most) > 1.5 else 1.
+    if not 0 <= known <= 100:
+        raise ValueError(f'base: {known} is no accuracy; pass percent or shares')
+    if known <= 1 and most > 1.5:
+        raise ValueError(f'base: {known:g} is a share, but the curve reaches {most:g} percent; pass both in one unit')
+    return 100.0 if max(known, most) > 1.5 else 1.0
 
+# %% ../nbs/03_fusion.ipynb #resampled
 def _resampled(rows, base, n, draws, seed):
     "One dataset's accuracies, base last, all as shares: measured (k+1,), resampled (draws, k+1), and the number of clusters"
     if 'sample' in rows:
         cells = rows.pivot_table(index='sample', columns='layer', values='accuracy')
         cells['base'] = base
-        if cells.base.isna().all(): raise ValueError('base: no sample of the curve has an unmasked accuracy; both need the same sample ids')
+        if cells.base.isna().all():
+            raise ValueError('base: no sample of the curve has an unmasked accuracy; both need the same sample ids')
         image = rows.groupby('sample')['image'].first().reindex(cells.index) if 'image' in rows else cells.index
         sums, counts = (t.groupby(np.asarray(image)).sum().values for t in (cells, cells.notna().astype(float)))
         w = resample(len(sums), draws, seed)
-        with np.errstate(invalid='ignore'): return sums.sum(0)/counts.sum(0), (w @ sums)/(w @ counts), len(sums)
+        with np.errstate(invalid='ignore'):
+            return sums.sum(0) / counts.sum(0), (w @ sums) / (w @ counts), len(sums)
     x = np.r_[rows.groupby('layer').accuracy.mean(), np.mean(base)]
     n = n or (int(rows['n'].min()) if 'n' in rows and rows['n'].notna().all() else None)
-    if n is None: return x, np.empty((0, len(x))), None
-    return x, np.random.default_rng(seed).beta(n*x + .5, n*(1 - x) + .5, (draws, len(x))), n
+    if n is None:
+        return x, np.empty((0, len(x))), None
+    return x, np.random.default_rng(seed).beta(n * x + 0.5, n * (1 - x) + 0.5, (draws, len(x))), n
 
 # %% ../nbs/03_fusion.ipynb #c021
-def _cumulative(x): return x[..., 1:] - np.maximum.accumulate(x, -1)[..., :-1], np.ones(x.shape[-1] - 1)
-def _single(x): return x[..., -1:] - x[..., :-1], np.ones(x.shape[-1] - 1)
+def _cumulative(x):
+    return x[..., 1:] - np.maximum.accumulate(x, -1)[..., :-1], np.ones(x.shape[-1] - 1)
 
+# %% ../nbs/03_fusion.ipynb #single
+def _single(x):
+    return x[..., -1:] - x[..., :-1], np.ones(x.shape[-1] - 1)
+
+# %% ../nbs/03_fusion.ipynb #valley
 def _valley(x):
     left, right = np.maximum.accumulate(x, -1), np.maximum.accumulate(x[..., ::-1], -1)[..., ::-1]
     level = np.minimum(left, right)[..., :-1]
     return level - x[..., :-1], level
 
+# %% ../nbs/03_fusion.ipynb #isolated
 def _isolated(x):
-    level = np.full_like(x[..., :-1], np.nan)                              # layer 0 has no neighbour below
+    level = np.full_like(x[..., :-1], np.nan)  # layer 0 has no neighbour below
     level[..., 1:] = np.minimum(x[..., :-2], x[..., 2:])
     return level - x[..., :-1], level
 
+# %% ../nbs/03_fusion.ipynb #gaps
 def _gaps(reading, mine, depth):
     "Layers whose neighbours are too far away for this reading"
     steps = np.diff(np.r_[mine, depth])
-    far = steps > 2*np.median(steps[:-1] if len(steps) > 1 else [1])
+    far = steps > 2 * np.median(steps[:-1] if len(steps) > 1 else [1])
     return {_cumulative: far, _isolated: far | np.r_[False, far[:-1]]}.get(reading, far & False)
 
 # %% ../nbs/03_fusion.ipynb #c022
-def _pool(parts, share): # (2, datasets, ...) drop and level; whether the drop is a share of the level
+def _pool(parts, share):  # (2, datasets, ...) drop and level; whether the drop is a share of the level
     drop, level = np.nanmean(parts, 1)
     return (np.divide(drop, level, out=np.full_like(drop, np.nan), where=level > 1e-9) if share else drop), level
 
+# %% ../nbs/03_fusion.ipynb #band
 def _band(drop, many, clusters, level):
-    if not len(many) or not np.isfinite(drop).any(): return drop*np.nan, drop*np.nan
-    if clusters < 2: return drop - np.inf, drop + np.inf                   # one picture says nothing of others
-    se, z = np.maximum(np.nanstd(many, 0), .5/clusters), norm.ppf(.5 + level/2) # a handful of equal scores is no certainty
-    width = max(z, np.nanquantile(np.nanmax(np.abs(many - np.nanmean(many, 0))/se, 1), level))
-    width *= np.sqrt(clusters/(clusters - 1))*student.ppf(.5 + level/2, clusters - 1)/z # as in `metrics.interval`
-    return drop - width*se, drop + width*se
+    if not len(many) or not np.isfinite(drop).any():
+        return drop * np.nan, drop * np.nan
+    if clusters < 2:
+        return drop - np.inf, drop + np.inf  # one picture says nothing of others
+    se, z = (
+        np.maximum(np.nanstd(many, 0), 0.5 / clusters),
+        norm.ppf(0.5 + level / 2),
+    )  # a handful of equal scores is no certainty
+    width = max(z, np.nanquantile(np.nanmax(np.abs(many - np.nanmean(many, 0)) / se, 1), level))
+    width *= (
+        np.sqrt(clusters / (clusters - 1)) * student.ppf(0.5 + level / 2, clusters - 1) / z
+    )  # as in `metrics.interval`
+    return drop - width * se, drop + width * se
 
-LOST, LATE = .25, .6 # smallest loss that counts, as a share of the base; share of the depth behind which a layer is late
+# %% ../nbs/03_fusion.ipynb #LOST
+LOST, LATE = (
+    0.25,
+    0.6,
+)  # smallest loss that counts, as a share of the base; share of the depth behind which a layer is late
 
-def _judge(curve, base, reading, where, choose, rule, n, n_layers, seed, draws=2000, level=.95):
+# %% ../nbs/03_fusion.ipynb #judge
+def _judge(curve, base, reading, where, choose, rule, n, n_layers, seed, draws=2000, level=0.95):
     "Drops of the layers in `where` (shares of the depth) with their band; `choose(drop, level, mean base)` is repeated on every resampled curve"
     curve, depth = _check(curve, n_layers)
     bases = {name: _unmasked(base, name) for name in curve.dataset.unique()}
@@ -269,33 +326,60 @@ def _judge(curve, base, reading, where, choose, rule, n, n_layers, seed, draws=2
     layers, clusters, known, parts, kept = np.unique(curve.layer), [], [], [], []
     for name, rows in curve.groupby('dataset'):
         mine = np.unique(rows.layer)
-        if 2*len(mine) < len(layers): warnings.warn(f'dataset {name!r} left out: it has {len(mine)} of {len(layers)} layers'); continue
-        x, boot, m = _resampled(rows.assign(accuracy=rows.accuracy/scale), bases[name]/scale, n, draws, seed + len(known))
-        known.append(x[-1]); clusters.append(m)
-        out = np.full((2, 1 + len(boot), len(layers)), np.nan)              # drop and level; row 0 as measured
+        if 2 * len(mine) < len(layers):
+            warnings.warn(f'dataset {name!r} left out: it has {len(mine)} of {len(layers)} layers')
+            continue
+        x, boot, m = _resampled(
+            rows.assign(accuracy=rows.accuracy / scale), bases[name] / scale, n, draws, seed + len(known)
+        )
+        known.append(x[-1])
+        clusters.append(m)
+        out = np.full((2, 1 + len(boot), len(layers)), np.nan)  # drop and level; row 0 as measured
         x = np.vstack([x[None], boot])
-        if relative: x = np.divide(x, x[:, -1:], out=np.full_like(x, np.nan), where=(x[:, -1:] > 0) & (known[-1] > 0))
-        kept.append(np.full(len(layers), np.nan)); kept[-1][np.isin(layers, mine)] = x[0, :-1]/(x[0, -1] or np.nan)
-        for part, value in zip(out, reading(x)): part[:, np.isin(layers, mine)] = np.where(_gaps(reading, mine, depth), np.nan, value)
+        if relative:
+            x = np.divide(x, x[:, -1:], out=np.full_like(x, np.nan), where=(x[:, -1:] > 0) & (known[-1] > 0))
+        kept.append(np.full(len(layers), np.nan))
+        kept[-1][np.isin(layers, mine)] = x[0, :-1] / (x[0, -1] or np.nan)
+        for part, value in zip(out, reading(x)):
+            part[:, np.isin(layers, mine)] = np.where(_gaps(reading, mine, depth), np.nan, value)
         parts.append(out)
-    if not parts: raise ValueError('curve: every dataset has too few of the layers; measure at least one dataset throughout')
-    if None in clusters: parts = [p[:, :1] for p in parts]                 # one dataset of unknown n: no interval for the mean either
-    parts = np.where((layers > where[0]*depth) & (layers <= where[1]*depth), np.stack(parts, 1), np.nan) # (2, datasets, 1 + draws, layers)
+    if not parts:
+        raise ValueError('curve: every dataset has too few of the layers; measure at least one dataset throughout')
+    if None in clusters:
+        parts = [p[:, :1] for p in parts]  # one dataset of unknown n: no interval for the mean either
+    parts = np.where(
+        (layers > where[0] * depth) & (layers <= where[1] * depth), np.stack(parts, 1), np.nan
+    )  # (2, datasets, 1 + draws, layers)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', RuntimeWarning)                   # what no dataset can judge stays NaN
+        warnings.simplefilter('ignore', RuntimeWarning)  # what no dataset can judge stays NaN
         drop, levels = _pool(parts, reading is _valley)
-        recovered = np.nanmax(np.nanmean(kept, 0)[layers > LATE*depth], initial=-1)
+        recovered = np.nanmax(np.nanmean(kept, 0)[layers > LATE * depth], initial=-1)
         low, high = _band(drop[0], drop[1:], min((c for c in clusters if c), default=1), level)
         chosen = choose(drop, levels, np.mean(known))
         picks = chosen[1:]
-        if 'sample' not in curve and len(clusters) > 2:                   # each resampled curve without one dataset
+        if 'sample' not in curve and len(clusters) > 2:  # each resampled curve without one dataset
             again = parts[:, :, 1:].copy() if len(picks) else np.repeat(parts, len(clusters), 2)
-            for d in range(len(clusters)): again[:, d, d::len(clusters)] = np.nan
+            for d in range(len(clusters)):
+                again[:, d, d :: len(clusters)] = np.nan
             picks = choose(*_pool(again, reading is _valley), np.mean(known))
     unit = 1 if relative else scale
-    table = pd.DataFrame(dict(layer=layers, drop=drop[0]*unit, low=low*unit, high=high*unit, confidence=picks.mean(0) if len(picks) else np.nan,
-                              chosen=chosen[0] & ~(low <= 0)))[np.isfinite(drop[0])].reset_index(drop=True)
-    return Layers(tuple(table.layer[table.chosen].tolist()), dict(zip(table.layer.tolist(), table.confidence.tolist())), table, rule, recovered=float(recovered) if recovered >= 0 else np.nan)
+    table = pd.DataFrame(
+        dict(
+            layer=layers,
+            drop=drop[0] * unit,
+            low=low * unit,
+            high=high * unit,
+            confidence=picks.mean(0) if len(picks) else np.nan,
+            chosen=chosen[0] & ~(low <= 0),
+        )
+    )[np.isfinite(drop[0])].reset_index(drop=True)
+    return Layers(
+        tuple(table.layer[table.chosen].tolist()),
+        dict(zip(table.layer.tolist(), table.confidence.tolist())),
+        table,
+        rule,
+        recovered=float(recovered) if recovered >= 0 else np.nan,
+    )
 
 # %% ../nbs/03_fusion.ipynb #c024
 def _never(found):
@@ -304,94 +388,147 @@ def _never(found):
     found.note = f'never recovers: no layer deeper than {LATE:g} L keeps more than {found.recovered:.2f} of the base'
     return found
 
+# %% ../nbs/03_fusion.ipynb #fusion_layers
 def fusion_layers(
-    curve:pd.DataFrame, # layer, accuracy [, dataset, run, sample, image, n]; one semantic
-    base, # unmasked accuracy: number, dict per dataset, or table with sample and accuracy
-    how:str='knockout', # semantic of the curve: zero, mean, swap (cumulative) or knockout, soft
-    rule:str='information', # or 'paper'
-    scope:str='single', # of knockout and soft; 'from' is cumulative too
-    n:int=None, # samples behind each accuracy, for curves without sample rows
-    n_layers:int=None, # depth of the model; None: the last layer of the curve is the model's last
-    threshold:float=None, # smallest drop: share (information; None: 5 % of base, at least .02), share of the level (paper; None: .5)
-    before:float=LATE, # paper: only the first part of the depth
-    most:int=10, # paper: no more layers than this, the deepest valleys
-    seed:int=0, # of the resampling
-)->Layers: # `drop` in the unit of the curve (information) or relative (paper)
+    curve: pd.DataFrame,  # layer, accuracy [, dataset, run, sample, image, n]; one semantic
+    base,  # unmasked accuracy: number, dict per dataset, or table with sample and accuracy
+    how: str = 'knockout',  # semantic of the curve: zero, mean, swap (cumulative) or knockout, soft
+    rule: str = 'information',  # or 'paper'
+    scope: str = 'single',  # of knockout and soft; 'from' is cumulative too
+    n: int = None,  # samples behind each accuracy, for curves without sample rows
+    n_layers: int = None,  # depth of the model; None: the last layer of the curve is the model's last
+    threshold: float = None,  # smallest drop: share (information; None: 5 % of base, at least .02), share of the level (paper; None: .5)
+    before: float = LATE,  # paper: only the first part of the depth
+    most: int = 10,  # paper: no more layers than this, the deepest valleys
+    seed: int = 0,  # of the resampling
+) -> Layers:  # `drop` in the unit of the curve (information) or relative (paper)
     "Layers at which vision meets language. Raises `ValueError` for what is no curve, and for unknown rules and semantics."
-    if rule not in ('information', 'paper'): raise ValueError(f"fusion_layers: rule {rule!r} does not exist; choose 'information' or 'paper'")
-    if how not in ('zero', 'mean', 'swap', 'knockout', 'soft'): raise ValueError(f'fusion_layers: semantic {how!r} does not exist; choose zero, mean, swap, knockout or soft')
+    if rule not in ('information', 'paper'):
+        raise ValueError(f"fusion_layers: rule {rule!r} does not exist; choose 'information' or 'paper'")
+    if how not in ('zero', 'mean', 'swap', 'knockout', 'soft'):
+        raise ValueError(f'fusion_layers: semantic {how!r} does not exist; choose zero, mean, swap, knockout or soft')
     if rule == 'paper':
-        least = .5 if threshold is None else threshold
+        least = 0.5 if threshold is None else threshold
+
         def choose(drop, level, mean):
-            drop = np.where((drop > least) & (drop*level > .05), drop, -1)
+            drop = np.where((drop > least) & (drop * level > 0.05), drop, -1)
             return (drop > 0) & (drop >= np.sort(drop, -1)[..., -min(most, drop.shape[-1]), None])
-        found = _judge(curve, base, _valley, (-1, before), choose, f'paper: valley deeper than {least:g} of its level, in the first {before:g} L', n, n_layers, seed)
+
+        found = _judge(
+            curve,
+            base,
+            _valley,
+            (-1, before),
+            choose,
+            f'paper: valley deeper than {least:g} of its level, in the first {before:g} L',
+            n,
+            n_layers,
+            seed,
+        )
         return _never(found) if found.recovered < 1 - LOST else found
     cumulative = how in ('zero', 'mean', 'swap') or scope == 'from'
-    choose = lambda drop, level, mean: drop > (max(.02, .05*mean) if threshold is None else threshold)
+    choose = lambda drop, level, mean: drop > (max(0.02, 0.05 * mean) if threshold is None else threshold)
     words = f'information: {"rise to the next layer" if cumulative else "drop at the layer"} above {"5 % of the base and 2 points" if threshold is None else threshold}'
     return _judge(curve, base, _cumulative if cumulative else _single, (-1, 1), choose, words, n, n_layers, seed)
 
 # %% ../nbs/03_fusion.ipynb #c028
 def _semantics(curve, base, how):
     "The rows of one semantic, and those of knockout and swap with their base"
-    if 'how' not in curve or curve.how.nunique() < 2: return curve, {how: curve} if how in ('knockout', 'swap') else {}
-    if how not in set(curve.how): raise ValueError(f"curve: column 'how' holds {sorted(curve.how.unique())}; name one of them with how=")
+    if 'how' not in curve or curve.how.nunique() < 2:
+        return curve, {how: curve} if how in ('knockout', 'swap') else {}
+    if how not in set(curve.how):
+        raise ValueError(f"curve: column 'how' holds {sorted(curve.how.unique())}; name one of them with how=")
     return curve[curve.how == how], {h: curve[curve.how == h] for h in ('knockout', 'swap') if (curve.how == h).any()}
 
+# %% ../nbs/03_fusion.ipynb #review_layer
 def review_layer(
-    curve:pd.DataFrame, # as in `fusion_layers`; may hold the rows of several semantics
-    base, # as in `fusion_layers`
-    how:str=None, # the semantic whose dips are read; None: knockout, which alone shows a planted review, where its rows are there; else zero, that of published curves, or the only one there is
-    rule:str='paper', # accepted so that both functions can be called alike
-    n:int=None, # samples behind each accuracy, for curves without sample rows
-    n_layers:int=None, # depth of the model; None: the last layer of the curve is the model's last
-    threshold:float=LOST, # smallest dip, as a share of the base
-    late:float=LATE, # only layers deeper than this share of the depth
-    seed:int=0, # of the resampling
-)->Layers: # deepest dip first; `.dip` = (dip as a share of the base, low, high) of it, or of the deepest late one when none counts
+    curve: pd.DataFrame,  # as in `fusion_layers`; may hold the rows of several semantics
+    base,  # as in `fusion_layers`
+    how: str = None,  # the semantic whose dips are read; None: knockout, which alone shows a planted review, where its rows are there; else zero, that of published curves, or the only one there is
+    rule: str = 'paper',  # accepted so that both functions can be called alike
+    n: int = None,  # samples behind each accuracy, for curves without sample rows
+    n_layers: int = None,  # depth of the model; None: the last layer of the curve is the model's last
+    threshold: float = LOST,  # smallest dip, as a share of the base
+    late: float = LATE,  # only layers deeper than this share of the depth
+    seed: int = 0,  # of the resampling
+) -> Layers:  # deepest dip first; `.dip` = (dip as a share of the base, low, high) of it, or of the deepest late one when none counts
     "The layer of a second, isolated, late drop, if there is one. Raises `ValueError` for what is no curve."
-    if how is None: how = next((h for h in ('knockout', 'zero') if h in set(curve.how)), curve.how.iloc[0]) if 'how' in curve and len(curve) else 'zero'
+    if how is None:
+        how = (
+            next((h for h in ('knockout', 'zero') if h in set(curve.how)), curve.how.iloc[0])
+            if 'how' in curve and len(curve)
+            else 'zero'
+        )
     curve, honest = _semantics(curve, base, how)
     choose = lambda drop, level, mean: (drop > threshold) & (drop > 1 - level)
-    def dips(curve, how): return _judge(curve, base, _isolated, (late, 1), choose, f'{how}: dip below both neighbours above {threshold:g} of the base, deeper than {late:g} L', n, n_layers, seed)
+
+    def dips(curve, how):
+        return _judge(
+            curve,
+            base,
+            _isolated,
+            (late, 1),
+            choose,
+            f'{how}: dip below both neighbours above {threshold:g} of the base, deeper than {late:g} L',
+            n,
+            n_layers,
+            seed,
+        )
+
     found = dips(curve, how)
-    if found.recovered < 1 - LOST: found = _never(found)
+    if found.recovered < 1 - LOST:
+        found = _never(found)
     rows = found.table[found.table.chosen] if found.layers else found.table
     rows = rows.sort_values('drop', ascending=False, kind='stable')
     found.dip = tuple(float(v) for v in rows[['drop', 'low', 'high']].values[0]) if len(rows) else ()
     found.layers = tuple(rows.layer.tolist()) if found.layers else ()
     if found.layers:
-        shown = {i for h, c in honest.items() for f in (dips(c, h), fusion_layers(c, base, how=h, n=n, n_layers=n_layers, seed=seed)) for i in f.layers}
+        shown = {
+            i
+            for h, c in honest.items()
+            for f in (dips(c, h), fusion_layers(c, base, how=h, n=n, n_layers=n_layers, seed=seed))
+            for i in f.layers
+        }
         kinds = {i: 'information' if i in shown else 'edit' for i in found.layers}
         found.table['kind'] = found.table.layer.map(kinds).fillna('')
         found.kind = kinds[found.layers[0]]
-        if not honest: found.note = 'no rows of knockout or swap: whether the picture is read there was not asked'
-    else: found.kind = found.kind or 'none'
+        if not honest:
+            found.note = 'no rows of knockout or swap: whether the picture is read there was not asked'
+    else:
+        found.kind = found.kind or 'none'
     return found
 
 # %% ../nbs/03_fusion.ipynb #c031
 def masked(
-    table:pd.DataFrame, # masking rows of the store: sample, layer, how, scope, score [, dataset, image]
-    how='knockout', # semantic, or a list of several
-    scope:str=None, # single, from or window; None: the only one there is
-    value:str='score', # column to read
-)->tuple: # (curve, base) for `fusion_layers` and `review_layer`
+    table: pd.DataFrame,  # masking rows of the store: sample, layer, how, scope, score [, dataset, image]
+    how='knockout',  # semantic, or a list of several
+    scope: str = None,  # single, from or window; None: the only one there is
+    value: str = 'score',  # column to read
+) -> tuple:  # (curve, base) for `fusion_layers` and `review_layer`
     "The curve of one semantic, or of several, with the paired unmasked rows. Raises `ValueError` where the table lacks them."
     hows = [how] if isinstance(how, str) else list(how)
     rows, base = table[table.how.isin(hows)], table[table.how == 'none']
-    if scope is not None: rows = rows[rows.scope == scope]
-    if bad := [h for h in (*hows, 'none') if not ((base if h == 'none' else rows).how == h).any()]: raise ValueError(f'masked: no rows with how={bad[0]!r}; the table has {sorted(table.how.unique())}')
+    if scope is not None:
+        rows = rows[rows.scope == scope]
+    if bad := [h for h in (*hows, 'none') if not ((base if h == 'none' else rows).how == h).any()]:
+        raise ValueError(f'masked: no rows with how={bad[0]!r}; the table has {sorted(table.how.unique())}')
     keep = [c for c in ('dataset', 'sample', 'image', 'layer', 'how', 'scope', value) if c in table]
-    return tuple(t[keep].rename(columns={value: 'accuracy'}).reset_index(drop=True) for t in (rows, base.drop(columns='scope', errors='ignore').assign(scope='')))
+    return tuple(
+        t[keep].rename(columns={value: 'accuracy'}).reset_index(drop=True)
+        for t in (rows, base.drop(columns='scope', errors='ignore').assign(scope=''))
+    )
 
 # %% ../nbs/03_fusion.ipynb #agree1
 def agreement(
-    found, # `Layers` or layer numbers that an estimator names
-    opened, # layers at which the picture is read
-    decoys, # layers at which something else is read
-)->dict: # precision (NaN where none of the two sorts is named), recall, exact (1: every open layer and no decoy)
+    found,  # `Layers` or layer numbers that an estimator names
+    opened,  # layers at which the picture is read
+    decoys,  # layers at which something else is read
+) -> dict:  # precision (NaN where none of the two sorts is named), recall, exact (1: every open layer and no decoy)
     "Precision and recall over open and decoy layers"
     found, opened, decoys = set(getattr(found, 'layers', found)), set(opened), set(decoys)
     hits, wrong = len(found & opened), len(found & decoys)
-    return dict(precision=hits/(hits + wrong) if hits + wrong else np.nan, recall=hits/len(opened) if opened else np.nan, exact=float(hits == len(opened) and not wrong))
+    return dict(
+        precision=hits / (hits + wrong) if hits + wrong else np.nan,
+        recall=hits / len(opened) if opened else np.nan,
+        exact=float(hits == len(opened) and not wrong),
+    )

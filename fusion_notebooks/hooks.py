@@ -16,32 +16,41 @@ from .mllm import MLLM
 
 # %% ../nbs/01_hooks.ipynb #c005
 def check_layers(
-    mllm, # the model
-    layers, # None for all, one int, or several
-)->list: # of ints, in order
+    mllm,  # the model
+    layers,  # None for all, one int, or several
+) -> list:  # of ints, in order
     "Decoder layers by number. Raises `ValueError` for a layer that does not exist."
     n = mllm.n_layers
     layers = list(range(n)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
-    if bad := [i for i in layers if not 0 <= i < n]: raise ValueError(f'{mllm.name} has decoder layers 0 to {n - 1}: there is no layer {bad[0]}.')
+    if bad := [i for i in layers if not 0 <= i < n]:
+        raise ValueError(f'{mllm.name} has decoder layers 0 to {n - 1}: there is no layer {bad[0]}.')
     return sorted(int(i) for i in layers)
 
-def _hidden(args, kw): return args[0] if args else kw['hidden_states']
+# %% ../nbs/01_hooks.ipynb #hidden
+def _hidden(args, kw):
+    return args[0] if args else kw['hidden_states']
 
+# %% ../nbs/01_hooks.ipynb #past
 def _past(kw, i):
     "Rows already in the cache of layer i before this forward"
     cache = kw.get('past_key_values')
     return 0 if cache is None else int(cache.get_seq_length(i))
 
+# %% ../nbs/01_hooks.ipynb #removing
 @contextmanager
 def _removing(handles):
-    try: yield
+    try:
+        yield
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
 
 # %% ../nbs/01_hooks.ipynb #c007
 class Tape:
     "What a forward showed; filled by `capture`"
-    def __init__(self, layers, rows, heads): self.layers, self.rows, self.heads, self._maps, self._states = layers, rows, heads, {}, {}
+
+    def __init__(self, layers, rows, heads):
+        self.layers, self.rows, self.heads, self._maps, self._states = layers, rows, heads, {}, {}
 
     def _start(self, seen, cross=False):
         "A new forward over a prompt begins; `seen` is (batch, N), True at visual tokens (or, with cross-attention, at their placeholders)"
@@ -50,65 +59,104 @@ class Tape:
         at = torch.arange(n := int(counts.max()))
         columns = (~seen).to(torch.int8).sort(dim=1, stable=True).indices[:, :n]
         first, self._short, self.valid = int(columns[0, 0]), bool((counts < n).any()), (at < counts).to(device)
-        self._columns = None if cross else slice(first, first + n) if (columns == first + at).all() else columns.to(device)      # a slice where all lie in one piece, at the same place
+        self._columns = (
+            None if cross else slice(first, first + n) if (columns == first + at).all() else columns.to(device)
+        )  # a slice where all lie in one piece, at the same place
         rows = [-1] if self.rows == 'last' else range(seen.shape[1]) if self.rows == 'all' else self.rows
         self._rows = torch.tensor([[r % seen.shape[1] for r in rows]], device=device).expand(len(seen), -1)
         self._maps, self._states, self.listening = {}, {}, True
 
     def _pick(self, x):
         "The rows of (batch, heads, N, width) that are recorded"
-        return x[:, :, -1:] if self.rows == 'last' else x.gather(2, self._rows.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+        return (
+            x[:, :, -1:]
+            if self.rows == 'last'
+            else x.gather(2, self._rows.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+        )
 
     listening = False
+
     def _need(self, what):
-        if not what: raise ValueError('Nothing was captured: run a forward over a prompt with visual tokens inside the `with` block (and pass hidden=True for states).')
+        if not what:
+            raise ValueError(
+                'Nothing was captured: run a forward over a prompt with visual tokens inside the `with` block (and pass hidden=True for states).'
+            )
         return what
+
     @property
     def attention(self):
         "(batch, layers, rows, visual); with heads='all' (batch, layers, heads, rows, visual). NaN at layers that have no visual keys"
         some = next(iter(self._need(self._maps).values()))
-        return torch.stack([self._maps.get(i, torch.full_like(some, torch.nan)).to(some.device) for i in self.layers], 1)
+        return torch.stack(
+            [self._maps.get(i, torch.full_like(some, torch.nan)).to(some.device) for i in self.layers], 1
+        )
+
     @property
     def hidden(self):
         "(batch, n_layers + 1, rows, width): what enters each layer, then what leaves the last"
         return torch.stack([m for _, m in sorted(self._need(self._states).items())], 1)
 
-_listeners = {} # attention module → [(tape, layer)]
+# %% ../nbs/01_hooks.ipynb #listeners
+_listeners = {}  # attention module → [(tape, layer)]
 
+# %% ../nbs/01_hooks.ipynb #record
 def _record(tape, i, module, query, key, mask, scaling):
     k, heads = key.shape[2], key.shape[1]
-    q = tape._pick(query).float()*(scaling if scaling is not None else query.shape[-1]**-.5)
-    logits = (q.reshape(len(q), heads, -1, q.shape[-1]) @ key.float().transpose(2, 3)).reshape(*q.shape[:3], k)    # query heads that share a key head ask it together
+    q = tape._pick(query).float() * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    logits = (q.reshape(len(q), heads, -1, q.shape[-1]) @ key.float().transpose(2, 3)).reshape(
+        *q.shape[:3], k
+    )  # query heads that share a key head ask it together
     if mask is not None:
         mask = tape._pick(mask[..., :k].expand(len(q), *mask.shape[1:3], -1))
-        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask.float()
-    elif tape._columns is not None and tape.rows != 'last': logits = logits.masked_fill((torch.arange(k, device=q.device) > tape._rows.to(q.device)[..., None])[:, None], -torch.inf)
+        logits = (
+            logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+            if mask.dtype == torch.bool
+            else logits + mask.float()
+        )
+    elif tape._columns is not None and tape.rows != 'last':
+        logits = logits.masked_fill(
+            (torch.arange(k, device=q.device) > tape._rows.to(q.device)[..., None])[:, None], -torch.inf
+        )
     _store(tape, i, logits.softmax(-1))
 
+# %% ../nbs/01_hooks.ipynb #store
 def _store(tape, i, a):
     "Keep the visual columns of attention weights (batch, heads, rows, keys)"
-    if tape.heads == 'mean': a = a.mean(1, keepdim=True)
+    if tape.heads == 'mean':
+        a = a.mean(1, keepdim=True)
     if tape._columns is not None:
-        a = a[..., tape._columns] if isinstance(tape._columns, slice) else a.gather(-1, tape._columns.to(a.device)[:, None, None, :].expand(-1, a.shape[1], a.shape[2], -1))
-        if tape._short: a = a*tape.valid.to(a.device)[:, None, None, :]
+        a = (
+            a[..., tape._columns]
+            if isinstance(tape._columns, slice)
+            else a.gather(-1, tape._columns.to(a.device)[:, None, None, :].expand(-1, a.shape[1], a.shape[2], -1))
+        )
+        if tape._short:
+            a = a * tape.valid.to(a.device)[:, None, None, :]
     tape._maps[i] = (a[:, 0] if tape.heads == 'mean' else a).detach()
 
+# %% ../nbs/01_hooks.ipynb #recording_attention
 def _recording_attention(module, query, key, value, attention_mask, scaling=None, **kw):
     for tape, i in _listeners.get(module, ()):
-        if tape.listening: _record(tape, i, module, query, key, attention_mask, scaling)
+        if tape.listening:
+            _record(tape, i, module, query, key, attention_mask, scaling)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
 
+# %% ../nbs/01_hooks.ipynb #recording_eager
 def _recording_eager(module, query, key, value, attention_mask, **kw):
     "A family without SDPA keeps its own attention (biases, caps); its weights are the maps"
-    out, weights = sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, attention_mask, **kw)
+    out, weights = sys.modules[type(module).__module__].eager_attention_forward(
+        module, query, key, value, attention_mask, **kw
+    )
     for tape, i in _listeners.get(module, ()):
-        if tape.listening: _store(tape, i, tape._pick(weights).float())
+        if tape.listening:
+            _store(tape, i, tape._pick(weights).float())
     return out, weights
 
+# %% ../nbs/01_hooks.ipynb #NAME
 NAME, EAGER = 'fusion_capture', 'fusion_capture_eager'
 for name, attention, mask in ((NAME, _recording_attention, sdpa_mask), (EAGER, _recording_eager, eager_mask)):
     AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, mask)         # without it the mask is silently None and padded rows are wrong
+    AttentionMaskInterface.register(name, mask)  # without it the mask is silently None and padded rows are wrong
 
 # %% ../nbs/01_hooks.ipynb #c008
 @contextmanager
@@ -117,7 +165,8 @@ def _listening(mllm, tape):
     modules = {m: i for i in tape.layers if not mllm.cross or i in mllm.cross for m in mllm.layers[i].modules()}
     text = mllm.model.config.get_text_config()
     before = text._attn_implementation
-    for m, i in modules.items(): _listeners.setdefault(m, []).append((tape, i))
+    for m, i in modules.items():
+        _listeners.setdefault(m, []).append((tape, i))
     try:
         text._attn_implementation_internal = EAGER if before == 'eager' else NAME
         yield
@@ -125,160 +174,255 @@ def _listening(mllm, tape):
         text._attn_implementation_internal = before
         for m, i in modules.items():
             _listeners[m].remove((tape, i))
-            if not _listeners[m]: del _listeners[m]
+            if not _listeners[m]:
+                del _listeners[m]
 
+# %% ../nbs/01_hooks.ipynb #capture
 @contextmanager
 def capture(
-    mllm:MLLM, # the model
-    rows='last', # 'last', 'all', or row numbers of the prompt (negative ones count from the end)
-    heads:str='mean', # 'mean' or 'all'
-    layers=None, # decoder layers; None for all
-    hidden:bool=False, # also keep hidden states of these rows at every layer
-): # yields a `Tape`
+    mllm: MLLM,  # the model
+    rows='last',  # 'last', 'all', or row numbers of the prompt (negative ones count from the end)
+    heads: str = 'mean',  # 'mean' or 'all'
+    layers=None,  # decoder layers; None for all
+    hidden: bool = False,  # also keep hidden states of these rows at every layer
+):  # yields a `Tape`
     "Record attention to the visual tokens during a forward over a prompt; decoding steps of `generate` are not recorded"
-    if heads not in ('mean', 'all'): raise ValueError(f"heads is 'mean' or 'all', not {heads!r}.")
+    if heads not in ('mean', 'all'):
+        raise ValueError(f"heads is 'mean' or 'all', not {heads!r}.")
     tape, announced = Tape(check_layers(mllm, layers), rows, heads), []
+
     def begin(ids):
         seen = None if ids is None else ids == mllm.image_token_id
         tape.listening = False
-        if seen is not None and seen.any(): tape._start(seen, bool(mllm.cross))
-    def forward(model, args, kw): announced.append(1); begin(kw.get('input_ids', args[0] if args and not args[0].is_floating_point() else None))
-    def embed(module, args):                                            # `generate` of some families never calls the model's own forward
-        if not announced: begin(args[0])
+        if seen is not None and seen.any():
+            tape._start(seen, bool(mllm.cross))
+
+    def forward(model, args, kw):
+        announced.append(1)
+        begin(kw.get('input_ids', args[0] if args and not args[0].is_floating_point() else None))
+
+    def embed(module, args):  # `generate` of some families never calls the model's own forward
+        if not announced:
+            begin(args[0])
+
     def keep(i, h):
-        if tape.listening: tape._states[i] = tape._pick(h[:, None])[:, 0].detach().to(torch.float32, copy=True)
-    handles = [mllm.model.register_forward_pre_hook(forward, with_kwargs=True), mllm.model.register_forward_hook(lambda *_: announced.clear(), always_call=True),
-               mllm.model.get_input_embeddings().register_forward_pre_hook(embed)]
+        if tape.listening:
+            tape._states[i] = tape._pick(h[:, None])[:, 0].detach().to(torch.float32, copy=True)
+
+    handles = [
+        mllm.model.register_forward_pre_hook(forward, with_kwargs=True),
+        mllm.model.register_forward_hook(lambda *_: announced.clear(), always_call=True),
+        mllm.model.get_input_embeddings().register_forward_pre_hook(embed),
+    ]
     if hidden:
-        handles.append(mllm.layers[0].register_forward_pre_hook(lambda l, args, kw: keep(0, _hidden(args, kw)), with_kwargs=True))
-        handles += [layer.register_forward_hook(lambda l, args, out, i=i: keep(i + 1, out[0] if isinstance(out, tuple) else out)) for i, layer in enumerate(mllm.layers)]
-    with _removing(handles), _listening(mllm, tape): yield tape
+        handles.append(
+            mllm.layers[0].register_forward_pre_hook(lambda l, args, kw: keep(0, _hidden(args, kw)), with_kwargs=True)
+        )
+        handles += [
+            layer.register_forward_hook(
+                lambda l, args, out, i=i: keep(i + 1, out[0] if isinstance(out, tuple) else out)
+            )
+            for i, layer in enumerate(mllm.layers)
+        ]
+    with _removing(handles), _listening(mllm, tape):
+        yield tape
 
 # %% ../nbs/01_hooks.ipynb #c014
 def lens(
-    mllm:MLLM, # the model
-    states:torch.Tensor, # (…, width) states that leave a layer, before the final norm
-)->torch.Tensor: # (…, vocabulary) logits, float32
+    mllm: MLLM,  # the model
+    states: torch.Tensor,  # (…, width) states that leave a layer, before the final norm
+) -> torch.Tensor:  # (…, vocabulary) logits, float32
     "Early output: final norm and head on inner states, with whatever scale or soft cap the model itself puts behind its head (paper, section 1)"
-    if mllm.norm is None: raise ValueError(f'{mllm.name} has no norm between its layers and its head, so inner states cannot be read as answers.')
+    if mllm.norm is None:
+        raise ValueError(
+            f'{mllm.name} has no norm between its layers and its head, so inner states cannot be read as answers.'
+        )
     w = mllm.head.weight
     normed = mllm.norm(states.to(w.device, w.dtype)).reshape(1, -1, states.shape[-1])
-    def say(decoder, args, out): out.last_hidden_state = normed
+
+    def say(decoder, args, out):
+        out.last_hidden_state = normed
+
     rows = torch.ones(1, normed.shape[1], dtype=torch.long, device=mllm.device)
     with torch.inference_mode():
         try:
-            with _removing([mllm.decoder.register_forward_hook(say)]): out = mllm.model(input_ids=rows, attention_mask=rows, use_cache=False).logits
-        except (TypeError, ValueError, AttributeError): out = mllm.head(normed)       # no forward without a picture: nothing but a head
+            with _removing([mllm.decoder.register_forward_hook(say)]):
+                out = mllm.model(input_ids=rows, attention_mask=rows, use_cache=False).logits
+        except (TypeError, ValueError, AttributeError):
+            out = mllm.head(normed)  # no forward without a picture: nothing but a head
     return out.float().reshape(*states.shape[:-1], -1)
 
+# %% ../nbs/01_hooks.ipynb #early_exit
 @contextmanager
 def early_exit(
-    mllm:MLLM, # the model
-    layer:int, # the last decoder layer that still computes
+    mllm: MLLM,  # the model
+    layer: int,  # the last decoder layer that still computes
 ):
     "Turn every later layer into the identity, so that the model answers, first token to last, from this layer"
     check_layers(mllm, layer)
-    def identity(l, args, kw, out): h = _hidden(args, kw); return (h, *out[1:]) if isinstance(out, tuple) else h
-    with _removing([l.register_forward_hook(identity, with_kwargs=True) for l in mllm.layers[layer + 1:]]): yield
+
+    def identity(l, args, kw, out):
+        h = _hidden(args, kw)
+        return (h, *out[1:]) if isinstance(out, tuple) else h
+
+    with _removing([l.register_forward_hook(identity, with_kwargs=True) for l in mllm.layers[layer + 1 :]]):
+        yield
 
 # %% ../nbs/01_hooks.ipynb #c018
 STATE_EDITS, ATTENTION_EDITS = ('zero', 'mean', 'swap'), ('knockout', 'soft')
 
+# %% ../nbs/01_hooks.ipynb #write_states
 def _write_states(i, visual, value, batch):
     "Pre-hook: overwrite (or scale) the visual rows while the prompt passes; the keys, where the picture is read through cross-attention"
+
     def write(h):
         new, cols = h.clone(), visual.to(h.device)
         rows = torch.arange(len(h), device=h.device)[batch][:, None]
         new[rows, cols] = value(h[rows, cols]).to(h)
         return new
+
     def hook(layer, args, kw):
         if 'cross_attention_states' in kw:
             keys = kw['cross_attention_states']
-            if keys is None: return None                               # decoding: the edited keys are in the cache
+            if keys is None:
+                return None  # decoding: the edited keys are in the cache
             n = len(_hidden(args, kw))
-            return args, kw | dict(cross_attention_states=write(keys.reshape(n, -1, keys.shape[-1])).reshape(keys.shape))
+            return args, kw | dict(
+                cross_attention_states=write(keys.reshape(n, -1, keys.shape[-1])).reshape(keys.shape)
+            )
         h = _hidden(args, kw)
-        if _past(kw, i) or h.shape[1] <= int(visual.max()): return None
+        if _past(kw, i) or h.shape[1] <= int(visual.max()):
+            return None
         return ((write(h), *args[1:]), kw) if args else (args, kw | dict(hidden_states=write(h)))
+
     return hook
 
+# %% ../nbs/01_hooks.ipynb #as_float_mask
 def _as_float_mask(mask, h, past):
     "None, bool or float mask → additive float mask (batch, 1, rows, keys) of its own memory"
     low, n = torch.finfo(h.dtype).min, h.shape[1]
     if mask is None or mask.ndim == 2:
         causal = torch.ones(n, past + n, dtype=torch.bool, device=h.device).tril(past)[None, None]
-        mask = causal if mask is None else causal & mask.bool()[:, None, None, :past + n]
-    if mask.dtype == torch.bool: mask = torch.zeros(mask.shape, dtype=h.dtype, device=h.device).masked_fill(~mask, low)
+        mask = causal if mask is None else causal & mask.bool()[:, None, None, : past + n]
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=h.dtype, device=h.device).masked_fill(~mask, low)
     return mask.expand(len(h), *mask.shape[1:]).clone()
 
+# %% ../nbs/01_hooks.ipynb #bias_attention
 def _bias_attention(i, visual, strength, batch, text_from):
     "Pre-hook: add log(strength) to the logits of text rows at visual keys; strength 0 closes them"
+
     def hook(layer, args, kw):
         h, past = _hidden(args, kw), _past(kw, i)
         total = past + h.shape[1]
         rows = torch.arange(past, total, device=h.device) >= text_from
-        if not rows.any(): return None
+        if not rows.any():
+            return None
         mask = _as_float_mask(kw.get('attention_mask'), h, past)
-        cols = visual.to(h.device) - (total - mask.shape[-1])           # sliding caches keep only the last keys
-        at = (torch.arange(len(h), device=h.device)[batch][:, None, None], 0, rows.nonzero()[None, :, 0, None], cols[cols >= 0][None, None])
+        cols = visual.to(h.device) - (total - mask.shape[-1])  # sliding caches keep only the last keys
+        at = (
+            torch.arange(len(h), device=h.device)[batch][:, None, None],
+            0,
+            rows.nonzero()[None, :, 0, None],
+            cols[cols >= 0][None, None],
+        )
         mask[at] = mask[at] + math.log(strength) if strength else torch.finfo(h.dtype).min
         return args, kw | dict(attention_mask=mask)
+
     return hook
 
+# %% ../nbs/01_hooks.ipynb #n_keys
 def _n_keys(kw, n, i):
     "Keys of the cross-attention of layer i, from what it is called with for n samples"
     keys = kw.get('cross_attention_states')
-    return kw['past_key_values'].layers[i].keys.shape[2] if keys is None else keys.numel()//keys.shape[-1]//n
+    return kw['past_key_values'].layers[i].keys.shape[2] if keys is None else keys.numel() // keys.shape[-1] // n
 
+# %% ../nbs/01_hooks.ipynb #close_cross
 def _close_cross(i, visual, strength, batch):
     "Pre-hook for a layer that reads the picture through cross-attention: every row of text reads chosen keys less, or not"
+
     def hook(layer, args, kw):
         h, mask = _hidden(args, kw), kw.get('cross_attention_mask')
         low = torch.finfo(h.dtype).min
-        mask = h.new_zeros(len(h), 1, h.shape[1], _n_keys(kw, len(h), i)) if mask is None else mask.expand(len(h), *mask.shape[1:]).clone()
+        mask = (
+            h.new_zeros(len(h), 1, h.shape[1], _n_keys(kw, len(h), i))
+            if mask is None
+            else mask.expand(len(h), *mask.shape[1:]).clone()
+        )
         rows = torch.arange(len(h), device=h.device)[batch]
         add = torch.zeros(mask.shape[-1], dtype=h.dtype, device=h.device)
         add[visual.to(h.device)] = math.log(strength) if strength else low
         mask[rows] = (mask[rows] + add).clamp(min=low)
         return args, kw | dict(cross_attention_mask=mask)
+
     return hook
 
+# %% ../nbs/01_hooks.ipynb #silence
 def _silence(i, visual, batch):
     "Hook on a cross-attention: with every key closed nothing is read (the softmax alone would read all keys alike)"
+
     def hook(module, args, kw, out):
-        if len(visual) < _n_keys(kw, len(out[0]), i): return None
-        read = out[0].clone(); read[batch] = 0
+        if len(visual) < _n_keys(kw, len(out[0]), i):
+            return None
+        read = out[0].clone()
+        read[batch] = 0
         return (read, *out[1:])
+
     return hook
 
+# %% ../nbs/01_hooks.ipynb #edit
 @contextmanager
 def edit(
-    mllm:MLLM, # the model
-    layers, # decoder layers: None for all, one int, or several
-    visual:torch.Tensor, # (n,) positions of the visual tokens to edit
-    how:str='zero', # zero, mean, swap, knockout or soft (paper, section 4)
-    strength:float|None=None, # zero: factor on the states (0); soft: factor λ on the attention weights before renormalisation (0.1)
-    states:torch.Tensor|None=None, # mean: (n_layers, width); swap: (n_layers, n, width) states entering each layer
-    batch=slice(None), # rows of the batch that are edited: slice or list
-    text_from:int|None=None, # first row counted as text after the image; default: after the last of `visual`
+    mllm: MLLM,  # the model
+    layers,  # decoder layers: None for all, one int, or several
+    visual: torch.Tensor,  # (n,) positions of the visual tokens to edit
+    how: str = 'zero',  # zero, mean, swap, knockout or soft (paper, section 4)
+    strength: float
+    | None = None,  # zero: factor on the states (0); soft: factor λ on the attention weights before renormalisation (0.1)
+    states: torch.Tensor
+    | None = None,  # mean: (n_layers, width); swap: (n_layers, n, width) states entering each layer
+    batch=slice(None),  # rows of the batch that are edited: slice or list
+    text_from: int | None = None,  # first row counted as text after the image; default: after the last of `visual`
 ):
     "Edit visual tokens at the input of given layers; the model is as found afterwards, also after an exception. Raises `ValueError`."
     layers, visual = check_layers(mllm, layers), torch.as_tensor(visual)
-    if how not in STATE_EDITS + ATTENTION_EDITS: raise ValueError(f"No edit '{how}': choose one of {', '.join(STATE_EDITS + ATTENTION_EDITS)}.")
-    if how in ('mean', 'swap') and states is None: raise ValueError(f"'{how}' needs states=: see masking.mean_states and masking.visual_states.")
-    if strength is None: strength = .1 if how == 'soft' else 0.
-    if text_from is None and len(visual): text_from = int(visual.max()) + 1
-    if strength < 0: raise ValueError(f'strength is a factor of at least 0, not {strength}.')
-    value = dict(zero=lambda i: lambda h: h*strength if strength else torch.zeros_like(h)).get(how, lambda i: lambda h: states[i].to(h).expand_as(h))
-    factor = strength if how == 'soft' else 0.
+    if how not in STATE_EDITS + ATTENTION_EDITS:
+        raise ValueError(f"No edit '{how}': choose one of {', '.join(STATE_EDITS + ATTENTION_EDITS)}.")
+    if how in ('mean', 'swap') and states is None:
+        raise ValueError(f"'{how}' needs states=: see masking.mean_states and masking.visual_states.")
+    if strength is None:
+        strength = 0.1 if how == 'soft' else 0.0
+    if text_from is None and len(visual):
+        text_from = int(visual.max()) + 1
+    if strength < 0:
+        raise ValueError(f'strength is a factor of at least 0, not {strength}.')
+    value = dict(zero=lambda i: lambda h: h * strength if strength else torch.zeros_like(h)).get(
+        how, lambda i: lambda h: states[i].to(h).expand_as(h)
+    )
+    factor = strength if how == 'soft' else 0.0
     handles = []
     if mllm.cross and len(visual):
-        if how in STATE_EDITS: layers = [i for i in mllm.cross if layers and i >= layers[0]]      # keys are the same at all layers: an edit lasts from its layer on
+        if how in STATE_EDITS:
+            layers = [
+                i for i in mllm.cross if layers and i >= layers[0]
+            ]  # keys are the same at all layers: an edit lasts from its layer on
         for i in (i for i in layers if i in mllm.cross):
-            hook = _write_states(i, visual, value(i), batch) if how in STATE_EDITS else _close_cross(i, visual, factor, batch)
+            hook = (
+                _write_states(i, visual, value(i), batch)
+                if how in STATE_EDITS
+                else _close_cross(i, visual, factor, batch)
+            )
             handles.append(mllm.layers[i].register_forward_pre_hook(hook, with_kwargs=True))
-            if how not in STATE_EDITS and not factor: handles.append(mllm.layers[i].cross_attn.register_forward_hook(_silence(i, visual, batch), with_kwargs=True))
+            if how not in STATE_EDITS and not factor:
+                handles.append(
+                    mllm.layers[i].cross_attn.register_forward_hook(_silence(i, visual, batch), with_kwargs=True)
+                )
     elif len(visual):
-        hook = lambda i: _write_states(i, visual, value(i), batch) if how in STATE_EDITS else _bias_attention(i, visual, factor, batch, text_from)
+        hook = lambda i: (
+            _write_states(i, visual, value(i), batch)
+            if how in STATE_EDITS
+            else _bias_attention(i, visual, factor, batch, text_from)
+        )
         handles = [mllm.layers[i].register_forward_pre_hook(hook(i), with_kwargs=True) for i in layers]
-    with _removing(handles): yield
+    with _removing(handles):
+        yield

@@ -20,71 +20,102 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from .mllm import Answer, MLLM, Prompt, _is_row, digest, entering, free_memory, in_batches
-from .hooks import ATTENTION_EDITS, STATE_EDITS, _as_float_mask, _hidden, _removing, capture, check_layers, early_exit, edit, lens
+from .hooks import ATTENTION_EDITS, STATE_EDITS, _as_float_mask, _hidden, _removing, capture
+from .hooks import check_layers, early_exit, edit, lens
 
 # %% ../nbs/02_masking.ipynb #c005
 @torch.inference_mode()
 def visual_states(
-    mllm:MLLM, # the model
-    p:Prompt, # a prompt
-)->torch.Tensor: # (n_layers, n, width), float32
+    mllm: MLLM,  # the model
+    p: Prompt,  # a prompt
+) -> torch.Tensor:  # (n_layers, n, width), float32
     "States of the visual tokens at the input of every layer; where the picture is read through cross-attention, its keys, the same at every layer"
-    if mllm.cross: return entering(mllm, p).float().expand(mllm.n_layers, -1, -1)
+    if mllm.cross:
+        return entering(mllm, p).float().expand(mllm.n_layers, -1, -1)
     found, at = [], p.visual
-    def keep(layer, args, kw): h = _hidden(args, kw); found.append(h[0, at.to(h.device)].float().to(mllm.device))
-    with _removing([layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in mllm.layers]): mllm.model(**mllm.encoded([p]), use_cache=False, logits_to_keep=1)
+
+    def keep(layer, args, kw):
+        h = _hidden(args, kw)
+        found.append(h[0, at.to(h.device)].float().to(mllm.device))
+
+    with _removing([layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in mllm.layers]):
+        mllm.model(**mllm.encoded([p]), use_cache=False, logits_to_keep=1)
     return torch.stack(found)
 
+# %% ../nbs/02_masking.ipynb #mean_states
 def mean_states(
-    mllm:MLLM, # the model
-    samples:list, # calibration samples; at least 64 images, none of them evaluated
-)->torch.Tensor: # (n_layers, width), float32
+    mllm: MLLM,  # the model
+    samples: list,  # calibration samples; at least 64 images, none of them evaluated
+) -> torch.Tensor:  # (n_layers, width), float32
     "Mean state of a visual token at the input of every layer, over images and tokens"
     total = n = 0
     for s in samples:
         h = visual_states(mllm, mllm.prompt(s.image, s.question))
         total, n = total + h.double().sum(1), n + h.shape[1]
-    return (total/n).float()
+    return (total / n).float()
 
 # %% ../nbs/02_masking.ipynb #c010
 @dataclass
 class Stem:
     "The first rows of a prompt, as later rows see them"
-    keys:list # per decoder layer (heads, n, width); None below the layer from which the stem is read
-    values:list # likewise
-    position:int # position of the row that follows
-    blank:int=0 # rows at its beginning that nothing sees
-    @property
-    def length(self): "Rows"; return self.keys[-1].shape[1]
-    @property
-    def nbytes(self): "Memory"; return sum(t.nbytes for t in (*self.keys, *self.values) if t is not None)
-    def head(self, n): "Its first n rows"; return Stem([k[:, :n] for k in self.keys], [v[:, :n] for v in self.values], self.position - self.length + n)
 
+    keys: list  # per decoder layer (heads, n, width); None below the layer from which the stem is read
+    values: list  # likewise
+    position: int  # position of the row that follows
+    blank: int = 0  # rows at its beginning that nothing sees
+
+    @property
+    def length(self):
+        "Rows"
+        return self.keys[-1].shape[1]
+
+    @property
+    def nbytes(self):
+        "Memory"
+        return sum(t.nbytes for t in (*self.keys, *self.values) if t is not None)
+
+    def head(self, n):
+        "Its first n rows"
+        return Stem([k[:, :n] for k in self.keys], [v[:, :n] for v in self.values], self.position - self.length + n)
+
+# %% ../nbs/02_masking.ipynb #Row
 @dataclass
 class Row:
     "One row of a ladder: a plain one, or a variant that leaves it"
-    of:int # number of the plain row
-    enter:int=0 # decoder layer at whose input it leaves the plain row
-    stem:Stem|None=None # what it reads from there on; None: what the plain row reads
-    bias:dict=field(default_factory=dict) # decoder layer → added to the logits of visual keys; -inf closes them
-    value:object=None # written over the visual tokens where it enters, (n, width) or (width,); only without stems
-    at:torch.Tensor|None=None # positions of the visual tokens that are edited; None: all of the plain row's
-    leave:int|None=None # the last decoder layer that computes for it, see `leaving`; None: all do
 
+    of: int  # number of the plain row
+    enter: int = 0  # decoder layer at whose input it leaves the plain row
+    stem: Stem | None = None  # what it reads from there on; None: what the plain row reads
+    bias: dict = field(default_factory=dict)  # decoder layer → added to the logits of visual keys; -inf closes them
+    value: object = None  # written over the visual tokens where it enters, (n, width) or (width,); only without stems
+    at: torch.Tensor | None = None  # positions of the visual tokens that are edited; None: all of the plain row's
+    leave: int | None = None  # the last decoder layer that computes for it, see `leaving`; None: all do
+
+# %% ../nbs/02_masking.ipynb #Layer
 class _Layer(DynamicLayer):
     "One layer's keys and values: every row reads a stem that it may share, and appends its own"
-    def __init__(self, stems, apart): # per row (keys, values), each (heads, n, width), or no stems at all; whether attention takes them as they are
+
+    def __init__(
+        self, stems, apart
+    ):  # per row (keys, values), each (heads, n, width), or no stems at all; whether attention takes them as they are
         super().__init__()
         self.stems, self.apart = stems, apart
-        self.rows = None # where the order has changed: which of the keys kept here are whose, (rows,)
-    def get_seq_length(self): return (self.stems[0][0].shape[1] if self.stems else 0) + super().get_seq_length()
+        self.rows = None  # where the order has changed: which of the keys kept here are whose, (rows,)
+
+    def get_seq_length(self):
+        return (self.stems[0][0].shape[1] if self.stems else 0) + super().get_seq_length()
+
     def update(self, key, value, *args, **kw):
-        if self.rows is not None: self.keys, self.values, self.rows = self.keys[self.rows], self.values[self.rows], None
+        if self.rows is not None:
+            self.keys, self.values, self.rows = self.keys[self.rows], self.values[self.rows], None
         own = super().update(key, value)
-        if self.stems and self.apart and key.shape[-1] == value.shape[-1]: own[0].stems = self.stems[:len(key)]         # for `_over_stems`
-        elif self.stems: own = tuple(_beside([s[k] for s in self.stems[:len(key)]], own[k]) for k in (0, 1))
+        if self.stems and self.apart and key.shape[-1] == value.shape[-1]:
+            own[0].stems = self.stems[: len(key)]  # for `_over_stems`
+        elif self.stems:
+            own = tuple(_beside([s[k] for s in self.stems[: len(key)]], own[k]) for k in (0, 1))
         return own
 
+# %% ../nbs/02_masking.ipynb #beside
 def _beside(stems, own):
     "A copy of each row's stem, then its own keys or values, (rows, heads, n + own, width)"
     n = stems[0].shape[1]
@@ -94,150 +125,236 @@ def _beside(stems, own):
     return out
 
 # %% ../nbs/02_masking.ipynb #stems2
-STEMS = 'fusion_stems' # name of the attention below
+STEMS = 'fusion_stems'  # name of the attention below
 
-def _follows(a, b): "Does a tensor lie right behind another in memory?"; return a.is_contiguous() and b.is_contiguous() and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and b.storage_offset() - a.storage_offset() == a.numel()
+# %% ../nbs/02_masking.ipynb #follows
+def _follows(a, b):
+    "Does a tensor lie right behind another in memory?"
+    return (
+        a.is_contiguous()
+        and b.is_contiguous()
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and b.storage_offset() - a.storage_offset() == a.numel()
+    )
 
-def _runs(stems): # per row (keys, values)
+# %% ../nbs/02_masking.ipynb #runs
+def _runs(stems):  # per row (keys, values)
     "Stems that lie side by side and are read by equally many rows, as one batch of views: keys, values, and whose they are, (stems, rows of each)"
     readers, runs = {}, []
-    for b, (k, _) in enumerate(stems): readers.setdefault(k.data_ptr(), []).append(b)
+    for b, (k, _) in enumerate(stems):
+        readers.setdefault(k.data_ptr(), []).append(b)
     for rows in readers.values():
         before = stems[runs[-1][-1][0]] if runs else None
-        if before and len(rows) == len(runs[-1][0]) and all(map(_follows, before, stems[rows[0]])): runs[-1].append(rows)
-        else: runs.append([rows])
+        if before and len(rows) == len(runs[-1][0]) and all(map(_follows, before, stems[rows[0]])):
+            runs[-1].append(rows)
+        else:
+            runs.append([rows])
     batch = lambda first, s: first.as_strided((s, *first.shape), (first.numel(), *first.stride()))
     return [(*(batch(x, len(run)) for x in stems[run[0][0]]), torch.tensor(run)) for run in runs]
 
+# %% ../nbs/02_masking.ipynb #halves
 def _halves(mask, query, key, n):
     "What a mask closes among the rows' own keys (None: what comes later and nothing else, then half of the blocks need not be looked at) and among the n keys of stems (None: nothing). Layers share a mask, so it is read once"
-    kind = len(key), n, query.shape[1]//key.shape[1]
-    if getattr(mask, 'halves', (None,))[0] == kind: return mask.halves[1]
-    whole = _as_float_mask(mask, query[:1 if mask is None else len(mask)].transpose(1, 2), n + key.shape[2] - query.shape[2])
+    kind = len(key), n, query.shape[1] // key.shape[1]
+    if getattr(mask, 'halves', (None,))[0] == kind:
+        return mask.halves[1]
+    whole = _as_float_mask(
+        mask, query[: 1 if mask is None else len(mask)].transpose(1, 2), n + key.shape[2] - query.shape[2]
+    )
     over, own = whole[..., :n], whole[..., n:]
     causal = (own == 0).equal(torch.ones_like(own, dtype=torch.bool).tril())
-    grouped = lambda part: part.repeat(1, 1, kind[2], 1)                        # query heads that share a key head ask as further queries
+    grouped = lambda part: part.repeat(1, 1, kind[2], 1)  # query heads that share a key head ask as further queries
     found = None if causal else grouped(own), grouped(over).expand(len(key), -1, -1, -1) if over.any() else None
-    if mask is not None: mask.halves = kind, found
+    if mask is not None:
+        mask.halves = kind, found
     return found
 
+# %% ../nbs/02_masking.ipynb #over_stems
 def _over_stems(module, query, key, value, mask, scaling=None, **kw):
     "Attention to stems that are not copied: the rows of a stem ask it together, stems side by side as a batch; each row asks its own keys, and the two are weighed"
     stems, flash = getattr(key, 'stems', None), torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    if not stems: return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kw)
+    if not stems:
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kw)
     rows, heads, n = len(key), key.shape[1], stems[0][0].shape[1]
-    q, per = query.reshape(rows, heads, -1, query.shape[-1]), query.shape[1]//heads
+    q, per = query.reshape(rows, heads, -1, query.shape[-1]), query.shape[1] // heads
     mine, over = _halves(mask, query, key, n)
-    if mine is None and per > 1: own, weight = (x.reshape(*q.shape[:3], *x.shape[3:]) for x in flash(query, key.repeat_interleave(per, 1), value.repeat_interleave(per, 1), is_causal=True, scale=scaling))
-    else: own, weight = flash(q, key, value, is_causal=mine is None, attn_mask=mine, scale=scaling)
+    if mine is None and per > 1:
+        own, weight = (
+            x.reshape(*q.shape[:3], *x.shape[3:])
+            for x in flash(
+                query, key.repeat_interleave(per, 1), value.repeat_interleave(per, 1), is_causal=True, scale=scaling
+            )
+        )
+    else:
+        own, weight = flash(q, key, value, is_causal=mine is None, attn_mask=mine, scale=scaling)
     out, total = torch.empty_like(own), torch.empty_like(weight)
     for k, v, some in _runs(stems):
-        line = lambda x: x[some].transpose(1, 2).flatten(2, 3)                   # (rows, heads, T, …) → (stems, heads, rows of each · T, …)
+        line = lambda x: (
+            x[some].transpose(1, 2).flatten(2, 3)
+        )  # (rows, heads, T, …) → (stems, heads, rows of each · T, …)
         back = lambda x: x.unflatten(2, (some.shape[1], -1)).transpose(1, 2)
         a, w = flash(line(q), k, v, attn_mask=None if over is None else line(over), scale=scaling)
         out[some], total[some] = back(a), back(w)
     out = own.lerp(out, (total - weight).sigmoid()[..., None].to(own.dtype))
     return out.reshape(*query.shape[:3], -1).transpose(1, 2).contiguous(), None
 
+# %% ../nbs/02_masking.ipynb #cell
 AttentionInterface.register(STEMS, _over_stems)
 AttentionMaskInterface.register(STEMS, sdpa_mask)
 
+# %% ../nbs/02_masking.ipynb #can_be_apart
 def _can_be_apart(mllm):
     "Does the decoder call SDPA, through transformers' interface, on a CPU?"
-    return mllm.device.type == 'cpu' and mllm.model.config.get_text_config()._attn_implementation == 'sdpa' and getattr(mllm.decoder, '_supports_attention_backend', False)
+    return (
+        mllm.device.type == 'cpu'
+        and mllm.model.config.get_text_config()._attn_implementation == 'sdpa'
+        and getattr(mllm.decoder, '_supports_attention_backend', False)
+    )
 
+# %% ../nbs/02_masking.ipynb #attending
 @contextmanager
 def _attending(mllm, name):
     "Let the text decoder use another attention; None: its own"
     text = mllm.model.config.get_text_config()
     before = text._attn_implementation
     try:
-        if name: text._attn_implementation_internal = name
+        if name:
+            text._attn_implementation_internal = name
         yield
-    finally: text._attn_implementation_internal = before
+    finally:
+        text._attn_implementation_internal = before
 
 # %% ../nbs/02_masking.ipynb #c012
 @contextmanager
 def next_position(mllm):
     "Watch a forward: afterwards the list holds (batch,) positions of the token that would follow"
     found = []
+
     def watch(decoder, args, kw):
         at, x = kw.get('position_ids'), next(v for k in ('inputs_embeds', 'input_ids') if (v := kw.get(k)) is not None)
-        found.append(torch.full((len(x),), x.shape[1], device=x.device) if at is None else at.reshape(-1, *at.shape[-2:]).amax((0, 2)) + 1)
-    with _removing([mllm.decoder.register_forward_pre_hook(watch, with_kwargs=True)]): yield found
+        found.append(
+            torch.full((len(x),), x.shape[1], device=x.device)
+            if at is None
+            else at.reshape(-1, *at.shape[-2:]).amax((0, 2)) + 1
+        )
 
+    with _removing([mllm.decoder.register_forward_pre_hook(watch, with_kwargs=True)]):
+        yield found
+
+# %% ../nbs/02_masking.ipynb #best_token
 def best_token(
-    mllm:MLLM, # the model
-    logits:torch.Tensor, # (…, vocabulary)
-)->torch.Tensor: # (…,)
+    mllm: MLLM,  # the model
+    logits: torch.Tensor,  # (…, vocabulary)
+) -> torch.Tensor:  # (…,)
     "The greedy choice; an image placeholder is no answer, and could not be fed back"
     return logits.index_fill(-1, torch.tensor([mllm.image_token_id], device=logits.device), -math.inf).argmax(-1)
 
+# %% ../nbs/02_masking.ipynb #follow
 def _follow(kw, of, plain):
     "Arguments of a layer, made for the plain rows, for all rows present"
-    if plain == 1: return kw                                                    # one of everything: it broadcasts
-    pick = lambda v, dim: v if v is None or v.shape[dim] == 1 else v.index_select(dim, torch.tensor(of, device=v.device))
+    if plain == 1:
+        return kw  # one of everything: it broadcasts
+    pick = lambda v, dim: (
+        v if v is None or v.shape[dim] == 1 else v.index_select(dim, torch.tensor(of, device=v.device))
+    )
     dims = dict(attention_mask=0, position_ids=-2)
     new = {k: pick(v, dims[k]) for k, v in kw.items() if k in dims}
-    if kw.get('position_embeddings') is not None: new['position_embeddings'] = tuple(pick(v, -3) for v in kw['position_embeddings'])
+    if kw.get('position_embeddings') is not None:
+        new['position_embeddings'] = tuple(pick(v, -3) for v in kw['position_embeddings'])
     return kw | new
 
+# %% ../nbs/02_masking.ipynb #Ladder
 class Ladder:
     "A batch of rows over shared stems, some of which enter at a later layer; the model is as found between forwards"
-    def __init__(self,
-        mllm:MLLM, # the model
-        rows:list, # of `Row`; the first `plain` ones are plain, the others sorted by `enter`
-        stems:list, # the stem of each plain row, all of one length; empty: the first forward gets whole prompts
-        visual:list, # positions of the visual tokens of each plain row
-        text_from:int=0, # edits of attention touch the rows from here on
+
+    def __init__(
+        self,
+        mllm: MLLM,  # the model
+        rows: list,  # of `Row`; the first `plain` ones are plain, the others sorted by `enter`
+        stems: list,  # the stem of each plain row, all of one length; empty: the first forward gets whole prompts
+        visual: list,  # positions of the visual tokens of each plain row
+        text_from: int = 0,  # edits of attention touch the rows from here on
     ):
         self.mllm, self.rows, self.visual, self.text_from = mllm, rows, visual, text_from
         self.plain = len(visual)
         self.entering = True
-        at = lambda r, j: (s.keys[j], s.values[j]) if (s := r.stem if r.stem and r.enter <= j else stems[r.of]) else None
+        at = lambda r, j: (
+            (s.keys[j], s.values[j]) if (s := r.stem if r.stem and r.enter <= j else stems[r.of]) else None
+        )
         self.apart = _can_be_apart(mllm)
-        self.cache = Cache(layers=[_Layer([at(r, j) for r in rows] if stems else [], self.apart) for j in range(mllm.n_layers)])
-        self.seen = torch.ones(self.plain, stems[0].length if stems else 0, dtype=torch.long, device=mllm.device) # (rows, keys), 0 at padding
-        for row, s in zip(self.seen, stems): row[:s.blank] = 0
-        self.position = torch.tensor([s.position for s in stems], device=mllm.device) if stems else None # (rows,) of the next token
+        self.cache = Cache(
+            layers=[_Layer([at(r, j) for r in rows] if stems else [], self.apart) for j in range(mllm.n_layers)]
+        )
+        self.seen = torch.ones(
+            self.plain, stems[0].length if stems else 0, dtype=torch.long, device=mllm.device
+        )  # (rows, keys), 0 at padding
+        for row, s in zip(self.seen, stems):
+            row[: s.blank] = 0
+        self.position = (
+            torch.tensor([s.position for s in stems], device=mllm.device) if stems else None
+        )  # (rows,) of the next token
 
     @torch.inference_mode()
-    def forward(self,
-        ids:torch.Tensor, # (rows, T); in the first forward (plain, T)
-        keep:int=1, # last positions whose logits are wanted
-        seen:torch.Tensor|None=None, # (rows, T), 0 at padding on the left
-        **inputs, # of the model, where there are images among the ids
-    )->torch.Tensor: # (rows, keep, vocabulary), float32
+    def forward(
+        self,
+        ids: torch.Tensor,  # (rows, T); in the first forward (plain, T)
+        keep: int = 1,  # last positions whose logits are wanted
+        seen: torch.Tensor | None = None,  # (rows, T), 0 at padding on the left
+        **inputs,  # of the model, where there are images among the ids
+    ) -> torch.Tensor:  # (rows, keep, vocabulary), float32
         "Go on by T tokens"
         new = torch.ones_like(ids) if seen is None else seen
         self.seen = torch.cat([self.seen, new], 1)
-        if self.position is not None: inputs = dict(position_ids=self.position[:, None] + (new.cumsum(1) - 1).clamp(min=0)) | inputs
-        handles = [layer.register_forward_pre_hook(self._step(j), with_kwargs=True) for j, layer in enumerate(self.mllm.layers)]
+        if self.position is not None:
+            inputs = dict(position_ids=self.position[:, None] + (new.cumsum(1) - 1).clamp(min=0)) | inputs
+        handles = [
+            layer.register_forward_pre_hook(self._step(j), with_kwargs=True) for j, layer in enumerate(self.mllm.layers)
+        ]
         after = [self.mllm.n_layers if r.leave is None else r.leave for r in self.rows]
-        with _removing(handles), next_position(self.mllm) as position, _attending(self.mllm, STEMS if self.apart else None), leaving(self.mllm, torch.tensor(after, device=ids.device)) if min(after) < self.mllm.n_layers else nullcontext():
-            out = self.mllm.model(input_ids=ids, **dict(attention_mask=self.seen) | inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
+        with (
+            _removing(handles),
+            next_position(self.mllm) as position,
+            _attending(self.mllm, STEMS if self.apart else None),
+            leaving(self.mllm, torch.tensor(after, device=ids.device))
+            if min(after) < self.mllm.n_layers
+            else nullcontext(),
+        ):
+            out = self.mllm.model(
+                input_ids=ids,
+                **dict(attention_mask=self.seen) | inputs,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
         self.position = position[0]
-        if self.entering: self._settle()
+        if self.entering:
+            self._settle()
         return out.logits[:, -keep:].float()
 
     def _step(self, j):
         "Pre-hook of layer j: rows enter, and attention is edited"
+
         def hook(layer, args, kw):
             h = _hidden(args, kw)
             past, here = self.cache.layers[j].get_seq_length(), self.rows
             if self.entering:
                 here = [r for r in self.rows if r.enter <= j]
-                if len(here) > len(h): h = torch.cat([h, torch.stack([self._enter(h[r.of], r) for r in here[len(h):]])])
+                if len(here) > len(h):
+                    h = torch.cat([h, torch.stack([self._enter(h[r.of], r) for r in here[len(h) :]])])
                 kw = _follow(kw, [r.of for r in here], self.plain)
-            if any(j in r.bias for r in here): kw = kw | dict(attention_mask=self._biased(j, here, h, past, kw.get('attention_mask')))
+            if any(j in r.bias for r in here):
+                kw = kw | dict(attention_mask=self._biased(j, here, h, past, kw.get('attention_mask')))
             return ((h, *args[1:]), kw) if args else (args, kw | dict(hidden_states=h))
+
         return hook
 
-    def _edited(self, row, h): return (self.visual[row.of] if row.at is None else row.at).to(h.device)
+    def _edited(self, row, h):
+        return (self.visual[row.of] if row.at is None else row.at).to(h.device)
 
     def _enter(self, h, row):
         "The state with which a row leaves its plain row"
-        if row.value is None: return h
+        if row.value is None:
+            return h
         h, at = h.clone(), self._edited(row, h)
         h[at] = row.value.to(h).expand(len(at), -1)
         return h
@@ -248,7 +365,8 @@ class Ladder:
         keys = mask.shape[-1]
         text = torch.arange(past, past + h.shape[1], device=h.device) >= self.text_from
         for b, row in enumerate(here):
-            if j not in row.bias: continue
+            if j not in row.bias:
+                continue
             at = (b, 0, text.nonzero(), self._edited(row, h)[None])
             mask[at] = torch.finfo(h.dtype).min if row.bias[j] == -math.inf else mask[at] + row.bias[j]
         return mask
@@ -257,13 +375,16 @@ class Ladder:
         "After the first forward: below the layer where it entered, a row shares the keys and values of its plain row"
         of = torch.tensor([r.of for r in self.rows])
         for j, layer in enumerate(self.cache.layers):
-            layer.rows = torch.tensor([k if r.enter <= j else r.of for k, r in enumerate(self.rows)], device=layer.keys.device)
+            layer.rows = torch.tensor(
+                [k if r.enter <= j else r.of for k, r in enumerate(self.rows)], device=layer.keys.device
+            )
         self.seen, self.position, self.entering = self.seen[of], self.position[of], False
 
-    def pick(self,
-        which:list, # numbers of rows
-        drop:int=0, # last tokens to forget
-    ): # Ladder, of its own
+    def pick(
+        self,
+        which: list,  # numbers of rows
+        drop: int = 0,  # last tokens to forget
+    ):  # Ladder, of its own
         "Some of the rows, to go on differently"
         new = object.__new__(Ladder)
         new.__dict__.update(self.__dict__, rows=[self.rows[k] for k in which], cache=Cache(layers=[]))
@@ -275,431 +396,627 @@ class Ladder:
                 own = layer.keys.shape[2] - drop
                 copy.lazy_initialization(layer.keys, layer.values)
                 copy.keys, copy.values = layer.keys[:, :, :own], layer.values[:, :, :own]
-                copy.rows = which.to(layer.keys.device) if layer.rows is None else layer.rows[which.to(layer.keys.device)]
+                copy.rows = (
+                    which.to(layer.keys.device) if layer.rows is None else layer.rows[which.to(layer.keys.device)]
+                )
             new.cache.layers.append(copy)
         return new
 
-    def greedy(self,
-        logits:torch.Tensor, # (rows, vocabulary) of the next token
-        limit:int=32, # tokens
-    )->list: # of `Answer`, one per row
+    def greedy(
+        self,
+        logits: torch.Tensor,  # (rows, vocabulary) of the next token
+        limit: int = 32,  # tokens
+    ) -> list:  # of `Answer`, one per row
         "Decode every row until all have ended; those that have are let go"
-        m, rows, here, ids, logp = self.mllm, self, list(range(len(logits))), [[] for _ in logits], [0.]*len(logits)
+        m, rows, here, ids, logp = self.mllm, self, list(range(len(logits))), [[] for _ in logits], [0.0] * len(logits)
         end, live = m.model.generation_config.eos_token_id, here
         end = set(end if isinstance(end, list) else [end])
         while True:
             new = best_token(m, logits)
             said = logits.log_softmax(-1).gather(1, new[:, None])[:, 0].tolist()
             for k, t, lp in zip(here, new.tolist(), said):
-                if k in live: ids[k].append(t); logp[k] += lp
+                if k in live:
+                    ids[k].append(t)
+                    logp[k] += lp
             live = [k for k in live if ids[k][-1] not in end]
-            if not live or len(ids[live[0]]) == limit: break
-            if 2*len(live) <= len(here): at = [here.index(k) for k in live]; rows, new, here = rows.pick(at), new[at], live
+            if not live or len(ids[live[0]]) == limit:
+                break
+            if 2 * len(live) <= len(here):
+                at = [here.index(k) for k in live]
+                rows, new, here = rows.pick(at), new[at], live
             logits = rows.forward(new[:, None])[:, -1]
         return [Answer(m.decode(r), r, lp) for r, lp in zip(ids, logp)]
 
 # %% ../nbs/02_masking.ipynb #c014
 def head_of(
-    p:Prompt, # a prompt
-    n:int, # rows
-)->Prompt: # without a question
+    p: Prompt,  # a prompt
+    n: int,  # rows
+) -> Prompt:  # without a question
     "The first rows of a prompt, with all its images"
     head = replace(p, inputs={k: v[:, :n] if _is_row(v, p.length) else v for k, v in p.inputs.items()}, question='')
     head.shown = p.shown
     return head
 
+# %% ../nbs/02_masking.ipynb #key
 def _key(mllm, p, n):
     "What the first n rows of a prompt depend on"
-    return mllm.weights_state(), p.shown, digest(*(x for k, v in sorted(p.inputs.items()) if _is_row(v, p.length) for x in (k, v[:, :n])))
+    return (
+        mllm.weights_state(),
+        p.shown,
+        digest(*(x for k, v in sorted(p.inputs.items()) if _is_row(v, p.length) for x in (k, v[:, :n]))),
+    )
 
+# %% ../nbs/02_masking.ipynb #fitting
 def fitting(
-    mllm:MLLM, # the model
-    shared:int, # rows of the stem
-    own:int, # rows of the tail
-)->int: # rows of a ladder
+    mllm: MLLM,  # the model
+    shared: int,  # rows of the stem
+    own: int,  # rows of the tail
+) -> int:  # rows of a ladder
     "How many rows to begin with: their keys, values and activations take half of the free memory, and a CPU gains nothing from more than some thousand tokens"
     t = mllm.model.config.get_text_config()
-    kv = 2*getattr(t, 'num_key_value_heads', t.num_attention_heads)*(getattr(t, 'head_dim', None) or t.hidden_size//t.num_attention_heads)
-    numbers = own*(mllm.n_layers*kv + 4*t.hidden_size + 3*t.intermediate_size) + 3*(shared + own)*kv + 4*t.vocab_size
-    most = int(.5*free_memory(mllm.device)/(numbers*mllm.head.weight.element_size()))
-    return max(1, min(most, 1 << 20 if mllm.device.type == 'cuda' else TOKENS//own))
+    kv = (
+        2
+        * getattr(t, 'num_key_value_heads', t.num_attention_heads)
+        * (getattr(t, 'head_dim', None) or t.hidden_size // t.num_attention_heads)
+    )
+    numbers = (
+        own * (mllm.n_layers * kv + 4 * t.hidden_size + 3 * t.intermediate_size)
+        + 3 * (shared + own) * kv
+        + 4 * t.vocab_size
+    )
+    most = int(0.5 * free_memory(mllm.device) / (numbers * mllm.head.weight.element_size()))
+    return max(1, min(most, 1 << 20 if mllm.device.type == 'cuda' else TOKENS // own))
 
-def slides(mllm): "Does some layer see a window of keys? It counts them, so nothing may be padded"; return bool(getattr(mllm.model.config.get_text_config(), 'sliding_window', None))
+# %% ../nbs/02_masking.ipynb #slides
+def slides(mllm):
+    "Does some layer see a window of keys? It counts them, so nothing may be padded"
+    return bool(getattr(mllm.model.config.get_text_config(), 'sliding_window', None))
 
-TOKENS = 2048 # of the tails in one forward on a CPU
+# %% ../nbs/02_masking.ipynb #TOKENS
+TOKENS = 2048  # of the tails in one forward on a CPU
 
+# %% ../nbs/02_masking.ipynb #stems
 @torch.inference_mode()
 def stems(
-    mllm:MLLM, # the model
-    prompts:list, # of `Prompt`
-    n:int, # rows; the same for all
-)->list: # of `Stem`
+    mllm: MLLM,  # the model
+    prompts: list,  # of `Prompt`
+    n: int,  # rows; the same for all
+) -> list:  # of `Stem`
     "Keys and values of the first n rows of some prompts"
     keys = [_key(mllm, p, n) for p in prompts]
     new = {k: p for k, p in zip(keys, prompts) if k not in mllm.kept}
     got = {k: mllm.kept.use(k) for k in keys if k not in new}
+
     def make(some):
         cache = DynamicCache()
-        with next_position(mllm) as position: mllm.model(**mllm.encoded([head_of(p, n) for _, p in some]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return [(k, Stem(*([getattr(layer, what)[b] for layer in cache.layers] for what in ('keys', 'values')), int(position[0][b]))) for b, (k, _) in enumerate(some)]
-    for k, stem in in_batches(make, list(new.items()), fitting(mllm, 0, n)): got[k] = mllm.kept.put(k, stem)
+        with next_position(mllm) as position:
+            mllm.model(
+                **mllm.encoded([head_of(p, n) for _, p in some]),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return [
+            (
+                k,
+                Stem(
+                    *([getattr(layer, what)[b] for layer in cache.layers] for what in ('keys', 'values')),
+                    int(position[0][b]),
+                ),
+            )
+            for b, (k, _) in enumerate(some)
+        ]
+
+    for k, stem in in_batches(make, list(new.items()), fitting(mllm, 0, n)):
+        got[k] = mllm.kept.put(k, stem)
     return [got[k] for k in keys]
 
 # %% ../nbs/02_masking.ipynb #c016
 @dataclass
 class Facts:
     "What may be shared between forwards of a model, as probed"
-    closed:bool # no row up to the last visual token depends on what follows
-    causal:bool # no visual row depends on a later one
-    clean:int # first layer from which on nothing but the hidden states carries the image
-    plain:bool # a ladder of one row gives the logits of an ordinary forward
 
-def _near(a, b, tolerance): return bool(((a - b).abs() <= tolerance*(b.abs() + b.std())).all())
-def _alike(a, b, tolerance): "By their norm: of a hundred thousand logits in bfloat16 some are always far off"; return bool((a - b).norm() <= tolerance*(b - b.mean()).norm())
+    closed: bool  # no row up to the last visual token depends on what follows
+    causal: bool  # no visual row depends on a later one
+    clean: int  # first layer from which on nothing but the hidden states carries the image
+    plain: bool  # a ladder of one row gives the logits of an ordinary forward
 
+# %% ../nbs/02_masking.ipynb #near
+def _near(a, b, tolerance):
+    return bool(((a - b).abs() <= tolerance * (b.abs() + b.std())).all())
+
+# %% ../nbs/02_masking.ipynb #alike
+def _alike(a, b, tolerance):
+    "By their norm: of a hundred thousand logits in bfloat16 some are always far off"
+    return bool((a - b).norm() <= tolerance * (b - b.mean()).norm())
+
+# %% ../nbs/02_masking.ipynb #last_states
 def _last_states(mllm, inputs, n):
     "What enters the last layer in the first n rows; the layers after which something was added to the states; the last logits"
     left, added = {}, []
+
     def enter(layer, args, kw):
         h, j = _hidden(args, kw), left.get('at', 0)
-        if 'out' in left and not torch.equal(left['out'], h): added.append(j - 1)
+        if 'out' in left and not torch.equal(left['out'], h):
+            added.append(j - 1)
         left['last'] = h[0, :n]
-    def leave(layer, args, out): left.update(out=out[0] if isinstance(out, tuple) else out, at=left.get('at', 0) + 1)
-    handles = [h for layer in mllm.layers for h in (layer.register_forward_pre_hook(enter, with_kwargs=True), layer.register_forward_hook(leave))]
-    with _removing(handles): logits = mllm.model(**inputs, use_cache=False, logits_to_keep=1).logits[0, -1]
+
+    def leave(layer, args, out):
+        left.update(out=out[0] if isinstance(out, tuple) else out, at=left.get('at', 0) + 1)
+
+    handles = [
+        h
+        for layer in mllm.layers
+        for h in (layer.register_forward_pre_hook(enter, with_kwargs=True), layer.register_forward_hook(leave))
+    ]
+    with _removing(handles):
+        logits = mllm.model(**inputs, use_cache=False, logits_to_keep=1).logits[0, -1]
     return left['last'], added, logits
 
+# %% ../nbs/02_masking.ipynb #facts
 @torch.inference_mode()
 def facts(
-    mllm:MLLM, # the model
-    p:Prompt, # any prompt
-)->Facts: # kept with the model
+    mllm: MLLM,  # the model
+    p: Prompt,  # any prompt
+) -> Facts:  # kept with the model
     "Probe what may be shared between forwards"
-    if (known := mllm.__dict__.get('facts')): return known
-    if mllm.cross: return Facts(False, False, mllm.n_layers, False)                # the picture has no rows
+    if known := mllm.__dict__.get('facts'):
+        return known
+    if mllm.cross:
+        return Facts(False, False, mllm.n_layers, False)  # the picture has no rows
     n, inputs = int(p.visual[-1]) + 1, mllm.encoded([p])
     ids = inputs['input_ids']
     states, added, logits = _last_states(mllm, inputs, n)
     asked, _, _ = _last_states(mllm, inputs | dict(input_ids=torch.cat([ids[:, :n], ids[:, n:].flip(1)], 1)), n)
-    with edit(mllm, 0, p.visual[-1:], 'zero'): cut, _, _ = _last_states(mllm, inputs, n)
+    with edit(mllm, 0, p.visual[-1:], 'zero'):
+        cut, _, _ = _last_states(mllm, inputs, n)
     eps = torch.finfo(mllm.dtype).eps
-    closed, causal = _near(asked, states, 16*eps), _near(cut[:n - 1], states[:n - 1], 16*eps)
+    closed, causal = _near(asked, states, 16 * eps), _near(cut[: n - 1], states[: n - 1], 16 * eps)
     try:
         ladder = Ladder(mllm, [Row(0)], stems(mllm, [p], n) if closed else [], [p.visual])
         again = ladder.forward(ids[:, n:]) if closed else ladder.forward(**inputs | dict(ids=inputs.pop('input_ids')))
-        plain = len(ladder.cache.layers) == mllm.n_layers and _alike(again[0, -1], logits.float(), max(1e-3, 16*eps))
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError): plain = False
+        plain = len(ladder.cache.layers) == mllm.n_layers and _alike(again[0, -1], logits.float(), max(1e-3, 16 * eps))
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        plain = False
     mllm.facts = Facts(closed, causal, max(added, default=-1) + 1, plain)
     return mllm.facts
 
 # %% ../nbs/02_masking.ipynb #c018
 def bank(
-    mllm:MLLM, # the model
-    p:Prompt, # a prompt with the head that is wanted
-    values:dict, # layer → what is written over the visual tokens there, (width,)
-)->dict|None: # layer → `Stem`; None where it does not fit the budget
+    mllm: MLLM,  # the model
+    p: Prompt,  # a prompt with the head that is wanted
+    values: dict,  # layer → what is written over the visual tokens there, (width,)
+) -> dict | None:  # layer → `Stem`; None where it does not fit the budget
     "The stems of a picture without content, edited at each of some layers"
     n, layers = int(p.visual[-1]) + 1, sorted(values)
     places = [v for _, v in sorted(head_of(p, n).inputs.items()) if not v.is_floating_point()]
     key = 'bank', mllm.weights_state(), digest(*places, *(x for i in layers for x in (i, values[i])))
-    if key in mllm.kept: return mllm.kept.use(key)
-    base, = stems(mllm, [p], n)
-    if sum((mllm.n_layers - i)/mllm.n_layers for i in layers)*base.nbytes > mllm.kept.budget: return None
+    if key in mllm.kept:
+        return mllm.kept.use(key)
+    (base,) = stems(mllm, [p], n)
+    if sum((mllm.n_layers - i) / mllm.n_layers for i in layers) * base.nbytes > mllm.kept.budget:
+        return None
     ladder = Ladder(mllm, [Row(0)] + [Row(0, i, value=values[i]) for i in layers], [], [p.visual])
     inputs = mllm.encoded([head_of(p, n)])
     ladder.forward(inputs.pop('input_ids'), **inputs)
     at = lambda k, i, what: [getattr(layer, what)[k] if j >= i else None for j, layer in enumerate(ladder.cache.layers)]
-    return mllm.kept.put(key, {i: Stem(at(k, i, 'keys'), at(k, i, 'values'), base.position) for k, i in enumerate(layers, 1)})
+    return mllm.kept.put(
+        key, {i: Stem(at(k, i, 'keys'), at(k, i, 'values'), base.position) for k, i in enumerate(layers, 1)}
+    )
 
 # %% ../nbs/02_masking.ipynb #c020
 @dataclass
 class Pass:
     "One forward over a prompt, watched"
-    prompt:Prompt # what went in
-    stem:Stem|None # its keys and values; None where the model's layers keep something else
-    maps:torch.Tensor # (n_layers, visual) attention of the last row, head mean
-    hidden:torch.Tensor # (n_layers + 1, width) the last row: what enters each layer, then what leaves the last
-    logits:torch.Tensor # (vocabulary,) of the first token of the answer
 
+    prompt: Prompt  # what went in
+    stem: Stem | None  # its keys and values; None where the model's layers keep something else
+    maps: torch.Tensor  # (n_layers, visual) attention of the last row, head mean
+    hidden: torch.Tensor  # (n_layers + 1, width) the last row: what enters each layer, then what leaves the last
+    logits: torch.Tensor  # (vocabulary,) of the first token of the answer
+
+# %% ../nbs/02_masking.ipynb #record
 @torch.inference_mode()
 def record(
-    mllm:MLLM, # the model
-    p:Prompt, # a prompt
-)->Pass:
+    mllm: MLLM,  # the model
+    p: Prompt,  # a prompt
+) -> Pass:
     "Run a prompt once and keep what its last row saw"
     plain = facts(mllm, p).plain
     cache = dict(past_key_values=DynamicCache()) if plain else {}
     with capture(mllm, hidden=True) as tape, next_position(mllm) as position:
         logits = mllm.model(**mllm.encoded([p]), **cache, use_cache=plain, logits_to_keep=1).logits[0, -1].float()
-    stem = Stem(*([getattr(layer, what)[0] for layer in cache['past_key_values'].layers] for what in ('keys', 'values')), int(position[0][0])) if plain else None
+    stem = (
+        Stem(
+            *([getattr(layer, what)[0] for layer in cache['past_key_values'].layers] for what in ('keys', 'values')),
+            int(position[0][0]),
+        )
+        if plain
+        else None
+    )
     return Pass(p, stem, tape.attention[0, :, 0], tape.hidden[0, :, 0], logits)
 
+# %% ../nbs/02_masking.ipynb #answer_of
 def answer_of(
-    mllm:MLLM, # the model
-    seen:Pass, # from `record`
-    limit:int=32, # tokens
-)->Answer: # greedy
+    mllm: MLLM,  # the model
+    seen: Pass,  # from `record`
+    limit: int = 32,  # tokens
+) -> Answer:  # greedy
     "The plain answer, going on from a recorded pass"
-    if seen.stem is None: return mllm.generate(seen.prompt, max_new_tokens=limit)[0]
+    if seen.stem is None:
+        return mllm.generate(seen.prompt, max_new_tokens=limit)[0]
     return Ladder(mllm, [Row(0)], [seen.stem], [seen.prompt.visual]).greedy(seen.logits[None], limit)[0]
 
 # %% ../nbs/02_masking.ipynb #c022
-class _Door(Exception): "Ends a forward where the decoder begins"
+class _Door(Exception):
+    "Ends a forward where the decoder begins"
 
+# %% ../nbs/02_masking.ipynb #positions
 def _positions(mllm, inputs):
     "Position ids as the decoder gets them; None where they are just counted"
-    def stop(decoder, args, kw): raise _Door(kw.get('position_ids'))
-    with _removing([mllm.decoder.register_forward_pre_hook(stop, with_kwargs=True)]):
-        try: mllm.model(**inputs, use_cache=False)
-        except _Door as e: return e.args[0]
 
+    def stop(decoder, args, kw):
+        raise _Door(kw.get('position_ids'))
+
+    with _removing([mllm.decoder.register_forward_pre_hook(stop, with_kwargs=True)]):
+        try:
+            mllm.model(**inputs, use_cache=False)
+        except _Door as e:
+            return e.args[0]
+
+# %% ../nbs/02_masking.ipynb #rest
 def _rest(x, both):
     "What follows a tensor in one that begins with it, along its first or second axis; None where it does not"
     for d in range(min(2, both.ndim) if x.ndim == both.ndim else 0):
         k = x.shape[d]
-        if both.shape[d] > k and torch.equal(both.narrow(d, 0, k), x): return both.narrow(d, k, both.shape[d] - k)
+        if both.shape[d] > k and torch.equal(both.narrow(d, 0, k), x):
+            return both.narrow(d, k, both.shape[d] - k)
 
+# %% ../nbs/02_masking.ipynb #second_image
 @torch.inference_mode()
 def second_image(
-    mllm:MLLM, # the model
-    one:Prompt, # a picture
-    both:Prompt, # it and another one behind it
-    n:int, # rows up to the last visual token of `one`
-)->tuple|None: # (`Prompt` of the other picture and the rows of `both` after the first n, their position ids or None where they are just counted); None where `both` is not made of parts
+    mllm: MLLM,  # the model
+    one: Prompt,  # a picture
+    both: Prompt,  # it and another one behind it
+    n: int,  # rows up to the last visual token of `one`
+) -> (
+    tuple | None
+):  # (`Prompt` of the other picture and the rows of `both` after the first n, their position ids or None where they are just counted); None where `both` is not made of parts
     "What a second picture adds to a prompt"
-    rows, pictures = ({k for k, v in both.inputs.items() if _is_row(v, both.length) == which} for which in (True, False))
+    rows, pictures = (
+        {k for k, v in both.inputs.items() if _is_row(v, both.length) == which} for which in (True, False)
+    )
     other = {k: _rest(one.inputs[k], both.inputs[k]) for k in pictures}
-    if not torch.equal(one.inputs['input_ids'][:, :n], both.inputs['input_ids'][:, :n]) or any(v is None for v in other.values()): return None
+    if not torch.equal(one.inputs['input_ids'][:, :n], both.inputs['input_ids'][:, :n]) or any(
+        v is None for v in other.values()
+    ):
+        return None
     tail = {k: both.inputs[k][:, n:] for k in rows}
     tail |= dict(attention_mask=torch.ones_like(tail['input_ids']))
-    rest = replace(both, inputs=tail | other, visual=both.visual[len(one.visual):] - n)
+    rest = replace(both, inputs=tail | other, visual=both.visual[len(one.visual) :] - n)
     at = _positions(mllm, mllm.encoded([both], [one, rest]))
     return rest, None if at is None else at[..., n:]
 
+# %% ../nbs/02_masking.ipynb #second_answers
 def second_answers(
-    mllm:MLLM, # the model
-    stem:Stem, # of the first picture
-    visual:torch.Tensor, # positions of its visual tokens
-    rests:list, # of `second_image`
-    limit:int=32, # tokens
-)->list: # of `Answer`, greedy
+    mllm: MLLM,  # the model
+    stem: Stem,  # of the first picture
+    visual: torch.Tensor,  # positions of its visual tokens
+    rests: list,  # of `second_image`
+    limit: int = 32,  # tokens
+) -> list:  # of `Answer`, greedy
     "Answers to one picture with each of some others behind it, in one batch"
     rows, width = mllm.stack([r for r, _ in rests]), max(r.length for r, _ in rests)
     inputs = mllm.encoded([rows], [r for r, _ in rests])
-    if rests[0][1] is not None: inputs |= dict(position_ids=torch.cat([torch.nn.functional.pad(at, (width - at.shape[-1], 0)) for _, at in rests], -2))
+    if rests[0][1] is not None:
+        inputs |= dict(
+            position_ids=torch.cat([torch.nn.functional.pad(at, (width - at.shape[-1], 0)) for _, at in rests], -2)
+        )
     k = len(rests)
-    ladder = Ladder(mllm, [Row(i) for i in range(k)], [stem]*k, [visual]*k)
-    return ladder.greedy(ladder.forward(inputs.pop('input_ids'), seen=inputs.pop('attention_mask'), **inputs)[:, -1], limit)
+    ladder = Ladder(mllm, [Row(i) for i in range(k)], [stem] * k, [visual] * k)
+    return ladder.greedy(
+        ladder.forward(inputs.pop('input_ids'), seen=inputs.pop('attention_mask'), **inputs)[:, -1], limit
+    )
 
 # %% ../nbs/02_masking.ipynb #c024
 @contextmanager
 def leaving(
-    mllm:MLLM, # the model
-    after:torch.Tensor, # (rows,) the last layer that computes for each row of the batch
+    mllm: MLLM,  # the model
+    after: torch.Tensor,  # (rows,) the last layer that computes for each row of the batch
 ):
     "Turn all later layers into the identity, row by row"
+
     def stay(j):
         def hook(layer, args, kw, out):
             on, h = (after >= j)[:, None, None], _hidden(args, kw)
             return (torch.where(on, out[0], h), *out[1:]) if isinstance(out, tuple) else torch.where(on, out, h)
-        return hook
-    with _removing([layer.register_forward_hook(stay(j), with_kwargs=True) for j, layer in enumerate(mllm.layers)]): yield
 
+        return hook
+
+    with _removing([layer.register_forward_hook(stay(j), with_kwargs=True) for j, layer in enumerate(mllm.layers)]):
+        yield
+
+# %% ../nbs/02_masking.ipynb #side_by_side
 def side_by_side(
-    stems:list, # of `Stem`
-)->list: # of `Stem`, all of one length, which attention can read as one batch
+    stems: list,  # of `Stem`
+) -> list:  # of `Stem`, all of one length, which attention can read as one batch
     "Stems of several prompts; shorter ones begin with rows that nothing sees"
     n = max(s.length for s in stems)
-    keys, values = ([torch.stack([torch.nn.functional.pad(x, (0, 0, n - x.shape[1], 0)) for x in layer]) for layer in zip(*(getattr(s, what) for s in stems))] for what in ('keys', 'values'))
+    keys, values = (
+        [
+            torch.stack([torch.nn.functional.pad(x, (0, 0, n - x.shape[1], 0)) for x in layer])
+            for layer in zip(*(getattr(s, what) for s in stems))
+        ]
+        for what in ('keys', 'values')
+    )
     return [Stem([k[b] for k in keys], [v[b] for v in values], s.position, n - s.length) for b, s in enumerate(stems)]
 
+# %% ../nbs/02_masking.ipynb #exits
 def exits(
-    mllm:MLLM, # the model
-    seen:list, # of `Pass`, from `record`
-    layers=None, # layers after which to answer; None for all
-    limit:int=32, # tokens
-)->list: # per pass a list of `Answer`, one per layer
+    mllm: MLLM,  # the model
+    seen: list,  # of `Pass`, from `record`
+    layers=None,  # layers after which to answer; None for all
+    limit: int = 32,  # tokens
+) -> list:  # per pass a list of `Answer`, one per layer
     "The whole answers from each layer, all from recorded passes, decoded together"
     layers = check_layers(mllm, layers)
-    if any(s.stem is None for s in seen): return [[_exit_alone(mllm, s.prompt, i, limit) for i in layers] for s in seen]
+    if any(s.stem is None for s in seen):
+        return [[_exit_alone(mllm, s.prompt, i, limit) for i in layers] for s in seen]
+
     def together(some):
         stems = side_by_side([s.stem for s in some])
-        rows = Ladder(mllm, [Row(b) for b in range(len(some))], stems, [s.prompt.visual + stem.blank for s, stem in zip(some, stems)]).pick([b for b in range(len(some)) for _ in layers])
-        rows.rows = [replace(r, leave=i) for r, i in zip(rows.rows, layers*len(some))]
+        rows = Ladder(
+            mllm,
+            [Row(b) for b in range(len(some))],
+            stems,
+            [s.prompt.visual + stem.blank for s, stem in zip(some, stems)],
+        ).pick([b for b in range(len(some)) for _ in layers])
+        rows.rows = [replace(r, leave=i) for r, i in zip(rows.rows, layers * len(some))]
         said = rows.greedy(torch.cat([lens(mllm, s.hidden[1:][layers]) for s in some]), limit)
-        return [said[k:k + len(layers)] for k in range(0, len(said), len(layers))]
-    return in_batches(together, seen, 1 if slides(mllm) else max(1, fitting(mllm, max(s.stem.length for s in seen), limit)//len(layers)))
+        return [said[k : k + len(layers)] for k in range(0, len(said), len(layers))]
 
+    return in_batches(
+        together,
+        seen,
+        1 if slides(mllm) else max(1, fitting(mllm, max(s.stem.length for s in seen), limit) // len(layers)),
+    )
+
+# %% ../nbs/02_masking.ipynb #exit_alone
 def _exit_alone(mllm, p, layer, limit):
-    with early_exit(mllm, layer): return mllm.generate(p, max_new_tokens=limit)[0]
+    with early_exit(mllm, layer):
+        return mllm.generate(p, max_new_tokens=limit)[0]
 
 # %% ../nbs/02_masking.ipynb #c026
 def play(
-    ladder:Ladder, # after its first forward
-    logits:torch.Tensor, # (rows, vocabulary) that it returned
-    limit:int=32, # tokens of an answer
-)->tuple: # (`Answer` of each plain row, text of each variant, log-probability each gives to the plain answer)
+    ladder: Ladder,  # after its first forward
+    logits: torch.Tensor,  # (rows, vocabulary) that it returned
+    limit: int = 32,  # tokens of an answer
+) -> tuple:  # (`Answer` of each plain row, text of each variant, log-probability each gives to the plain answer)
     "Let every row of a ladder answer"
     m, of = ladder.mllm, [r.of for r in ladder.rows]
-    plain = ladder.pick(range(ladder.plain)).greedy(logits[:ladder.plain], limit)
+    plain = ladder.pick(range(ladder.plain)).greedy(logits[: ladder.plain], limit)
     width = max(len(a.ids) for a in plain)
-    gold = torch.tensor([(a.ids + a.ids[-1:]*width)[:width] for a in plain], device=logits.device)[of]
-    inside = torch.arange(width, device=logits.device) < torch.tensor([len(a.ids) for a in plain], device=logits.device)[of][:, None]
+    gold = torch.tensor([(a.ids + a.ids[-1:] * width)[:width] for a in plain], device=logits.device)[of]
+    inside = (
+        torch.arange(width, device=logits.device)
+        < torch.tensor([len(a.ids) for a in plain], device=logits.device)[of][:, None]
+    )
     logits = logits[:, None]
-    if width > 1: logits = torch.cat([logits, ladder.forward(gold[:, :-1], keep=width - 1)], 1)
+    if width > 1:
+        logits = torch.cat([logits, ladder.forward(gold[:, :-1], keep=width - 1)], 1)
     logp = (logits.gather(2, gold[..., None])[..., 0] - logits.logsumexp(-1)).masked_fill(~inside, 0).sum(1).tolist()
-    other = (best_token(m, logits) != gold) & inside                            # (rows, width): would have said something else
-    other[:ladder.plain] = False
+    other = (best_token(m, logits) != gold) & inside  # (rows, width): would have said something else
+    other[: ladder.plain] = False
     text = [plain[g].text for g in of]
     if other.any():
         rows, first = other.any(1).nonzero()[:, 0].tolist(), int(other.any(0).nonzero()[0])
         said = ladder.pick(rows, drop=width - 1 - first).greedy(logits[rows, first], limit - first)
-        for k, a in zip(rows, said): text[k] = m.decode(plain[of[k]].ids[:first] + a.ids)
-    return plain, text[ladder.plain:], logp[ladder.plain:]
+        for k, a in zip(rows, said):
+            text[k] = m.decode(plain[of[k]].ids[:first] + a.ids)
+    return plain, text[ladder.plain :], logp[ladder.plain :]
 
 # %% ../nbs/02_masking.ipynb #c028
 def scoped(
-    mllm:MLLM, # the model
-    i:int, # decoder layer
-    scope:str, # single, from or window
-    width:int=3, # layers in a window
-)->list: # decoder layers to edit
+    mllm: MLLM,  # the model
+    i: int,  # decoder layer
+    scope: str,  # single, from or window
+    width: int = 3,  # layers in a window
+) -> list:  # decoder layers to edit
     "The layers that an edit named by layer `i` touches"
-    if scope not in ('single', 'from', 'window'): raise ValueError(f"scope is 'single', 'from' or 'window', not {scope!r}.")
-    low, high = dict(single=(i, i + 1), window=(i - width//2, i - width//2 + width)).get(scope, (i, mllm.n_layers))
+    if scope not in ('single', 'from', 'window'):
+        raise ValueError(f"scope is 'single', 'from' or 'window', not {scope!r}.")
+    low, high = dict(single=(i, i + 1), window=(i - width // 2, i - width // 2 + width)).get(scope, (i, mllm.n_layers))
     return list(range(max(low, 0), min(high, mllm.n_layers)))
 
+# %% ../nbs/02_masking.ipynb #donor
 def _donor(samples, k):
     "The next sample with another picture"
     me = samples[k]
     for j in range(1, len(samples)):
         other = samples[(k + j) % len(samples)]
-        if other.image is not me.image and other.image != me.image: return other
+        if other.image is not me.image and other.image != me.image:
+            return other
     raise ValueError('swap needs another picture: give at least two samples with different images, or donors=.')
 
+# %% ../nbs/02_masking.ipynb #Variant
 @dataclass
 class Variant:
     "One edit of one sample"
-    p:Prompt # the sample's
-    how:str # zero, mean, swap, knockout or soft
-    layers:list # decoder layers that are edited
-    strength:float=.1 # λ of soft
-    mean:torch.Tensor|None=None # (n_layers, width)
-    donor:Prompt|None=None # of swap
+
+    p: Prompt  # the sample's
+    how: str  # zero, mean, swap, knockout or soft
+    layers: list  # decoder layers that are edited
+    strength: float = 0.1  # λ of soft
+    mean: torch.Tensor | None = None  # (n_layers, width)
+    donor: Prompt | None = None  # of swap
 
     @property
-    def cut(self): "Rows up to the last visual token"; return int(self.p.visual[-1]) + 1
+    def cut(self):
+        "Rows up to the last visual token"
+        return int(self.p.visual[-1]) + 1
+
     @property
-    def bias(self): return {i: math.log(self.strength) if self.how == 'soft' and self.strength else -math.inf for i in self.layers} if self.how in ATTENTION_EDITS else {}
+    def bias(self):
+        return (
+            {i: math.log(self.strength) if self.how == 'soft' and self.strength else -math.inf for i in self.layers}
+            if self.how in ATTENTION_EDITS
+            else {}
+        )
+
     def value(self, mllm):
         "What a state edit writes"
         i = self.layers[0]
-        if self.how == 'zero': return torch.zeros(mllm.model.config.get_text_config().hidden_size)
+        if self.how == 'zero':
+            return torch.zeros(mllm.model.config.get_text_config().hidden_size)
         return self.mean[i] if self.how == 'mean' else donor_states(mllm, self.donor)[i] if self.how == 'swap' else None
 
-def donor_states(mllm, p): return mllm.kept.use(key) if (key := ('states', _key(mllm, p, p.length))) in mllm.kept else mllm.kept.put(key, visual_states(mllm, p))
+# %% ../nbs/02_masking.ipynb #donor_states
+def donor_states(mllm, p):
+    return (
+        mllm.kept.use(key)
+        if (key := ('states', _key(mllm, p, p.length))) in mllm.kept
+        else mllm.kept.put(key, visual_states(mllm, p))
+    )
 
+# %% ../nbs/02_masking.ipynb #path_of
 def path_of(
-    mllm:MLLM, # the model
-    v:Variant, # what is asked
-)->str: # ladder, bank, resume or naive
+    mllm: MLLM,  # the model
+    v: Variant,  # what is asked
+) -> str:  # ladder, bank, resume or naive
     "The fastest exact way to one variant"
     f, together = facts(mllm, v.p), int(v.p.visual[-1] - v.p.visual[0]) + 1 == len(v.p.visual)
-    if not f.plain or (v.layers[0] < f.clean and not (f.closed and v.how in ATTENTION_EDITS)): return 'naive'
-    if not f.closed or not (together or v.how in ATTENTION_EDITS): return 'resume'
+    if not f.plain or (v.layers[0] < f.clean and not (f.closed and v.how in ATTENTION_EDITS)):
+        return 'naive'
+    if not f.closed or not (together or v.how in ATTENTION_EDITS):
+        return 'resume'
     return 'bank' if v.how in ('zero', 'mean') else 'ladder'
 
+# %% ../nbs/02_masking.ipynb #climb
 def _climb(mllm, variants, banks, limit):
     "(plain answer, text, logp) of variants whose tails read shared stems"
     n, prompts = variants[0].cut, list({id(v.p): v.p for v in variants}.values())
     of = {id(p): g for g, p in enumerate(prompts)}
     swaps = [v for v in variants if v.how == 'swap']
     own = stems(mllm, prompts + [v.donor for v in swaps], n)
-    instead = dict(zip(map(id, swaps), own[len(prompts):])) | banks
+    instead = dict(zip(map(id, swaps), own[len(prompts) :])) | banks
     rows = [Row(of[id(v.p)], v.layers[0], instead.get(id(v)), v.bias) for v in variants]
     order = sorted(range(len(rows)), key=lambda k: rows[k].enter)
     tails = [p.inputs['input_ids'][0, n:] for p in prompts]
     width = max(map(len, tails))
-    ids, seen = (torch.stack([torch.cat([t.new_zeros(width - len(t)), x]) for t, x in zip(tails, xs)]) for xs in (tails, map(torch.ones_like, tails)))
-    ladder = Ladder(mllm, [Row(g) for g in range(len(prompts))] + [rows[k] for k in order], own[:len(prompts)], [p.visual for p in prompts])
+    ids, seen = (
+        torch.stack([torch.cat([t.new_zeros(width - len(t)), x]) for t, x in zip(tails, xs)])
+        for xs in (tails, map(torch.ones_like, tails))
+    )
+    ladder = Ladder(
+        mllm,
+        [Row(g) for g in range(len(prompts))] + [rows[k] for k in order],
+        own[: len(prompts)],
+        [p.visual for p in prompts],
+    )
     plain, text, logp = play(ladder, ladder.forward(ids, seen=seen)[:, -1], limit)
     got = {k: (plain[rows[k].of], t, lp) for k, t, lp in zip(order, text, logp)}
     return [got[k] for k in range(len(rows))]
 
+# %% ../nbs/02_masking.ipynb #resume
 def _resume(mllm, variants, limit):
     "(plain answer, text, logp) of variants of one sample that enter with all their rows"
     p, order = variants[0].p, sorted(range(len(variants)), key=lambda k: variants[k].layers[0])
     rows = [Row(0, v.layers[0], None, v.bias, v.value(mllm)) for v in (variants[k] for k in order)]
     ladder, inputs = Ladder(mllm, [Row(0)] + rows, [], [p.visual], variants[0].cut), mllm.encoded([p])
     plain, text, logp = play(ladder, ladder.forward(inputs.pop('input_ids'), **inputs)[:, -1], limit)
-    got = dict(zip(order, zip(plain*len(rows), text, logp)))
+    got = dict(zip(order, zip(plain * len(rows), text, logp)))
     return [got[k] for k in range(len(rows))]
 
+# %% ../nbs/02_masking.ipynb #forced
 @torch.inference_mode()
 def _forced(mllm, p, ids):
     "Log-probability of an answer; it is fed over the prompt's cache, since a prefix-LM would let the prompt see an answer appended to it"
     out, ids = mllm.model(**p.inputs, use_cache=True, logits_to_keep=1), torch.tensor([ids], device=mllm.device)
-    if getattr(out, 'past_key_values', None) is None: return mllm.answer_logits(p, ids[0].tolist())[0].gather(1, ids[0][:, None]).sum().item()
+    if getattr(out, 'past_key_values', None) is None:
+        return mllm.answer_logits(p, ids[0].tolist())[0].gather(1, ids[0][:, None]).sum().item()
     logits = [out.logits]
-    if ids.shape[1] > 1: logits.append(mllm.model(input_ids=ids[:, :-1], past_key_values=out.past_key_values, use_cache=True).logits)
+    if ids.shape[1] > 1:
+        logits.append(mllm.model(input_ids=ids[:, :-1], past_key_values=out.past_key_values, use_cache=True).logits)
     return torch.cat(logits, 1).float().log_softmax(-1).gather(2, ids[..., None]).sum().item()
 
+# %% ../nbs/02_masking.ipynb #naive
 def _naive(mllm, v, base, limit):
     "(plain answer, text, logp) of one variant by forwards of its own: what the other paths must equal"
     states = v.mean if v.how == 'mean' else donor_states(mllm, v.donor) if v.how == 'swap' else None
     with edit(mllm, v.layers, v.p.visual, v.how, v.strength if v.how == 'soft' else None, states):
         return base, mllm.generate(v.p, max_new_tokens=limit)[0].text, _forced(mllm, v.p, base.ids)
 
+# %% ../nbs/02_masking.ipynb #outcomes
 def _outcomes(mllm, variants, exact, limit):
     "(plain answer, text, logp, path) of each variant"
     path = [exact if exact == 'naive' else path_of(mllm, v) for v in variants]
-    if exact == 'resume': path = ['naive' if x == 'naive' or v.layers[0] < mllm.facts.clean else 'resume' for v, x in zip(variants, path)]
+    if exact == 'resume':
+        path = ['naive' if x == 'naive' or v.layers[0] < mllm.facts.clean else 'resume' for v, x in zip(variants, path)]
     banks, wanted = {}, {}
     for v, x in zip(variants, path):
-        if x == 'bank': wanted.setdefault((id(v.p), v.how), []).append(v)
+        if x == 'bank':
+            wanted.setdefault((id(v.p), v.how), []).append(v)
     for group in wanted.values():
         found = bank(mllm, group[0].p, {v.layers[0]: v.value(mllm) for v in group})
         banks |= {id(v): found and found[v.layers[0]] for v in group}
     path = ['resume' if x == 'bank' and banks[id(v)] is None else x for v, x in zip(variants, path)]
-    together, out = {}, [None]*len(variants)
+    together, out = {}, [None] * len(variants)
     for k, (v, x) in enumerate(zip(variants, path)):
         key = (v.cut, v.p.length if slides(mllm) else 0) if x in ('ladder', 'bank') else id(v.p)
         together.setdefault((x if x in ('resume', 'naive') else 'climb', key), []).append(k)
     for (x, _), ks in together.items():
         some = [variants[k] for k in ks]
         tail = max(v.p.length - v.cut for v in some)
-        if x == 'climb': got = in_batches(lambda vs: _climb(mllm, vs, banks, limit), some, fitting(mllm, some[0].cut, tail))
-        elif x == 'resume': got = in_batches(lambda vs: _resume(mllm, vs, limit), some, fitting(mllm, 0, some[0].p.length))
-        else: got = [_naive(mllm, v, base, limit) for base in (mllm.generate(some[0].p, max_new_tokens=limit)[0],) for v in some]
-        for k, g in zip(ks, got): out[k] = (*g, path[k])
+        if x == 'climb':
+            got = in_batches(lambda vs: _climb(mllm, vs, banks, limit), some, fitting(mllm, some[0].cut, tail))
+        elif x == 'resume':
+            got = in_batches(lambda vs: _resume(mllm, vs, limit), some, fitting(mllm, 0, some[0].p.length))
+        else:
+            got = [
+                _naive(mllm, v, base, limit)
+                for base in (mllm.generate(some[0].p, max_new_tokens=limit)[0],)
+                for v in some
+            ]
+        for k, g in zip(ks, got):
+            out[k] = (*g, path[k])
     return out
 
+# %% ../nbs/02_masking.ipynb #foreign
 def _foreign(layer):
     "Hooks on a layer that are not transformers' own (these stay after a call with output_attentions)"
-    return [h for h in (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()) if not str(getattr(getattr(h, 'func', h), '__module__', '')).startswith('transformers.')]
+    return [
+        h
+        for h in (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values())
+        if not str(getattr(getattr(h, 'func', h), '__module__', '')).startswith('transformers.')
+    ]
 
+# %% ../nbs/02_masking.ipynb #sweep
 def sweep(
-    mllm:MLLM, # the model
-    samples:list, # of `Sample`
-    how='zero', # a semantic or several: zero, mean, swap, knockout, soft
-    scope:str='single', # single, from or window; for knockout and soft
-    layers=None, # decoder layers; None for all
-    exact:str='auto', # auto (the fastest exact path), resume or naive
-    strength:float|None=None, # λ of soft; default .1
-    mean:torch.Tensor|None=None, # (n_layers, width), from `mean_states`; needed for mean
-    donors:list|None=None, # one sample per sample for swap; default: the next one with another picture
-    width:int=3, # layers in a window
-    limit:int=32, # tokens of an answer
-    batch:int=16, # samples at a time
-    progress:bool=False, # show a bar
-)->pd.DataFrame: # sample, layer, how, scope, prediction, logp (of the unmasked answer), path; the unmasked rows have layer -1 and how 'none'
+    mllm: MLLM,  # the model
+    samples: list,  # of `Sample`
+    how='zero',  # a semantic or several: zero, mean, swap, knockout, soft
+    scope: str = 'single',  # single, from or window; for knockout and soft
+    layers=None,  # decoder layers; None for all
+    exact: str = 'auto',  # auto (the fastest exact path), resume or naive
+    strength: float | None = None,  # λ of soft; default .1
+    mean: torch.Tensor | None = None,  # (n_layers, width), from `mean_states`; needed for mean
+    donors: list | None = None,  # one sample per sample for swap; default: the next one with another picture
+    width: int = 3,  # layers in a window
+    limit: int = 32,  # tokens of an answer
+    batch: int = 16,  # samples at a time
+    progress: bool = False,  # show a bar
+) -> pd.DataFrame:  # sample, layer, how, scope, prediction, logp (of the unmasked answer), path; the unmasked rows have layer -1 and how 'none'
     "Edit the visual tokens at each layer in turn (paper, sections 1 and 4). Raises `ValueError` for unknown semantics, scopes and layers, and for donors of another size."
     hows, layers = [how] if isinstance(how, str) else list(how), check_layers(mllm, layers)
-    if exact not in ('auto', 'resume', 'naive'): raise ValueError(f"exact is 'auto', 'resume' or 'naive', not {exact!r}.")
-    if bad := [h for h in hows if h not in STATE_EDITS + ATTENTION_EDITS]: raise ValueError(f"No edit '{bad[0]}': choose from {', '.join(STATE_EDITS + ATTENTION_EDITS)}.")
+    if exact not in ('auto', 'resume', 'naive'):
+        raise ValueError(f"exact is 'auto', 'resume' or 'naive', not {exact!r}.")
+    if bad := [h for h in hows if h not in STATE_EDITS + ATTENTION_EDITS]:
+        raise ValueError(f"No edit '{bad[0]}': choose from {', '.join(STATE_EDITS + ATTENTION_EDITS)}.")
     scoped(mllm, 0, scope, width)
-    if 'mean' in hows and mean is None: raise ValueError("'mean' needs mean=: the states that masking.mean_states makes from calibration samples.")
-    if any(map(_foreign, mllm.layers)): raise ValueError('The layers carry hooks: end the edit or capture around this call first.')
+    if 'mean' in hows and mean is None:
+        raise ValueError("'mean' needs mean=: the states that masking.mean_states makes from calibration samples.")
+    if any(map(_foreign, mllm.layers)):
+        raise ValueError('The layers carry hooks: end the edit or capture around this call first.')
     rows, bar = [], tqdm(total=len(samples), desc='sweep', disable=not progress, mininterval=2)
     keys = [(h, i, scope if h in ATTENTION_EDITS else 'single') for h in hows for i in layers]
     for first in range(0, len(samples), batch):
@@ -708,12 +1025,31 @@ def sweep(
             p, donor = mllm.prompt(samples[k].image, samples[k].question), None
             if 'swap' in hows:
                 donor = mllm.prompt((donors[k] if donors else _donor(samples, k)).image, samples[k].question)
-                if not torch.equal(donor.inputs['input_ids'], p.inputs['input_ids']): raise ValueError(f'Sample {samples[k].id}: the donor picture has {len(donor.visual)} visual tokens, the sample {len(p.visual)}; give donors= of the same size.')
-            variants += [Variant(p, h, scoped(mllm, i, s, width), .1 if strength is None else strength, mean, donor) for h, i, s in keys]
+                if not torch.equal(donor.inputs['input_ids'], p.inputs['input_ids']):
+                    raise ValueError(
+                        f'Sample {samples[k].id}: the donor picture has {len(donor.visual)} visual tokens, the sample {len(p.visual)}; give donors= of the same size.'
+                    )
+            variants += [
+                Variant(p, h, scoped(mllm, i, s, width), 0.1 if strength is None else strength, mean, donor)
+                for h, i, s in keys
+            ]
         found = iter(_outcomes(mllm, variants, exact, limit))
         for k in some:
             mine = [next(found) for _ in keys]
-            rows.append(dict(sample=samples[k].id, layer=-1, how='none', scope='none', prediction=mine[0][0].text, logp=mine[0][0].logp, path='plain'))
-            rows += [dict(sample=samples[k].id, layer=i, how=h, scope=sc, prediction=t, logp=lp, path=x) for (h, i, sc), (_, t, lp, x) in zip(keys, mine)]
+            rows.append(
+                dict(
+                    sample=samples[k].id,
+                    layer=-1,
+                    how='none',
+                    scope='none',
+                    prediction=mine[0][0].text,
+                    logp=mine[0][0].logp,
+                    path='plain',
+                )
+            )
+            rows += [
+                dict(sample=samples[k].id, layer=i, how=h, scope=sc, prediction=t, logp=lp, path=x)
+                for (h, i, sc), (_, t, lp, x) in zip(keys, mine)
+            ]
             bar.update()
     return pd.DataFrame(rows)

@@ -15,41 +15,82 @@ from scipy.stats import binomtest, norm, t as student
 from .fusion import resample
 
 # %% ../nbs/07_metrics.ipynb #c005
-_ENDINGS = {"n't": 'ai are ca could did does do had has have is might must need ought sha should was were wo would', "n't've": 'could had might should would',
-            "'ve": 'could might must not should they we what where who would you', "'d": 'he how it someone something there they where who you',
-            "'d've": 'he it she somebody someone something there they we who you', "'s": 'he how somebody someone that there what when where who why',
-            "'ll": 'how it somebody someone something they what who why you', "'re": 'there they what why you', "'all": 'y'}
-_WHOLE = [w + end for end, words in _ENDINGS.items() for w in words.split()] + ["'ow's'at", "'twas", "ma'am", "o'clock", "y'all'd've", "y'all'll"]
-CONTRACTIONS = {w[:i] + w[i+1:]: w for w in _WHOLE for i, c in enumerate(w) if c == "'"} | {"somebody'd": 'somebodyd'} # one apostrophe missing → whole; the last is the evaluators' own
-NUMBERS = dict(none='0', zero='0', one='1', two='2', three='3', four='4', five='5', six='6', seven='7', eight='8', nine='9', ten='10')
+_ENDINGS = {
+    "n't": 'ai are ca could did does do had has have is might must need ought sha should was were wo would',
+    "n't've": 'could had might should would',
+    "'ve": 'could might must not should they we what where who would you',
+    "'d": 'he how it someone something there they where who you',
+    "'d've": 'he it she somebody someone something there they we who you',
+    "'s": 'he how somebody someone that there what when where who why',
+    "'ll": 'how it somebody someone something they what who why you',
+    "'re": 'there they what why you',
+    "'all": 'y',
+}
+_WHOLE = [w + end for end, words in _ENDINGS.items() for w in words.split()] + [
+    "'ow's'at",
+    "'twas",
+    "ma'am",
+    "o'clock",
+    "y'all'd've",
+    "y'all'll",
+]
+CONTRACTIONS = {w[:i] + w[i + 1 :]: w for w in _WHOLE for i, c in enumerate(w) if c == "'"} | {
+    "somebody'd": 'somebodyd'
+}  # one apostrophe missing → whole; the last is the evaluators' own
+NUMBERS = dict(
+    none='0',
+    zero='0',
+    one='1',
+    two='2',
+    three='3',
+    four='4',
+    five='5',
+    six='6',
+    seven='7',
+    eight='8',
+    nine='9',
+    ten='10',
+)
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
+# %% ../nbs/07_metrics.ipynb #normal
 def _normal(text, digit):
     "Punctuation, articles, number words and contractions; `digit` is what counts as one"
     comma, out = re.search(f'{digit},{digit}', text), text
-    for p in PUNCTUATION: out = out.replace(p, '' if comma or p + ' ' in text or ' ' + p in text else ' ')
+    for p in PUNCTUATION:
+        out = out.replace(p, '' if comma or p + ' ' in text or ' ' + p in text else ' ')
     out = re.sub(rf'\.(?!{digit})', '', out, count=32).lower().split()
     out = [w for w in (NUMBERS.get(w, w) for w in out) if w not in ('a', 'an', 'the')]
     return ' '.join(CONTRACTIONS.get(w, w) for w in out)
 
-def _blank(text): return text.replace('\n', ' ').replace('\t', ' ').strip()
+# %% ../nbs/07_metrics.ipynb #blank
+def _blank(text):
+    return text.replace('\n', ' ').replace('\t', ' ').strip()
 
+# %% ../nbs/07_metrics.ipynb #official
 @lru_cache(1 << 16)
-def _official(text): return _normal(text, '[0-9]') # the evaluator is Python 2, whose \d is that
+def _official(text):
+    return _normal(text, '[0-9]')  # the evaluator is Python 2, whose \d is that
 
+# %% ../nbs/07_metrics.ipynb #evalai
 @lru_cache(1 << 16)
-def _evalai(text): return _normal(_blank(text.lower().replace(',', '').replace('?', '').replace("'s", " 's").strip()), r'\d')
+def _evalai(text):
+    return _normal(_blank(text.lower().replace(',', '').replace('?', '').replace("'s", " 's").strip()), r'\d')
 
+# %% ../nbs/07_metrics.ipynb #agreement
 def _agreement(text, answers):
     "Mean over the answers left out in turn of min(matches among the others/3, 1)"
     same = [a == text for a in answers]
-    return float(np.mean([min((sum(same) - s)/3, 1) for s in same]))
+    return float(np.mean([min((sum(same) - s) / 3, 1) for s in same]))
 
+# %% ../nbs/07_metrics.ipynb #vqa
 def _vqa(text, answers):
     text, *answers = map(_blank, (text, *answers))
     return _agreement(*((_official(text), list(map(_official, answers))) if len(set(answers)) > 1 else (text, answers)))
 
-def _vqa_evalai(text, answers): return _agreement(_evalai(text), list(map(_evalai, answers)))
+# %% ../nbs/07_metrics.ipynb #vqa_evalai
+def _vqa_evalai(text, answers):
+    return _agreement(_evalai(text), list(map(_evalai, answers)))
 
 # %% ../nbs/07_metrics.ipynb #c008
 def _distance(a, b):
@@ -57,177 +98,266 @@ def _distance(a, b):
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         before, row[0] = row[0], i
-        for j, y in enumerate(b, 1): before, row[j] = row[j], before if x == y else 1 + min(before, row[j], row[j - 1])
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], before if x == y else 1 + min(before, row[j], row[j - 1])
     return row[-1]
 
+# %% ../nbs/07_metrics.ipynb #anls
 def _anls(text, answers):
-    best = 0.
+    best = 0.0
     for answer in answers:
         a, b = (' '.join(t.lower().split()) for t in (answer, text))
-        length = max(len(answer.upper()), len(text.upper()), 1) # as the references count it
-        if 1 - abs(len(a) - len(b))/length >= .5: best = max(best, 1 - _distance(a, b)/length)
-    return best if best >= .5 else 0.
+        length = max(len(answer.upper()), len(text.upper()), 1)  # as the references count it
+        if 1 - abs(len(a) - len(b)) / length >= 0.5:
+            best = max(best, 1 - _distance(a, b) / length)
+    return best if best >= 0.5 else 0.0
 
+# %% ../nbs/07_metrics.ipynb #LETTERS
 LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
-_REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.", "I'm sorry, but without the image provided", 'Cannot determine the answer')
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    'Cannot determine the answer',
+)
 
+# %% ../nbs/07_metrics.ipynb #letter
 def letter(
-    prediction:str, # what the model said
-    options, # texts of the options, A first
-)->str: # 'A', 'B', …; 'Z' where the model refuses, '' where none can be read
+    prediction: str,  # what the model said
+    options,  # texts of the options, A first
+) -> str:  # 'A', 'B', …; 'Z' where the model refuses, '' where none can be read
     "The choice that a text names (VLMEvalKit's `can_infer`)"
-    known = LETTERS[:len(options)]
+    known = LETTERS[: len(options)]
     if 'Failed to obtain answer via API' not in prediction:
-        if any(r in prediction for r in _REFUSALS): return 'Z'
+        if any(r in prediction for r in _REFUSALS):
+            return 'Z'
         words = prediction.translate(str.maketrans(dict.fromkeys('.()[],:;!*#{}', ' '))).split()
         named = [c for c in known if c in words]
-        if len(named) == 1 and words.index(named[0]) > len(words) - 5: return named[0]
-        if not named and 'Z' in words: return 'Z'
-        if (said := re.search(r'(?i)answer\s+is\s+\**([ABCD])', prediction)) and said[1].upper() in known: return said[1].upper()
-    if len(prediction.lower()) > 2*sum(map(len, options)): return ''
+        if len(named) == 1 and words.index(named[0]) > len(words) - 5:
+            return named[0]
+        if not named and 'Z' in words:
+            return 'Z'
+        if (said := re.search(r'(?i)answer\s+is\s+\**([ABCD])', prediction)) and said[1].upper() in known:
+            return said[1].upper()
+    if len(prediction.lower()) > 2 * sum(map(len, options)):
+        return ''
     named = [c for c, o in zip(known, options) if o.lower() in prediction.lower()]
     return named[0] if len(named) == 1 else ''
 
-def _says_yes(text): return not {'No', 'no', 'not'} & set(text.split('.')[0].replace(',', '').split(' '))
+# %% ../nbs/07_metrics.ipynb #says_yes
+def _says_yes(text):
+    return not {'No', 'no', 'not'} & set(text.split('.')[0].replace(',', '').split(' '))
 
-def _gqa(text): return text.strip().rstrip('.').lower()
-def _words(text): return set(re.findall(r"[\w']+", text.lower()))
+# %% ../nbs/07_metrics.ipynb #gqa
+def _gqa(text):
+    return text.strip().rstrip('.').lower()
+
+# %% ../nbs/07_metrics.ipynb #words
+def _words(text):
+    return set(re.findall(r"[\w']+", text.lower()))
 
 # %% ../nbs/07_metrics.ipynb #c010
-METRICS = {'vqa': _vqa, 'vqa-evalai': _vqa_evalai, 'anls': _anls,
-           'gqa': lambda p, answers: _gqa(p) in map(_gqa, answers),
-           'mmbench': lambda p, answers: letter(p, answers[1:]) == answers[0],
-           'pope': lambda p, answers: _says_yes(p) == (answers[0] != 'no'),
-           'lenient': lambda p, answers: any(_words(p) & _words(a) for a in answers)}
-_LEAST = {'vqa': (2, "the answers of several people"), 'vqa-evalai': (2, "the answers of several people"), 'mmbench': (3, 'the letter and then its options'), 'pope': (1, 'yes or no')}
+METRICS = {
+    'vqa': _vqa,
+    'vqa-evalai': _vqa_evalai,
+    'anls': _anls,
+    'gqa': lambda p, answers: _gqa(p) in map(_gqa, answers),
+    'mmbench': lambda p, answers: letter(p, answers[1:]) == answers[0],
+    'pope': lambda p, answers: _says_yes(p) == (answers[0] != 'no'),
+    'lenient': lambda p, answers: any(_words(p) & _words(a) for a in answers),
+}
+_LEAST = {
+    'vqa': (2, "the answers of several people"),
+    'vqa-evalai': (2, "the answers of several people"),
+    'mmbench': (3, 'the letter and then its options'),
+    'pope': (1, 'yes or no'),
+}
 
+# %% ../nbs/07_metrics.ipynb #answers
 def _answers(name, i, given):
     "The answers of sample i as a tuple, or what is wrong with them"
-    given = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, (list, tuple, set, np.ndarray)) else ()
+    given = (
+        (given,)
+        if isinstance(given, str)
+        else tuple(given)
+        if isinstance(given, (list, tuple, set, np.ndarray))
+        else ()
+    )
     least, what = _LEAST.get(name, (1, 'at least one text'))
     good = len(given) >= least and all(isinstance(a, str) for a in given)
-    if good and name == 'mmbench': good = given[0] in list(LETTERS[:len(given) - 1])
-    if good and name == 'pope': good = len(given) == 1 and given[0] in ('yes', 'no')
-    if not good: raise ValueError(f'score: reference {i} is {str(given)[:80]}; {name} takes {what}')
+    if good and name == 'mmbench':
+        good = given[0] in list(LETTERS[: len(given) - 1])
+    if good and name == 'pope':
+        good = len(given) == 1 and given[0] in ('yes', 'no')
+    if not good:
+        raise ValueError(f'score: reference {i} is {str(given)[:80]}; {name} takes {what}')
     return given
 
+# %% ../nbs/07_metrics.ipynb #score
 def score(
-    name:str, # a key of `METRICS`
-    predictions, # (n,) texts
-    references, # (n,) lists of answers (one answer may be a plain text); mmbench: the letter, then its options
-)->np.ndarray: # (n,) 0…1
+    name: str,  # a key of `METRICS`
+    predictions,  # (n,) texts
+    references,  # (n,) lists of answers (one answer may be a plain text); mmbench: the letter, then its options
+) -> np.ndarray:  # (n,) 0…1
     "Score every prediction against its answers. Raises `ValueError`, naming the sample whose prediction or reference has the wrong shape."
-    if name not in METRICS: raise ValueError(f'score: metric {name!r} does not exist; choose one of {", ".join(METRICS)}')
+    if name not in METRICS:
+        raise ValueError(f'score: metric {name!r} does not exist; choose one of {", ".join(METRICS)}')
     predictions, references = list(predictions), list(references)
-    if len(predictions) != len(references): raise ValueError(f'score: {len(predictions)} predictions for {len(references)} references; pass one list of answers per prediction')
-    if wrong := [i for i, p in enumerate(predictions) if not isinstance(p, str)]: raise ValueError(f'score: prediction {wrong[0]} is {predictions[wrong[0]]!r}; pass texts')
-    return np.array([METRICS[name](p, _answers(name, i, a)) for i, (p, a) in enumerate(zip(predictions, references))], float)
+    if len(predictions) != len(references):
+        raise ValueError(
+            f'score: {len(predictions)} predictions for {len(references)} references; pass one list of answers per prediction'
+        )
+    if wrong := [i for i, p in enumerate(predictions) if not isinstance(p, str)]:
+        raise ValueError(f'score: prediction {wrong[0]} is {predictions[wrong[0]]!r}; pass texts')
+    return np.array(
+        [METRICS[name](p, _answers(name, i, a)) for i, (p, a) in enumerate(zip(predictions, references))], float
+    )
 
 # %% ../nbs/07_metrics.ipynb #c013
 def circular(
-    scores, # (n,) 0/1 scores of single rotations
-    groups, # (n,) the question that each belongs to
-)->pd.Series: # question → 1 where every rotation was right, in the order of first appearance
+    scores,  # (n,) 0/1 scores of single rotations
+    groups,  # (n,) the question that each belongs to
+) -> pd.Series:  # question → 1 where every rotation was right, in the order of first appearance
     "MMBench's CircularEval"
     scores, groups = np.asarray(scores, float), list(groups)
-    if len(groups) != len(scores): raise ValueError(f'circular: {len(groups)} groups for {len(scores)} scores; pass one per score')
+    if len(groups) != len(scores):
+        raise ValueError(f'circular: {len(groups)} groups for {len(scores)} scores; pass one per score')
     return (pd.Series(scores).groupby(groups, sort=False).min() == 1).astype(float)
 
+# %% ../nbs/07_metrics.ipynb #pope
 def pope(
-    predictions, # (n,) texts
-    references, # (n,) 'yes' or 'no'
-)->dict: # accuracy, precision, recall, f1, yes_ratio; NaN where its denominator is 0
+    predictions,  # (n,) texts
+    references,  # (n,) 'yes' or 'no'
+) -> dict:  # accuracy, precision, recall, f1, yes_ratio; NaN where its denominator is 0
     "The five numbers of POPE, for one of its settings (random, popular, adversarial) or all"
     right = score('pope', predictions, references).astype(bool)
     said = np.array([_says_yes(p) for p in predictions], bool)
-    share = lambda a, b: float(a/b) if b else np.nan
+    share = lambda a, b: float(a / b) if b else np.nan
     tp, fp, fn = (right & said).sum(), (~right & said).sum(), (~right & ~said).sum()
-    return dict(accuracy=share(right.sum(), len(right)), precision=share(tp, tp + fp), recall=share(tp, tp + fn), f1=share(2*tp, 2*tp + fp + fn), yes_ratio=share(said.sum(), len(said)))
+    return dict(
+        accuracy=share(right.sum(), len(right)),
+        precision=share(tp, tp + fp),
+        recall=share(tp, tp + fn),
+        f1=share(2 * tp, 2 * tp + fp + fn),
+        yes_ratio=share(said.sum(), len(said)),
+    )
 
 # %% ../nbs/07_metrics.ipynb #c016
 def log_odds(
-    logp, # log-probability of an answer, ≤ 0
-    most:float=9.21, # cut, nats; the default is p = 1 − 1e-4
-)->np.ndarray: # nats
+    logp,  # log-probability of an answer, ≤ 0
+    most: float = 9.21,  # cut, nats; the default is p = 1 − 1e-4
+) -> np.ndarray:  # nats
     "log p − log(1 − p), cut above"
-    logp = np.minimum(np.asarray(logp, float), np.log1p(-1/(1 + np.exp(most)))) # p = 1/(1 + e^-most)
+    logp = np.minimum(np.asarray(logp, float), np.log1p(-1 / (1 + np.exp(most))))  # p = 1/(1 + e^-most)
     return logp - np.log(-np.expm1(logp))
 
 # %% ../nbs/07_metrics.ipynb #c019
 def _groups(values, clusters):
     values = np.asarray(values, float)
     ids = np.arange(len(values)) if clusters is None else pd.factorize(np.asarray(clusters))[0]
-    if len(ids) != len(values): raise ValueError(f'clusters: {len(ids)} for {len(values)} values; pass one per value')
+    if len(ids) != len(values):
+        raise ValueError(f'clusters: {len(ids)} for {len(values)} values; pass one per value')
     good = ~np.isnan(values)
     ids = np.unique(ids[good], return_inverse=True)[1]
     return values[good], np.bincount(ids, values[good]), np.bincount(ids).astype(float)
 
+# %% ../nbs/07_metrics.ipynb #interval
 def interval(
-    values, # (n,) per-sample values; NaN is left out
-    clusters=None, # (n,) image of each value; None: all different
-    seed:int=0, # of the resampling
-    level:float=.95, # coverage
-    graded:bool=False, # a measure such as a distance, not a score
-    lowest:float=None, # smallest value of a score; None: 0, or −1 where a value is negative
-)->tuple: # (mean, low, high); NaN when there is no value
+    values,  # (n,) per-sample values; NaN is left out
+    clusters=None,  # (n,) image of each value; None: all different
+    seed: int = 0,  # of the resampling
+    level: float = 0.95,  # coverage
+    graded: bool = False,  # a measure such as a distance, not a score
+    lowest: float = None,  # smallest value of a score; None: 0, or −1 where a value is negative
+) -> tuple:  # (mean, low, high); NaN when there is no value
     "Mean with its bootstrap interval, clustered by image"
     values, sums, counts = _groups(values, clusters)
-    if not len(values): return np.nan, np.nan, np.nan
-    m, z, mean = len(sums), norm.ppf(.5 + level/2), values.mean()
-    lowest, highest = (-np.inf, np.inf) if np.abs(values).max() > 1 else ((-1. if values.min() < 0 else 0.) if lowest is None else lowest, 1.)
-    if np.ptp(values) == 0 and (graded or np.isinf(highest)): low = high = 0.
-    elif np.ptp(values) == 0: low = high = z**2/(m + z**2)
-    elif m == 1: low = high = np.inf                                           # one picture says nothing of others
+    if not len(values):
+        return np.nan, np.nan, np.nan
+    m, z, mean = len(sums), norm.ppf(0.5 + level / 2), values.mean()
+    lowest, highest = (
+        (-np.inf, np.inf)
+        if np.abs(values).max() > 1
+        else ((-1.0 if values.min() < 0 else 0.0) if lowest is None else lowest, 1.0)
+    )
+    if np.ptp(values) == 0 and (graded or np.isinf(highest)):
+        low = high = 0.0
+    elif np.ptp(values) == 0:
+        low = high = z**2 / (m + z**2)
+    elif m == 1:
+        low = high = np.inf  # one picture says nothing of others
     else:
         w = resample(m, seed=seed)
-        low, high = np.abs(np.quantile((w @ sums)/(w @ counts) - mean, [.5 - level/2, .5 + level/2]))*np.sqrt(m/(m - 1))*student.ppf(.5 + level/2, m - 1)/z
+        low, high = (
+            np.abs(np.quantile((w @ sums) / (w @ counts) - mean, [0.5 - level / 2, 0.5 + level / 2]))
+            * np.sqrt(m / (m - 1))
+            * student.ppf(0.5 + level / 2, m - 1)
+            / z
+        )
     return tuple(float(v) for v in (mean, max(mean - low, lowest), min(mean + high, highest)))
 
 # %% ../nbs/07_metrics.ipynb #c022
 def _sign_flip(sums, seed, draws=9999):
     sums = sums[sums != 0]
-    if len(sums) <= 12: signs = 1 - 2*((np.arange(2**len(sums))[:, None] >> np.arange(len(sums))) & 1)
-    else: signs = np.vstack([np.ones(len(sums)), np.random.default_rng(seed).choice([-1., 1.], (draws, len(sums)))])
+    if len(sums) <= 12:
+        signs = 1 - 2 * ((np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums))) & 1)
+    else:
+        signs = np.vstack([np.ones(len(sums)), np.random.default_rng(seed).choice([-1.0, 1.0], (draws, len(sums)))])
     return float((np.abs(signs @ sums) >= np.abs(sums.sum()) - 1e-9).mean())
 
+# %% ../nbs/07_metrics.ipynb #paired
 def paired(
-    a, # (n,) per-sample values of a method
-    b, # (n,) the same samples under the other, such as the base
-    clusters=None, # (n,) image of each sample; None: all different
-    seed:int=0, # of the resampling
-    level:float=.95, # coverage of the interval
-)->tuple: # (difference a − b, low, high, p)
+    a,  # (n,) per-sample values of a method
+    b,  # (n,) the same samples under the other, such as the base
+    clusters=None,  # (n,) image of each sample; None: all different
+    seed: int = 0,  # of the resampling
+    level: float = 0.95,  # coverage of the interval
+) -> tuple:  # (difference a − b, low, high, p)
     "Paired difference of two methods with interval and p-value"
     a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.shape != b.shape: raise ValueError(f'paired: {a.shape} against {b.shape} values; pass the same samples in the same order')
-    difference, low, high = interval(a - b, clusters, seed, level, lowest=-1.)
+    if a.shape != b.shape:
+        raise ValueError(f'paired: {a.shape} against {b.shape} values; pass the same samples in the same order')
+    difference, low, high = interval(a - b, clusters, seed, level, lowest=-1.0)
     d, sums, counts = _groups(a - b, clusters)
     if len(counts) == len(d) and np.isin(np.r_[a, b][~np.isnan(np.r_[a, b])], (0, 1)).all():
         won, lost = int((d > 0).sum()), int((d < 0).sum())
-        return difference, low, high, float(binomtest(won, won + lost).pvalue) if won + lost else 1.
+        return difference, low, high, float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
     return difference, low, high, _sign_flip(sums, seed) if len(sums) else np.nan
 
 # %% ../nbs/07_metrics.ipynb #c024
 def holm(
-    p, # (k,) p-values of one family; NaN stays NaN and does not count
-)->np.ndarray: # (k,) adjusted p-values, same order
+    p,  # (k,) p-values of one family; NaN stays NaN and does not count
+) -> np.ndarray:  # (k,) adjusted p-values, same order
     "Holm's step-down adjustment for many comparisons"
     p = np.asarray(p, float)
-    out, order = np.full(p.shape, np.nan), np.argsort(p)[:np.isfinite(p).sum()]
-    out[order] = np.minimum(1, np.maximum.accumulate(p[order]*np.arange(len(order), 0, -1)))
+    out, order = np.full(p.shape, np.nan), np.argsort(p)[: np.isfinite(p).sum()]
+    out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
     return out
 
 # %% ../nbs/07_metrics.ipynb #c027
 def curve(
-    table:pd.DataFrame, # rows with layer, how, scope, sample and the value; `image` where samples share pictures
-    value:str='score', # column to average; names that end in score are scores, others measures
-    by=(), # further columns to keep apart: dataset, kind, method
-    seed:int=0, # of the resampling
-)->pd.DataFrame: # [*by,] layer, how, scope, accuracy (named after `value` if that is not score), low, high, n
+    table: pd.DataFrame,  # rows with layer, how, scope, sample and the value; `image` where samples share pictures
+    value: str = 'score',  # column to average; names that end in score are scores, others measures
+    by=(),  # further columns to keep apart: dataset, kind, method
+    seed: int = 0,  # of the resampling
+) -> pd.DataFrame:  # [*by,] layer, how, scope, accuracy (named after `value` if that is not score), low, high, n
     "Mean per layer with interval and n"
     keys = [*([by] if isinstance(by, str) else by), *(c for c in ('layer', 'how', 'scope') if c in table)]
-    if missing := {*keys, value, 'layer'} - set(table.columns): raise ValueError(f'curve: column {min(missing)!r} is missing; the table has {", ".join(table.columns)}')
-    image, name = ('image' if 'image' in table else 'sample' if 'sample' in table else None), 'accuracy' if value == 'score' else value
-    rows = [dict(zip(keys, key)) | dict(zip((name, 'low', 'high'), interval(g[value], g[image] if image else None, seed, graded=not value.endswith('score')))) | dict(n=int(g[value].notna().sum()))
-            for key, g in table.groupby(keys, dropna=False)]
+    if missing := {*keys, value, 'layer'} - set(table.columns):
+        raise ValueError(f'curve: column {min(missing)!r} is missing; the table has {", ".join(table.columns)}')
+    image, name = (
+        ('image' if 'image' in table else 'sample' if 'sample' in table else None),
+        'accuracy' if value == 'score' else value,
+    )
+    rows = [
+        dict(zip(keys, key))
+        | dict(
+            zip(
+                (name, 'low', 'high'),
+                interval(g[value], g[image] if image else None, seed, graded=not value.endswith('score')),
+            )
+        )
+        | dict(n=int(g[value].notna().sum()))
+        for key, g in table.groupby(keys, dropna=False)
+    ]
     return pd.DataFrame(rows, columns=[*keys, name, 'low', 'high', 'n'])

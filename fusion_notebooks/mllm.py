@@ -26,200 +26,294 @@ from safetensors.torch import load_file, save_file
 @dataclass
 class Sample:
     "One question about one picture"
-    image:object # path or PIL image
-    question:str # as asked, without the model's chat template
-    answers:tuple=() # accepted answers
-    box:tuple|None=None # evidence box (left, top, right, bottom), pixels of the picture
-    kind:str='' # kind of question
-    id:str='' # stable across runs
+
+    image: object  # path or PIL image
+    question: str  # as asked, without the model's chat template
+    answers: tuple = ()  # accepted answers
+    box: tuple | None = None  # evidence box (left, top, right, bottom), pixels of the picture
+    kind: str = ''  # kind of question
+    id: str = ''  # stable across runs
 
 # %% ../nbs/00_mllm.ipynb #c007
-MAX_PIXELS = 100_000_000 # larger pictures are refused before they are decoded
+MAX_PIXELS = 100_000_000  # larger pictures are refused before they are decoded
 
+# %% ../nbs/00_mllm.ipynb #open_image
 def open_image(
-    image, # path or PIL image
-)->Image.Image: # RGB
+    image,  # path or PIL image
+) -> Image.Image:  # RGB
     "Read a picture, or say in one sentence what is wrong with it. Raises `FileNotFoundError` and `ValueError`."
     name = getattr(image, 'filename', '') or 'the picture'
     if not isinstance(image, Image.Image):
         path = name = Path(image)
-        if not path.exists(): raise FileNotFoundError(f'No picture at {path}: check the path.')
-        if path.is_dir(): raise ValueError(f'{path} is a folder: give a picture file.')
+        if not path.exists():
+            raise FileNotFoundError(f'No picture at {path}: check the path.')
+        if path.is_dir():
+            raise ValueError(f'{path} is a folder: give a picture file.')
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore', Image.DecompressionBombWarning)
                 image = Image.open(path)
-        except UnidentifiedImageError: raise ValueError(f'{path} is not a picture that Pillow can read: give a PNG or JPEG.') from None
-        except OSError as e: raise ValueError(f'{path} is damaged or truncated ({str(e).splitlines()[0][:80]}): save it again.') from None
-        except Image.DecompressionBombError: raise ValueError(f'{path} has far more than the {MAX_PIXELS:,} pixels allowed: resize it first.') from None
+        except UnidentifiedImageError:
+            raise ValueError(f'{path} is not a picture that Pillow can read: give a PNG or JPEG.') from None
+        except OSError as e:
+            raise ValueError(
+                f'{path} is damaged or truncated ({str(e).splitlines()[0][:80]}): save it again.'
+            ) from None
+        except Image.DecompressionBombError:
+            raise ValueError(f'{path} has far more than the {MAX_PIXELS:,} pixels allowed: resize it first.') from None
     w, h = image.size
-    if w*h > MAX_PIXELS: raise ValueError(f'{name} has {w} × {h} pixels, more than the {MAX_PIXELS:,} allowed: resize it first.')
-    if min(w, h) < 2 or max(w, h) > 200*min(w, h): raise ValueError(f'{name} has {w} × {h} pixels: a picture needs at least 2 × 2, and no side 200 times the other.')
-    if image.mode not in ('RGB', 'RGBA', 'L'): raise ValueError(f"{name} has mode {image.mode}: convert it yourself first, e.g. Image.open(path).convert('RGB'), and look at the result.")
-    try: image.load()
-    except (OSError, SyntaxError, ValueError) as e: raise ValueError(f'{name} is damaged or truncated ({str(e).splitlines()[0][:80]}): save it again.') from None
-    if image.mode == 'RGBA': image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    if w * h > MAX_PIXELS:
+        raise ValueError(f'{name} has {w} × {h} pixels, more than the {MAX_PIXELS:,} allowed: resize it first.')
+    if min(w, h) < 2 or max(w, h) > 200 * min(w, h):
+        raise ValueError(
+            f'{name} has {w} × {h} pixels: a picture needs at least 2 × 2, and no side 200 times the other.'
+        )
+    if image.mode not in ('RGB', 'RGBA', 'L'):
+        raise ValueError(
+            f"{name} has mode {image.mode}: convert it yourself first, e.g. Image.open(path).convert('RGB'), and look at the result."
+        )
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError) as e:
+        raise ValueError(f'{name} is damaged or truncated ({str(e).splitlines()[0][:80]}): save it again.') from None
+    if image.mode == 'RGBA':
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return image.convert('RGB')
 
 # %% ../nbs/00_mllm.ipynb #c010
 @dataclass
 class Grid:
     "Visual tokens that together form a picture of (part of) one image"
-    index:np.ndarray # (h·w,) which of the sample's visual tokens, row by row
-    h:int # rows
-    w:int # columns
-    boxes:np.ndarray # (h·w, 4) left, top, right, bottom, pixels of the original picture
-    size:tuple # (width, height) of the original picture
-    kept:float # share of the picture's pixels that these tokens saw
-    image:int=0 # which image of the prompt
-    mix:np.ndarray|None=None # (len(index), h·w) where tokens are not patches: what each of `index` reads of each patch
+
+    index: np.ndarray  # (h·w,) which of the sample's visual tokens, row by row
+    h: int  # rows
+    w: int  # columns
+    boxes: np.ndarray  # (h·w, 4) left, top, right, bottom, pixels of the original picture
+    size: tuple  # (width, height) of the original picture
+    kept: float  # share of the picture's pixels that these tokens saw
+    image: int = 0  # which image of the prompt
+    mix: np.ndarray | None = (
+        None  # (len(index), h·w) where tokens are not patches: what each of `index` reads of each patch
+    )
 
     @property
     def extent(self):
         "(left, right, bottom, top) of all tokens, as matplotlib's `imshow` takes it"
         l, t, r, b = *self.boxes[:, :2].min(0), *self.boxes[:, 2:].max(0)
         return (l, r, b, t)
-    def of(self, values): "(…, visual tokens of the sample) → (…, h·w), this grid's share of a map"; v = values[..., self.index]; return v if self.mix is None else v @ self.mix
 
+    def of(self, values):
+        "(…, visual tokens of the sample) → (…, h·w), this grid's share of a map"
+        v = values[..., self.index]
+        return v if self.mix is None else v @ self.mix
+
+# %% ../nbs/00_mllm.ipynb #whole_view
 def whole_view(
-    grids:list, # of `Grid`, all of one image
-)->Grid:
+    grids: list,  # of `Grid`, all of one image
+) -> Grid:
     "The grid that shows most of an image: one view, or tiles put together where these show more"
     best = max(grids, key=lambda g: (round(g.kept, 2), -len(g.boxes)))
-    if len(grids) == 1 or best.kept > .9: return best
+    if len(grids) == 1 or best.kept > 0.9:
+        return best
     index, boxes = np.concatenate([g.index for g in grids]), np.concatenate([g.boxes for g in grids])
-    real = ((boxes[:, 2:] - boxes[:, :2]) > .5).all(1)                  # tokens that saw padding only have no place in it
+    real = ((boxes[:, 2:] - boxes[:, :2]) > 0.5).all(1)  # tokens that saw padding only have no place in it
     order = np.lexsort(boxes[real][:, :2].round().T)
     index, boxes = index[real][order], boxes[real][order]
     w = int((abs(boxes[:, 1] - boxes[0, 1]) < 1).sum())
-    if len(boxes) % w: return best
-    kept = float(((boxes[:, 2] - boxes[:, 0])*(boxes[:, 3] - boxes[:, 1])).sum()/(best.size[0]*best.size[1]))
-    return Grid(index, len(boxes)//w, w, boxes, best.size, kept, best.image)
+    if len(boxes) % w:
+        return best
+    kept = float(((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sum() / (best.size[0] * best.size[1]))
+    return Grid(index, len(boxes) // w, w, boxes, best.size, kept, best.image)
 
+# %% ../nbs/00_mllm.ipynb #token_boxes
 def token_boxes(
-    h:int, # rows of tokens
-    w:int, # columns of tokens
-    size:tuple, # (width, height) of the original picture
-    scale:tuple, # (x, y) processed pixels per original pixel
-    offset:tuple, # (x, y) of the model's view within the resized picture, processed pixels; negative where it was padded
-    view:tuple, # (width, height) of the model's view, processed pixels
-)->np.ndarray: # (h·w, 4), clipped to the picture
+    h: int,  # rows of tokens
+    w: int,  # columns of tokens
+    size: tuple,  # (width, height) of the original picture
+    scale: tuple,  # (x, y) processed pixels per original pixel
+    offset: tuple,  # (x, y) of the model's view within the resized picture, processed pixels; negative where it was padded
+    view: tuple,  # (width, height) of the model's view, processed pixels
+) -> np.ndarray:  # (h·w, 4), clipped to the picture
     "The box of each token of one view, in pixels of the original picture"
-    x = (np.arange(w + 1)*view[0]/w + offset[0])/scale[0]
-    y = (np.arange(h + 1)*view[1]/h + offset[1])/scale[1]
-    rows, cols = np.divmod(np.arange(h*w), w)
+    x = (np.arange(w + 1) * view[0] / w + offset[0]) / scale[0]
+    y = (np.arange(h + 1) * view[1] / h + offset[1]) / scale[1]
+    rows, cols = np.divmod(np.arange(h * w), w)
     return np.stack([x[cols], y[rows], x[cols + 1], y[rows + 1]], 1).clip(0, [*size, *size])
 
 # %% ../nbs/00_mllm.ipynb #c013
-def _is_row(v, n): "Does a tensor of a prompt of n rows describe rows of text, not pictures?"; return v.ndim > 1 and v.shape[1] == n and not v.is_floating_point()
+def _is_row(v, n):
+    "Does a tensor of a prompt of n rows describe rows of text, not pictures?"
+    return v.ndim > 1 and v.shape[1] == n and not v.is_floating_point()
 
+# %% ../nbs/00_mllm.ipynb #image_inputs
 def image_inputs(
-    inputs:dict, # tensors of a prompt
-)->dict: # those that describe pictures, not rows of text
+    inputs: dict,  # tensors of a prompt
+) -> dict:  # those that describe pictures, not rows of text
     "The part of a prompt's tensors that goes to the vision tower"
     n = inputs['input_ids'].shape[1] if 'input_ids' in inputs else -1
     return {k: v for k, v in inputs.items() if not _is_row(v, n)}
 
+# %% ../nbs/00_mllm.ipynb #image_features
 def image_features(
-    model, # a Hugging Face image-text model
-    inputs:dict, # tensors of a prompt
-): # transformers' output; see `flat`
+    model,  # a Hugging Face image-text model
+    inputs: dict,  # tensors of a prompt
+):  # transformers' output; see `flat`
     "Run the vision tower alone. Raises `ValueError` where the model has no way to do so."
-    run = getattr(model, 'get_image_features', None) or getattr(getattr(model, 'model', None), 'get_image_features', None)
-    if run is None: raise ValueError(f'{type(model).__name__} has no get_image_features, so its vision tower cannot be run alone.')
+    run = getattr(model, 'get_image_features', None) or getattr(
+        getattr(model, 'model', None), 'get_image_features', None
+    )
+    if run is None:
+        raise ValueError(f'{type(model).__name__} has no get_image_features, so its vision tower cannot be run alone.')
     known = {*inspect.signature(run).parameters, *inspect.signature(model.forward).parameters}
     seen = {k: v for k, v in image_inputs(inputs).items() if k in known}
-    if 'pixel_values_images' in seen: seen['pixel_values'] = seen.pop('pixel_values_images')
-    with torch.inference_mode(): return run(**seen, return_dict=True)
+    if 'pixel_values_images' in seen:
+        seen['pixel_values'] = seen.pop('pixel_values_images')
+    with torch.inference_mode():
+        return run(**seen, return_dict=True)
 
+# %% ../nbs/00_mllm.ipynb #flat
 def flat(
-    features, # from `image_features`
-)->torch.Tensor: # (visual tokens, width)
+    features,  # from `image_features`
+) -> torch.Tensor:  # (visual tokens, width)
     "All visual tokens below each other"
     first = lambda k: getattr(features, k, None)
-    some = first('pooler_output') if first('pooler_output') is not None else first('deepstack_features')[0][1] if first('deepstack_features') else first('last_hidden_state')
+    some = (
+        first('pooler_output')
+        if first('pooler_output') is not None
+        else first('deepstack_features')[0][1]
+        if first('deepstack_features')
+        else first('last_hidden_state')
+    )
     return torch.cat([f.flatten(0, -2) for f in some]) if isinstance(some, (list, tuple)) else some.flatten(0, -2)
 
+# %% ../nbs/00_mllm.ipynb #PLAIN
 PLAIN = "{% for m in messages %}{% for c in m['content'] %}{{ ('<image>' if c['type'] == 'image' else c['text']) + '\\n' }}{% endfor %}{% endfor %}"
 
+# %% ../nbs/00_mllm.ipynb #PlainProcessor
 class PlainProcessor:
     "Pictures and text for any model with placeholder tokens"
-    def __init__(self,
-        image_processor, # the family's own
-        tokenizer, # the model's
-        model, # asked how many tokens a picture becomes
-        chat_template:str|None=None, # default: the tokenizer's, else pictures first and then the text
+
+    def __init__(
+        self,
+        image_processor,  # the family's own
+        tokenizer,  # the model's
+        model,  # asked how many tokens a picture becomes
+        chat_template: str | None = None,  # default: the tokenizer's, else pictures first and then the text
     ):
         self.image_processor, self.tokenizer, self.model = image_processor, tokenizer, model
         self.image_token = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
         self.chat_template = chat_template or tokenizer.chat_template or PLAIN.replace('<image>', self.image_token)
-        self._counts = {} # size of a picture, or shape of what the tower gets → visual tokens
+        self._counts = {}  # size of a picture, or shape of what the tower gets → visual tokens
 
     def apply_chat_template(self, messages, add_generation_prompt=True, tokenize=False):
-        return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False)
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
 
     def _count(self, im, prepare):
         "How many visual tokens a picture becomes: its size and the settings give the shapes and whole numbers that the tower gets, and these the tokens"
         if (size := (getattr(im, 'shape', None) or im.size, str(vars(self.image_processor)))) not in self._counts:
             seen = prepare(im)
-            key = tuple((k, v.shape, () if v.is_floating_point() else tuple(v.flatten().tolist())) for k, v in sorted(seen.items()))
-            if key not in self._counts: self._counts[key] = len(flat(image_features(self.model, seen)))
+            key = tuple(
+                (k, v.shape, () if v.is_floating_point() else tuple(v.flatten().tolist()))
+                for k, v in sorted(seen.items())
+            )
+            if key not in self._counts:
+                self._counts[key] = len(flat(image_features(self.model, seen)))
             self._counts[size] = self._counts[key]
         return self._counts[size]
 
     def __call__(self, images, text, return_tensors='pt', add_special_tokens=True):
         own = next(self.model.parameters())
-        pixels = lambda ims: {k: v if torch.is_tensor(v) else torch.as_tensor(np.asarray(v)) for k, v in self.image_processor(images=ims, return_tensors='pt').items() if torch.is_tensor(v) or np.asarray(v).dtype.kind in 'biuf'}
-        moved = lambda d: {k: v.to(own.device, own.dtype) if v.is_floating_point() else v.to(own.device) for k, v in d.items()}
+        pixels = lambda ims: {
+            k: v if torch.is_tensor(v) else torch.as_tensor(np.asarray(v))
+            for k, v in self.image_processor(images=ims, return_tensors='pt').items()
+            if torch.is_tensor(v) or np.asarray(v).dtype.kind in 'biuf'
+        }
+        moved = lambda d: {
+            k: v.to(own.device, own.dtype) if v.is_floating_point() else v.to(own.device) for k, v in d.items()
+        }
         pieces, seen = text.split(self.image_token), pixels(images)
-        if len(pieces) != len(images) + 1: raise ValueError(f'The text has {len(pieces) - 1} placeholders {self.image_token} for {len(images)} pictures.')
+        if len(pieces) != len(images) + 1:
+            raise ValueError(
+                f'The text has {len(pieces) - 1} placeholders {self.image_token} for {len(images)} pictures.'
+            )
         counts = [self._count(im, lambda im: moved(seen if len(images) == 1 else pixels([im]))) for im in images]
-        text = pieces[0] + ''.join(self.image_token*n + piece for n, piece in zip(counts, pieces[1:]))
+        text = pieces[0] + ''.join(self.image_token * n + piece for n, piece in zip(counts, pieces[1:]))
         inputs = dict(self.tokenizer(text, return_tensors='pt', add_special_tokens=add_special_tokens))
         inputs.pop('token_type_ids', None)
         is_image = (inputs['input_ids'] == self.tokenizer.convert_tokens_to_ids(self.image_token)).long()
-        types = [k for k in ('mm_token_type_ids', 'token_type_ids') if k in inspect.signature(self.model.forward).parameters]
+        types = [
+            k for k in ('mm_token_type_ids', 'token_type_ids') if k in inspect.signature(self.model.forward).parameters
+        ]
         return inputs | seen | {k: is_image for k in types}
 
 # %% ../nbs/00_mllm.ipynb #c015
 @dataclass
 class Prompt:
     "What goes into the model for one sample"
-    inputs:dict # tensors of batch 1, exactly as the processor made them
-    visual:torch.Tensor # (n,) positions of the visual tokens in the sequence
-    images:list # PIL images, RGB
-    question:str # as asked
-    find_views:object=None # () → list of `Grid`
-    path:str='' # 'appended' where the family takes one picture and the tokens of a second one were put behind the first's
+
+    inputs: dict  # tensors of batch 1, exactly as the processor made them
+    visual: torch.Tensor  # (n,) positions of the visual tokens in the sequence
+    images: list  # PIL images, RGB
+    question: str  # as asked
+    find_views: object = None  # () → list of `Grid`
+    path: str = (
+        ''  # 'appended' where the family takes one picture and the tokens of a second one were put behind the first's
+    )
+
     @property
-    def length(self): "Rows of the prompt"; return self.inputs['input_ids'].shape[1]
+    def length(self):
+        "Rows of the prompt"
+        return self.inputs['input_ids'].shape[1]
+
     @cached_property
-    def shown(self): "A hash of the tensors of its pictures, which are read once"; return digest(*(x for kv in sorted(image_inputs(self.inputs).items()) for x in kv))
+    def shown(self):
+        "A hash of the tensors of its pictures, which are read once"
+        return digest(*(x for kv in sorted(image_inputs(self.inputs).items()) for x in kv))
+
     @property
-    def views(self): "Every `Grid`: whole pictures and tiles. Raises `ValueError` where no place can be given to the tokens."; return self.find_views()
+    def views(self):
+        "Every `Grid`: whole pictures and tiles. Raises `ValueError` where no place can be given to the tokens."
+        return self.find_views()
+
     @property
     def grids(self):
         "One `Grid` per image: the view that saw most of it, the coarsest of several; where it was only seen in tiles, all of them together"
         views = self.views
         return [whole_view([g for g in views if g.image == k]) for k in range(len(self.images))]
 
+# %% ../nbs/00_mllm.ipynb #Answer
 @dataclass
 class Answer:
     "What the model said"
-    text:str # decoded, stripped
-    ids:list # token ids, the end token included where it was reached
-    logp:float # sum of the log-probabilities of `ids`
+
+    text: str  # decoded, stripped
+    ids: list  # token ids, the end token included where it was reached
+    logp: float  # sum of the log-probabilities of `ids`
+
     @property
-    def p(self): "Probability of the whole answer"; return math.exp(self.logp)
+    def p(self):
+        "Probability of the whole answer"
+        return math.exp(self.logp)
 
-def _data(): return Path(__file__).parents[1]/'data'/'models' if '__file__' in globals() else Path('../data/models')
+# %% ../nbs/00_mllm.ipynb #data
+def _data():
+    return Path(__file__).parents[1] / 'data' / 'models' if '__file__' in globals() else Path('../data/models')
 
-def _said(e): return (('' if isinstance(e, OSError) else f'{type(e).__name__}: ') + ' '.join(str(e).split()))[:160]
+# %% ../nbs/00_mllm.ipynb #said
+def _said(e):
+    return (('' if isinstance(e, OSError) else f'{type(e).__name__}: ') + ' '.join(str(e).split()))[:160]
 
+# %% ../nbs/00_mllm.ipynb #check_folder
 def _check_folder(path):
     "Say what is missing in a local model folder"
-    if not (path/'config.json').exists(): raise ValueError(f'{path} holds no config.json: give the folder of a saved Hugging Face model.')
-    if not any(path.glob('*.safetensors')): raise ValueError(f'{path} holds no .safetensors file: other weight formats are not read; convert the model with save_pretrained.')
+    if not (path / 'config.json').exists():
+        raise ValueError(f'{path} holds no config.json: give the folder of a saved Hugging Face model.')
+    if not any(path.glob('*.safetensors')):
+        raise ValueError(
+            f'{path} holds no .safetensors file: other weight formats are not read; convert the model with save_pretrained.'
+        )
 
 # %% ../nbs/00_mllm.ipynb #c016
 def _find_layers(decoder, n):
@@ -227,325 +321,507 @@ def _find_layers(decoder, n):
     for m in decoder.modules():
         kids = dict(m.named_children())
         layers = next((k for k in kids.values() if isinstance(k, torch.nn.ModuleList) and len(k) == n), None)
-        if layers is not None: return m, layers, kids.get('norm') or next((k for name, k in reversed(kids.items()) if 'norm' in (name + type(k).__name__).lower()), None)
+        if layers is not None:
+            return (
+                m,
+                layers,
+                kids.get('norm')
+                or next((k for name, k in reversed(kids.items()) if 'norm' in (name + type(k).__name__).lower()), None),
+            )
     return decoder, None, None
 
+# %% ../nbs/00_mllm.ipynb #processor
 def _processor(src, model, common):
     "The family's processor, or a plain one where a library for it is missing"
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
-    try: whole = AutoProcessor.from_pretrained(src, **common)
-    except (ImportError, AttributeError, TypeError, ValueError): whole = None
-    return whole if hasattr(whole, 'tokenizer') else PlainProcessor(AutoImageProcessor.from_pretrained(src, **common), AutoTokenizer.from_pretrained(src, **common), model)
 
+    try:
+        whole = AutoProcessor.from_pretrained(src, **common)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        whole = None
+    return (
+        whole
+        if hasattr(whole, 'tokenizer')
+        else PlainProcessor(
+            AutoImageProcessor.from_pretrained(src, **common), AutoTokenizer.from_pretrained(src, **common), model
+        )
+    )
+
+# %% ../nbs/00_mllm.ipynb #image_token
 def _image_token(model, processor):
     "Id of the placeholder for visual tokens: from the config, else the processor's"
     for o in (model.config, processor):
         for name in ('image_token_id', 'image_token_index'):
-            if isinstance(got := getattr(o, name, None), int): return got
+            if isinstance(got := getattr(o, name, None), int):
+                return got
     word = getattr(processor, 'image_token', None)
     return None if word is None else processor.tokenizer.convert_tokens_to_ids(str(word))
 
+# %% ../nbs/00_mllm.ipynb #MLLM
 class MLLM:
     "Any Hugging Face image-text model behind one handle"
-    def __init__(self,
-        model, # a Hugging Face image-text-to-text model
-        processor, # its processor
-        name:str='', # how tables and figures call it
+
+    def __init__(
+        self,
+        model,  # a Hugging Face image-text-to-text model
+        processor,  # its processor
+        name: str = '',  # how tables and figures call it
     ):
         config = model.config
         self.model, self.processor, self.name = model.eval(), processor, name or config.model_type
-        if not {'pixel_values', 'pixel_values_images'} & {*inspect.signature(model.forward).parameters}: raise ValueError(f'{self.name} has no image tower (its forward takes no pixel_values): give an image-text model.')
-        if getattr(config, 'is_encoder_decoder', False): raise ValueError(f'{self.name} ({type(model).__name__}) is an encoder-decoder: its picture is read in the encoder, and it has no decoder layers in which visual and text tokens meet.')
+        if not {'pixel_values', 'pixel_values_images'} & {*inspect.signature(model.forward).parameters}:
+            raise ValueError(
+                f'{self.name} has no image tower (its forward takes no pixel_values): give an image-text model.'
+            )
+        if getattr(config, 'is_encoder_decoder', False):
+            raise ValueError(
+                f'{self.name} ({type(model).__name__}) is an encoder-decoder: its picture is read in the encoder, and it has no decoder layers in which visual and text tokens meet.'
+            )
         self.head = model.get_output_embeddings() or getattr(model.get_decoder(), 'lm_head', None)
-        self.decoder, self.layers, self.norm = _find_layers(model.get_decoder(), config.get_text_config().num_hidden_layers)
+        self.decoder, self.layers, self.norm = _find_layers(
+            model.get_decoder(), config.get_text_config().num_hidden_layers
+        )
         self.image_token_id = _image_token(model, processor)
         self.cross = tuple(getattr(config.get_text_config(), 'cross_attention_layers', None) or ())
         for what in ('layers', 'head', 'image_token_id'):
-            if getattr(self, what) is None: raise ValueError(f'{self.name} ({type(model).__name__}): no {what} found on its decoder, config or processor, so its layers cannot be read.')
-        if self.image_token_id != getattr(config, 'image_token_id', self.image_token_id): config.image_token_id = self.image_token_id
-        self._shared, self._views = {}, {}                             # what was measured: who may share a batch; geometry, by sizes of the pictures
+            if getattr(self, what) is None:
+                raise ValueError(
+                    f'{self.name} ({type(model).__name__}): no {what} found on its decoder, config or processor, so its layers cannot be read.'
+                )
+        if self.image_token_id != getattr(config, 'image_token_id', self.image_token_id):
+            config.image_token_id = self.image_token_id
+        self._shared, self._views = (
+            {},
+            {},
+        )  # what was measured: who may share a batch; geometry, by sizes of the pictures
 
     @classmethod
-    def load(cls,
-        name_or_path:str, # demo name (folder of `data/models`), local folder or Hub id
-        device=None, # default: CUDA where there is one
-        dtype=None, # default: bfloat16 on CUDA, float32 elsewhere
-        trust_remote_code:bool=False, # run code that comes with the model
-        revision:str|None=None, # of the Hub
-        **kw, # further arguments of `from_pretrained`
-    ): # MLLM
+    def load(
+        cls,
+        name_or_path: str,  # demo name (folder of `data/models`), local folder or Hub id
+        device=None,  # default: CUDA where there is one
+        dtype=None,  # default: bfloat16 on CUDA, float32 elsewhere
+        trust_remote_code: bool = False,  # run code that comes with the model
+        revision: str | None = None,  # of the Hub
+        **kw,  # further arguments of `from_pretrained`
+    ):  # MLLM
         "Load a model. Weights are read from safetensors only. Raises `ValueError` and `OSError` with what is missing."
         from transformers import AutoConfig, AutoModelForImageTextToText
         from transformers.utils import logging
-        path = next((p for p in (Path(name_or_path), _data()/str(name_or_path)) if p.is_dir()), None)
-        if path: _check_folder(path)
-        elif str(name_or_path).startswith(('.', '/', '~')): raise FileNotFoundError(f'No model folder at {name_or_path}.')
+
+        path = next((p for p in (Path(name_or_path), _data() / str(name_or_path)) if p.is_dir()), None)
+        if path:
+            _check_folder(path)
+        elif str(name_or_path).startswith(('.', '/', '~')):
+            raise FileNotFoundError(f'No model folder at {name_or_path}.')
         device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         dtype = dtype or (torch.bfloat16 if device.type == 'cuda' else torch.float32)
-        src, common = str(path or name_or_path), dict(trust_remote_code=trust_remote_code, revision=revision or 'main', local_files_only=path is not None)
+        src, common = (
+            str(path or name_or_path),
+            dict(trust_remote_code=trust_remote_code, revision=revision or 'main', local_files_only=path is not None),
+        )
         level = logging.get_verbosity()
-        logging.set_verbosity_error(); logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         try:
             config = AutoConfig.from_pretrained(src, **common)
             if type(config) not in AutoModelForImageTextToText._model_mapping.keys() and not trust_remote_code:
-                raise ValueError(f"{name_or_path} is a '{config.model_type}' model without an image tower: give an image-text model.")
+                raise ValueError(
+                    f"{name_or_path} is a '{config.model_type}' model without an image tower: give an image-text model."
+                )
             model = AutoModelForImageTextToText.from_pretrained(src, dtype=dtype, use_safetensors=True, **common, **kw)
             processor = _processor(src, model, common)
         except Exception as e:
-            if type(e) is ValueError or isinstance(e, (ImportError, MemoryError, torch.OutOfMemoryError)): raise       # not the files' fault, or said well enough
-            raise OSError(f'{name_or_path} could not be loaded ({_said(e)}): give a demo name, a folder or a Hub id that can be reached.') from e
-        finally: logging.set_verbosity(level); logging.enable_progress_bar()
-        if 'device_map' not in kw: model = model.to(device)
-        if path and (path/'gate.safetensors').exists(): _read_gate(model, path)
+            if type(e) is ValueError or isinstance(e, (ImportError, MemoryError, torch.OutOfMemoryError)):
+                raise  # not the files' fault, or said well enough
+            raise OSError(
+                f'{name_or_path} could not be loaded ({_said(e)}): give a demo name, a folder or a Hub id that can be reached.'
+            ) from e
+        finally:
+            logging.set_verbosity(level)
+            logging.enable_progress_bar()
+        if 'device_map' not in kw:
+            model = model.to(device)
+        if path and (path / 'gate.safetensors').exists():
+            _read_gate(model, path)
         mllm = cls(model, processor, Path(src).name if path else str(name_or_path))
         mllm.path, mllm.revision = path, revision
         return mllm
 
-    path = revision = None # where it was loaded from
+    path = revision = None  # where it was loaded from
+
     @property
-    def gate(self): "`Gate` of a planted model, else None"; return getattr(self.model, 'gate', None)
+    def gate(self):
+        "`Gate` of a planted model, else None"
+        return getattr(self.model, 'gate', None)
+
     @property
-    def n_layers(self): return len(self.layers)
+    def n_layers(self):
+        return len(self.layers)
+
     @property
-    def device(self): return self.model.get_input_embeddings().weight.device
+    def device(self):
+        return self.model.get_input_embeddings().weight.device
+
     @property
-    def dtype(self): return self.head.weight.dtype
-    def __repr__(self): return f'MLLM({self.name}: {type(self.model).__name__}, {self.n_layers} layers, {self.dtype}, {self.device})'
+    def dtype(self):
+        return self.head.weight.dtype
+
+    def __repr__(self):
+        return f'MLLM({self.name}: {type(self.model).__name__}, {self.n_layers} layers, {self.dtype}, {self.device})'
 
 # %% ../nbs/00_mllm.ipynb #c017
-def _no_repeat(images): return list(images) if isinstance(images, (list, tuple)) else [images]
+def _no_repeat(images):
+    return list(images) if isinstance(images, (list, tuple)) else [images]
 
+# %% ../nbs/00_mllm.ipynb #chat
 def _chat(self, k, question):
     "The model's chat template around k pictures and a question; the question alone where the family has none"
-    if not self.has_template: return question
-    content = [dict(type='image')]*k + [dict(type='text', text=question)]
-    try: return self.processor.apply_chat_template([dict(role='user', content=content)], add_generation_prompt=True, tokenize=False)
-    except Exception as e: raise ValueError(f'The chat template of {self.name} cannot be filled in ({_said(e)}): repair it in the folder that the model comes from.') from e
+    if not self.has_template:
+        return question
+    content = [dict(type='image')] * k + [dict(type='text', text=question)]
+    try:
+        return self.processor.apply_chat_template(
+            [dict(role='user', content=content)], add_generation_prompt=True, tokenize=False
+        )
+    except Exception as e:
+        raise ValueError(
+            f'The chat template of {self.name} cannot be filled in ({_said(e)}): repair it in the folder that the model comes from.'
+        ) from e
 
+# %% ../nbs/00_mllm.ipynb #process
 def _process(self, images, question, dtype=None):
     "Tensors for pictures and a question, and 'appended' where the family takes one picture at a time"
-    bos, known = getattr(self.processor.tokenizer, 'bos_token', None), {*inspect.signature(self.model.forward).parameters} - {'labels'}
+    bos, known = (
+        getattr(self.processor.tokenizer, 'bos_token', None),
+        {*inspect.signature(self.model.forward).parameters} - {'labels'},
+    )
+
     def run(some):
         text = _chat(self, len(some), question)
-        got = self.processor(images=some, text=text, return_tensors='pt', add_special_tokens=not (bos and text.startswith(bos)))
-        return {k: v.to(self.device, dtype or self.dtype) if v.is_floating_point() else v.to(self.device) for k, v in got.items() if k in known and torch.is_tensor(v)}
-    if not self.takes_one or len(images) == 1: return run(images), ''
+        got = self.processor(
+            images=some, text=text, return_tensors='pt', add_special_tokens=not (bos and text.startswith(bos))
+        )
+        return {
+            k: v.to(self.device, dtype or self.dtype) if v.is_floating_point() else v.to(self.device)
+            for k, v in got.items()
+            if k in known and torch.is_tensor(v)
+        }
+
+    if not self.takes_one or len(images) == 1:
+        return run(images), ''
     parts = [run([im]) for im in images]
     ids = parts[0]['input_ids'][0]
     at = (ids == self.image_token_id).nonzero()[:, 0]
-    def longer(v): return torch.cat([v[:, :at[-1] + 1]] + [v[:, at]]*(len(images) - 1) + [v[:, at[-1] + 1:]], 1)
+
+    def longer(v):
+        return torch.cat([v[:, : at[-1] + 1]] + [v[:, at]] * (len(images) - 1) + [v[:, at[-1] + 1 :]], 1)
+
     rows = {k for k in parts[0] if k not in image_inputs(parts[0])}
     return {k: longer(v) if k in rows else torch.cat([q[k] for q in parts]) for k, v in parts[0].items()}, 'appended'
 
-def prompt(self:MLLM,
-    images, # picture or list of pictures: paths or PIL images
-    question:str, # a non-empty question
-)->Prompt: # on the model's device
+# %% ../nbs/00_mllm.ipynb #prompt
+def prompt(
+    self: MLLM,
+    images,  # picture or list of pictures: paths or PIL images
+    question: str,  # a non-empty question
+) -> Prompt:  # on the model's device
     "Put pictures and a question into the model's chat template. Raises `ValueError` where the question is empty or the processor makes no visual tokens."
-    if not isinstance(question, str) or not question.strip(): raise ValueError('The question is empty: ask something about the picture.')
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError('The question is empty: ask something about the picture.')
     images = [open_image(i) for i in _no_repeat(images)]
-    if not images: raise ValueError('No picture given: a prompt needs at least one.')
+    if not images:
+        raise ValueError('No picture given: a prompt needs at least one.')
     inputs, path = _process(self, images, question)
     visual = (inputs['input_ids'][0] == self.image_token_id).nonzero()[:, 0]
-    if not len(visual): raise ValueError(f"The processor of {self.name} put no visual token {self.image_token_id} into the prompt: {'model and processor do not belong together' if self.has_template else 'it has no chat template; set processor.chat_template to the one that it was trained with'}.")
+    if not len(visual):
+        raise ValueError(
+            f"The processor of {self.name} put no visual token {self.image_token_id} into the prompt: {'model and processor do not belong together' if self.has_template else 'it has no chat template; set processor.chat_template to the one that it was trained with'}."
+        )
     p = Prompt(inputs, visual, images, question, path=path)
-    if self.cross: p.visual = torch.arange(len(entering(self, p)), device=visual.device)
+    if self.cross:
+        p.visual = torch.arange(len(entering(self, p)), device=visual.device)
     p.find_views = lambda: find_views(self, p)
     return p
 
+# %% ../nbs/00_mllm.ipynb #prompt-2
 MLLM.prompt = prompt
 MLLM.has_template = property(lambda self: bool(getattr(self.processor, 'chat_template', None)))
 MLLM.takes_one = property(lambda self: hasattr(self.model.config, 'num_query_tokens'))
 
 # %% ../nbs/00_mllm.ipynb #c019
-class _Stop(Exception): "Ends a forward at the decoder's door"
+class _Stop(Exception):
+    "Ends a forward at the decoder's door"
 
+# %% ../nbs/00_mllm.ipynb #entering
 def entering(
-    mllm:MLLM, # the model
-    p:Prompt, # a prompt
-    hooks:tuple=(), # (module, forward hook) to set meanwhile
-)->torch.Tensor: # (visual, width) as the decoder receives them; the keys of the cross-attention where there is one
+    mllm: MLLM,  # the model
+    p: Prompt,  # a prompt
+    hooks: tuple = (),  # (module, forward hook) to set meanwhile
+) -> torch.Tensor:  # (visual, width) as the decoder receives them; the keys of the cross-attention where there is one
     "The visual tokens at the decoder's door; no decoder layer is run"
     got = []
+
     def door(module, args, kw):
         got.append(kw['cross_attention_states'].flatten(0, 1) if mllm.cross else kw['inputs_embeds'][0, p.visual])
         raise _Stop
-    handles = [mllm.decoder.register_forward_pre_hook(door, with_kwargs=True)] + [m.register_forward_hook(h) for m, h in hooks]
+
+    handles = [mllm.decoder.register_forward_pre_hook(door, with_kwargs=True)] + [
+        m.register_forward_hook(h) for m, h in hooks
+    ]
     try:
-        with torch.inference_mode(): mllm.model(**p.inputs, use_cache=False)
-    except _Stop: return got[0]
-    finally: [h.remove() for h in handles]
+        with torch.inference_mode():
+            mllm.model(**p.inputs, use_cache=False)
+    except _Stop:
+        return got[0]
+    finally:
+        [h.remove() for h in handles]
     raise ValueError(f'{mllm.name}: its decoder was never reached by a forward over a prompt.')
 
+# %% ../nbs/00_mllm.ipynb #ramp
 def _ramp(size, k, n):
     "A picture that says in red, green and blue where a pixel lies (across, down) and that it is number k of n"
     (w, h), full = size, np.ones((size[1], size[0]))
-    across, down = (np.arange(w) + .5)/w*full, ((np.arange(h) + .5)/h)[:, None]*full
-    noise = np.random.default_rng(0).uniform(-.5, .5, (h, w, 3))        # dithering: rounding to 256 levels then averages out
-    return Image.fromarray(np.round(255*np.stack([across, down, full*(k + 1)/(n + 1)], -1) + noise).clip(0, 255).astype('uint8'))
+    across, down = (np.arange(w) + 0.5) / w * full, ((np.arange(h) + 0.5) / h)[:, None] * full
+    noise = np.random.default_rng(0).uniform(
+        -0.5, 0.5, (h, w, 3)
+    )  # dithering: rounding to 256 levels then averages out
+    return Image.fromarray(
+        np.round(255 * np.stack([across, down, full * (k + 1) / (n + 1)], -1) + noise).clip(0, 255).astype('uint8')
+    )
 
+# %% ../nbs/00_mllm.ipynb #pixels
 def _pixels(mllm, p, images):
     "What the processor makes of pictures: (tiles, 3, height, width), or (patches, values) where it hands out patches"
-    v = next(v for k, v in _process(mllm, images, p.question, torch.float32)[0].items() if k.startswith('pixel_values')).cpu()
+    v = next(
+        v for k, v in _process(mllm, images, p.question, torch.float32)[0].items() if k.startswith('pixel_values')
+    ).cpu()
     return v.flatten(0, -2).numpy() if v.ndim < 4 else v.flatten(0, -4).numpy()
 
+# %% ../nbs/00_mllm.ipynb #line
 def _line(values, seen):
     "Slope and intercept of a coordinate along pixels (edges at whole numbers)"
     at = np.flatnonzero(seen)
-    at = at[len(at)//8:len(at) - len(at)//8]                           # resampling bends the ends
-    return np.polyfit(at + .5, values[at], 1) if len(at) > 1 else (0., float(values[at].mean()) if len(at) else 0.)
+    at = at[len(at) // 8 : len(at) - len(at) // 8]  # resampling bends the ends
+    return np.polyfit(at + 0.5, values[at], 1) if len(at) > 1 else (0.0, float(values[at].mean()) if len(at) else 0.0)
 
+# %% ../nbs/00_mllm.ipynb #tiles
 def _tiles(mllm, p):
     "Where each tile lies: (image, (slope, intercept) across, the same down, height, width); or per patch (image, x, y)"
     n, sizes = len(p.images), [im.size for im in p.images]
-    black, white, ramp = (_pixels(mllm, p, ims) for ims in ([Image.new('RGB', s, 'black') for s in sizes], [Image.new('RGB', s, 'white') for s in sizes], [_ramp(s, k, n) for k, s in enumerate(sizes)]))
+    black, white, ramp = (
+        _pixels(mllm, p, ims)
+        for ims in (
+            [Image.new('RGB', s, 'black') for s in sizes],
+            [Image.new('RGB', s, 'white') for s in sizes],
+            [_ramp(s, k, n) for k, s in enumerate(sizes)],
+        )
+    )
     seen = np.abs(white - black) > 1e-3
-    value = np.where(seen, ramp - black, 0)/np.where(seen, white - black, 1)
-    number = lambda blue: round(float(np.median(blue))*(n + 1)) - 1
-    if value.ndim == 2:                                                # patches, colours first or last: blue is the one that does not vary
-        first, last = (np.moveaxis(value.reshape(len(value), *shape), axis, 1) for shape, axis in (((3, -1), 1), ((-1, 3), 2)))
+    value = np.where(seen, ramp - black, 0) / np.where(seen, white - black, 1)
+    number = lambda blue: round(float(np.median(blue)) * (n + 1)) - 1
+    if value.ndim == 2:  # patches, colours first or last: blue is the one that does not vary
+        first, last = (
+            np.moveaxis(value.reshape(len(value), *shape), axis, 1) for shape, axis in (((3, -1), 1), ((-1, 3), 2))
+        )
         value = min((first, last), key=lambda v: v[:, 2].std(-1).sum())
         return [(number(v[2]), float(v[0].mean()), float(v[1].mean())) for v, s in zip(value, seen) if s.all()]
     out = []
     for v, s in zip(value, seen.all(1)):
         cols, rows = s.any(0), s.any(1)
-        if not s.any(): out.append(None); continue
-        mean = lambda c, axis: (v[c]*s).sum(axis)/np.maximum(s.sum(axis), 1)
+        if not s.any():
+            out.append(None)
+            continue
+        mean = lambda c, axis: (v[c] * s).sum(axis) / np.maximum(s.sum(axis), 1)
         out.append((number(v[2][s]), _line(mean(0, 0), cols), _line(mean(1, 1), rows), *s.shape))
     return out
 
+# %% ../nbs/00_mllm.ipynb #shape
 def _shape(n, height, width):
     "(skipped, rows, columns) of n tokens over a tile; a class token may come first"
     for skip in (0, 1):
-        h = round(math.sqrt((n - skip)*height/width))
-        if h and (n - skip) % h == 0 and abs((n - skip)/h/h*height/width - 1) < .35: return skip, h, (n - skip)//h
+        h = round(math.sqrt((n - skip) * height / width))
+        if h and (n - skip) % h == 0 and abs((n - skip) / h / h * height / width - 1) < 0.35:
+            return skip, h, (n - skip) // h
     raise ValueError(f'{n} tokens do not cover a tile of {height} × {width} pixels row by row')
 
+# %% ../nbs/00_mllm.ipynb #projector
 def _projector(mllm, p):
     "The last module before the decoder whose output is visual tokens, and the shape of that output"
     width, calls = mllm.model.get_input_embeddings().weight.shape[1], []
     inner = {id(m) for m in mllm.decoder.modules()} | {id(mllm.model.get_input_embeddings())}
-    keep = lambda m, args, out: calls.append((m, out.shape)) if torch.is_tensor(out) and out.ndim > 1 and out.shape[-1] == width else None
+    keep = lambda m, args, out: (
+        calls.append((m, out.shape)) if torch.is_tensor(out) and out.ndim > 1 and out.shape[-1] == width else None
+    )
     entering(mllm, p, [(m, keep) for m in mllm.model.modules() if id(m) not in inner])
-    if not calls: raise ValueError('no projector found: no module makes visual tokens of the decoder\'s width')
+    if not calls:
+        raise ValueError('no projector found: no module makes visual tokens of the decoder\'s width')
     return calls[-1]
 
-_PARTS = 3                                                             # a coordinate travels in three parts, so that bfloat16 keeps it exact
+# %% ../nbs/00_mllm.ipynb #PARTS
+_PARTS = 3  # a coordinate travels in three parts, so that bfloat16 keeps it exact
 
+# %% ../nbs/00_mllm.ipynb #coded
 def _coded(boxes, like):
     "Boxes (n, 4) as features (n, width): a mark, its double, then every coordinate in parts"
     out, rest = torch.zeros(len(boxes), like, dtype=torch.float64), torch.as_tensor(boxes, dtype=torch.float64)
     out[:, 0], out[:, 1] = 1, 2
     for k in range(_PARTS):
         part = rest.bfloat16().double()
-        out[:, 2 + 4*k:6 + 4*k], rest = part, rest - part
+        out[:, 2 + 4 * k : 6 + 4 * k], rest = part, rest - part
     return out
 
+# %% ../nbs/00_mllm.ipynb #decoded
 def _decoded(features):
     "(image, box) of every token, and which tokens have one"
     f = features.double().cpu()
     mark = f[:, 0]
-    valid = (mark.abs() > 1e-6) & ((f[:, 1] - 2*mark).abs() < .02*mark.abs()) & (f[:, 2 + 4*_PARTS:].abs().max(1).values < 1e-6)
-    boxes = sum(f[:, 2 + 4*k:6 + 4*k] for k in range(_PARTS))/mark[:, None]
+    valid = (
+        (mark.abs() > 1e-6)
+        & ((f[:, 1] - 2 * mark).abs() < 0.02 * mark.abs())
+        & (f[:, 2 + 4 * _PARTS :].abs().max(1).values < 1e-6)
+    )
+    boxes = sum(f[:, 2 + 4 * k : 6 + 4 * k] for k in range(_PARTS)) / mark[:, None]
     return boxes.numpy(), valid.numpy()
 
+# %% ../nbs/00_mllm.ipynb #sides
 def _sides(xy):
     "Columns and rows of the patches of one picture, (patches, 3) image, x, y"
-    steps = lambda u: 1 + int((np.diff(np.sort(u)) > .3*len(u)**-.5).sum())
+    steps = lambda u: 1 + int((np.diff(np.sort(u)) > 0.3 * len(u) ** -0.5).sum())
     return steps(xy[:, 1]), steps(xy[:, 2])
 
+# %% ../nbs/00_mllm.ipynb #merged_in_order
 def _merged_in_order(xy, n):
     "Do patches that follow each other form the squares that n tokens are merged from?"
-    g, one = len(xy)//n, xy[xy[:, 0] == xy[0, 0]]
-    spans = np.ptp(one[:len(one)//g*g, 1:].reshape(-1, g, 2), 1)*_sides(one)
-    return bool((np.median(spans, 0) < 1.2*(math.isqrt(g) - 1) + .2).all())
+    g, one = len(xy) // n, xy[xy[:, 0] == xy[0, 0]]
+    spans = np.ptp(one[: len(one) // g * g, 1:].reshape(-1, g, 2), 1) * _sides(one)
+    return bool((np.median(spans, 0) < 1.2 * (math.isqrt(g) - 1) + 0.2).all())
 
+# %% ../nbs/00_mllm.ipynb #in_blocks
 def _in_blocks(xy, n):
     "Patches row by row, reordered into the square blocks that tokens are then merged from, picture by picture"
-    k, out = math.isqrt(len(xy)//n), []
+    k, out = math.isqrt(len(xy) // n), []
     for image in dict.fromkeys(xy[:, 0]):
         one = xy[xy[:, 0] == image]
         w, h = _sides(one)
-        if k*k*n != len(xy) or w*h != len(one) or w % k or h % k: raise ValueError(f'{len(one)} patches in {w} columns do not form squares of {k} × {k}')
-        out.append(one.reshape(h//k, k, w//k, k, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 3))
+        if k * k * n != len(xy) or w * h != len(one) or w % k or h % k:
+            raise ValueError(f'{len(one)} patches in {w} columns do not form squares of {k} × {k}')
+        out.append(one.reshape(h // k, k, w // k, k, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 3))
     return np.concatenate(out)
 
+# %% ../nbs/00_mllm.ipynb #boxes_of_tokens
 def _boxes_of_tokens(mllm, p):
     "Boxes of all visual tokens in order, as shares of their image's sides, offset by 10 per image; which have one; and whether pixels alone tell"
     tiles, n = _tiles(mllm, p), len(p.visual)
-    if len(tiles) >= n and None not in tiles:                          # patches, in the order of the tokens that they are merged into
-        if len(tiles) % n: raise ValueError(f'{len(tiles)} patches do not make {n} tokens')
-        tiles = [t if len(t) == 3 else (t[0], t[1][0]*t[4]/2 + t[1][1], t[2][0]*t[3]/2 + t[2][1]) for t in tiles]
+    if len(tiles) >= n and None not in tiles:  # patches, in the order of the tokens that they are merged into
+        if len(tiles) % n:
+            raise ValueError(f'{len(tiles)} patches do not make {n} tokens')
+        tiles = [
+            t if len(t) == 3 else (t[0], t[1][0] * t[4] / 2 + t[1][1], t[2][0] * t[3] / 2 + t[2][1]) for t in tiles
+        ]
         xy = np.array(tiles)
         sure = _merged_in_order(xy, n)
-        if not sure: xy = _in_blocks(xy, n)
+        if not sure:
+            xy = _in_blocks(xy, n)
         xy = xy.reshape(n, -1, 3)
-        if np.ptp(xy[..., 0], 1).any(): raise ValueError('patches of different pictures meet in one token')
+        if np.ptp(xy[..., 0], 1).any():
+            raise ValueError('patches of different pictures meet in one token')
         c = xy.mean(1)
-        return np.concatenate([c[:, 1:], c[:, 1:]], 1) + 10*c[:, :1], np.ones(n, bool), sure
+        return np.concatenate([c[:, 1:], c[:, 1:]], 1) + 10 * c[:, :1], np.ones(n, bool), sure
     module, shape = _projector(mllm, p)
     total, width, seen = math.prod(shape[:-1]), shape[-1], [t for t in tiles if t is not None]
     tiles = next((ts for ts in (tiles, seen) if len(ts) in (shape[0], math.prod(shape[:-2]))), seen)
-    if total % len(tiles): raise ValueError(f'{len(tiles)} tiles of pixels do not make {total} tokens')
-    count, per = len(tiles), total//len(tiles)
-    if width < 2 + 4*_PARTS: raise ValueError('its width is too small to carry coordinates')
+    if total % len(tiles):
+        raise ValueError(f'{len(tiles)} tiles of pixels do not make {total} tokens')
+    count, per = len(tiles), total // len(tiles)
+    if width < 2 + 4 * _PARTS:
+        raise ValueError('its width is too small to carry coordinates')
     coded = torch.zeros(count, per, width, dtype=torch.float64)
     for t, tile in enumerate(tiles):
-        if tile is None: continue
+        if tile is None:
+            continue
         k, (ax, bx), (ay, by), H, W = tile
         skip, h, w = _shape(per, H, W)
-        rows, cols = np.divmod(np.arange(h*w), w)
-        x, y = (lambda e: ax*e*W/w + bx), (lambda e: ay*e*H/h + by)
-        coded[t, skip:] = _coded(np.stack([x(cols), y(rows), x(cols + 1), y(rows + 1)], 1) + 10*k, width)
-    def put(m, args, out): return coded.reshape(out.shape).to(out)
+        rows, cols = np.divmod(np.arange(h * w), w)
+        x, y = (lambda e: ax * e * W / w + bx), (lambda e: ay * e * H / h + by)
+        coded[t, skip:] = _coded(np.stack([x(cols), y(rows), x(cols + 1), y(rows + 1)], 1) + 10 * k, width)
+
+    def put(m, args, out):
+        return coded.reshape(out.shape).to(out)
+
     boxes, valid = _decoded(entering(mllm, p, [(module, put)]))
-    if not valid.any(): raise ValueError('coordinates put into its projector do not arrive at the decoder')
+    if not valid.any():
+        raise ValueError('coordinates put into its projector do not arrive at the decoder')
     return boxes, valid, False
 
+# %% ../nbs/00_mllm.ipynb #as_grids
 def _as_grids(boxes, valid, sizes):
     "Cut tokens in reading order into grids: a new one begins where the reading jumps up, or to another image"
     ids = np.flatnonzero(valid)
-    image = (boxes[ids].mean(1) + 4.5)//10
-    b = boxes[ids] - 10*image[:, None]
-    cx, cy = (b[:, 0] + b[:, 2])/2, (b[:, 1] + b[:, 3])/2
+    image = (boxes[ids].mean(1) + 4.5) // 10
+    b = boxes[ids] - 10 * image[:, None]
+    cx, cy = (b[:, 0] + b[:, 2]) / 2, (b[:, 1] + b[:, 3]) / 2
     images, at, n = np.unique(image, return_inverse=True, return_counts=True)
-    tall = np.array([sizes[int(k)][1]/sizes[int(k)][0] for k in images])
-    across, down = (.4/np.sqrt(n*np.maximum(1, t))[at] for t in (1/tall, tall))      # under half of what tokens lie apart, square or not; grey levels tell places to 1/255 only
+    tall = np.array([sizes[int(k)][1] / sizes[int(k)][0] for k in images])
+    across, down = (
+        0.4 / np.sqrt(n * np.maximum(1, t))[at] for t in (1 / tall, tall)
+    )  # under half of what tokens lie apart, square or not; grey levels tell places to 1/255 only
     cuts, near = [0], lambda u, v, step: abs(u - v) < step
     for k in range(1, len(ids)):
         i, same_row = cuts[-1], near(cy[k], cy[k - 1], down[k])
-        if image[k] != image[i] or (cx[k] < cx[k - 1] if same_row else cy[k] < cy[k - 1] or not near(cx[k], cx[i], across[k])): cuts.append(k)
+        if image[k] != image[i] or (
+            cx[k] < cx[k - 1] if same_row else cy[k] < cy[k - 1] or not near(cx[k], cx[i], across[k])
+        ):
+            cuts.append(k)
     out = []
     for i, j in zip(cuts, [*cuts[1:], len(ids)]):
         w = int(near(cy[i:j], cy[i], down[i]).sum())
-        if (j - i) % w: raise ValueError(f'{j - i} tokens in rows of {w} form no grid')
-        h, size = (j - i)//w, sizes[int(image[i])]
-        pitch = lambda c, n, whole: (c[-1] - c[0])/(n - 1) if n > 1 else whole
-        dx, dy = pitch(cx[i:i + w], w, max(b[i, 2] - b[i, 0], 1. if b[i, 2] == b[i, 0] else 0)), pitch(cy[i:j:w], h, max(b[i, 3] - b[i, 1], 1. if b[i, 3] == b[i, 1] else 0))
-        own = np.stack([cx[i:j] - dx/2, cy[i:j] - dy/2, cx[i:j] + dx/2, cy[i:j] + dy/2], 1).clip(0, 1)*[*size, *size]
+        if (j - i) % w:
+            raise ValueError(f'{j - i} tokens in rows of {w} form no grid')
+        h, size = (j - i) // w, sizes[int(image[i])]
+        pitch = lambda c, n, whole: (c[-1] - c[0]) / (n - 1) if n > 1 else whole
+        dx, dy = (
+            pitch(cx[i : i + w], w, max(b[i, 2] - b[i, 0], 1.0 if b[i, 2] == b[i, 0] else 0)),
+            pitch(cy[i:j:w], h, max(b[i, 3] - b[i, 1], 1.0 if b[i, 3] == b[i, 1] else 0)),
+        )
+        own = np.stack([cx[i:j] - dx / 2, cy[i:j] - dy / 2, cx[i:j] + dx / 2, cy[i:j] + dy / 2], 1).clip(0, 1) * [
+            *size,
+            *size,
+        ]
         own = own.round(1)
         l, t, r, s = *own[:, :2].min(0), *own[:, 2:].max(0)
-        if (np.prod(own[:, 2:] - own[:, :2], 1).sum() > 1.1*(r - l)*(s - t)): raise ValueError('their boxes overlap')
-        out.append(Grid(ids[i:j], h, w, own, size, float((r - l)*(s - t)/(size[0]*size[1])), int(image[i])))
+        if np.prod(own[:, 2:] - own[:, :2], 1).sum() > 1.1 * (r - l) * (s - t):
+            raise ValueError('their boxes overlap')
+        out.append(Grid(ids[i:j], h, w, own, size, float((r - l) * (s - t) / (size[0] * size[1])), int(image[i])))
     return out
 
 # %% ../nbs/00_mllm.ipynb #c021
 def _query_grids(mllm, p):
     "One grid per image over the vision tower's patches, with `mix` from the Q-Former"
     readers = [m for n, m in mllm.model.named_modules() if n.endswith('crossattention.attention')]
-    if not readers: raise ValueError('its Q-Former has no cross-attention that could be read')
+    if not readers:
+        raise ValueError('its Q-Former has no cross-attention that could be read')
     seen = {}
     note = lambda key: lambda m, args, out: seen.__setitem__(key, out.float())
     entering(mllm, p, [(getattr(m, part), note((k, part))) for k, m in enumerate(readers) for part in ('query', 'key')])
     heads = lambda v, m: v.unflatten(-1, (m.num_attention_heads, -1)).transpose(1, 2)
-    weights = sum((heads(seen[k, 'query'], m) @ heads(seen[k, 'key'], m).mT/math.sqrt(m.attention_head_size)).softmax(-1).mean(1) for k, m in enumerate(readers))/len(readers)
-    out, tiles, n = [], _tiles(mllm, p), len(p.visual)//len(p.images)
+    weights = sum(
+        (heads(seen[k, 'query'], m) @ heads(seen[k, 'key'], m).mT / math.sqrt(m.attention_head_size))
+        .softmax(-1)
+        .mean(1)
+        for k, m in enumerate(readers)
+    ) / len(readers)
+    out, tiles, n = [], _tiles(mllm, p), len(p.visual) // len(p.images)
     for i, (k, (ax, bx), (ay, by), H, W) in enumerate(tiles):
         skip, h, w = _shape(weights.shape[-1], H, W)
         size = p.images[k].size
-        boxes = token_boxes(h, w, size, (1/(ax*size[0]), 1/(ay*size[1])), (bx/ax, by/ay), (W, H)).round(1)
-        kept = float(np.prod(boxes[:, 2:] - boxes[:, :2], 1).sum()/(size[0]*size[1]))
-        out.append(Grid(np.arange(i*n, (i + 1)*n), h, w, boxes, size, kept, k, weights[i, -n:, skip:].double().cpu().numpy()))
+        boxes = token_boxes(h, w, size, (1 / (ax * size[0]), 1 / (ay * size[1])), (bx / ax, by / ay), (W, H)).round(1)
+        kept = float(np.prod(boxes[:, 2:] - boxes[:, :2], 1).sum() / (size[0] * size[1]))
+        out.append(
+            Grid(
+                np.arange(i * n, (i + 1) * n), h, w, boxes, size, kept, k, weights[i, -n:, skip:].double().cpu().numpy()
+            )
+        )
     return out
 
 # %% ../nbs/00_mllm.ipynb #c022
@@ -559,373 +835,603 @@ def _sees_there(mllm, p, grids):
     for k in rng.choice(len(g.boxes), min(5, len(g.boxes)), replace=False):
         l, t, r, b = (int(round(v)) for v in g.boxes[k])
         other = [im.copy() for im in noise]
-        other[g.image].paste(Image.fromarray(rng.integers(0, 2, (max(b - t, 1), max(r - l, 1), 3), dtype='uint8')*255), (l, t))
+        other[g.image].paste(
+            Image.fromarray(rng.integers(0, 2, (max(b - t, 1), max(r - l, 1), 3), dtype='uint8') * 255), (l, t)
+        )
         change = (view(other) - before).norm(dim=-1).cpu().numpy()[g.index]
-        ranks.append((change < change[k]).sum()/max(len(change) - 1, 1))
-    return np.mean(ranks) > .8 or len(g.boxes) < 3
+        ranks.append((change < change[k]).sum() / max(len(change) - 1, 1))
+    return np.mean(ranks) > 0.8 or len(g.boxes) < 3
 
+# %% ../nbs/00_mllm.ipynb #find_views
 def find_views(
-    mllm:MLLM, # the model
-    p:Prompt, # a prompt
-)->list: # of `Grid`, in the order of their tokens
+    mllm: MLLM,  # the model
+    p: Prompt,  # a prompt
+) -> list:  # of `Grid`, in the order of their tokens
     "Which pixels each visual token saw, measured. Raises `ValueError` where the tokens have no place, with the reason."
     sizes = tuple(im.size for im in p.images)
-    if (sizes, len(p.visual)) in mllm._views and not mllm.takes_one: return mllm._views[sizes, len(p.visual)]
+    if (sizes, len(p.visual)) in mllm._views and not mllm.takes_one:
+        return mllm._views[sizes, len(p.visual)]
     try:
-        if mllm.takes_one: return _query_grids(mllm, p)
+        if mllm.takes_one:
+            return _query_grids(mllm, p)
         boxes, valid, sure = _boxes_of_tokens(mllm, p)
         got = _as_grids(boxes, valid, sizes)
-        if not sure and '_placed' not in mllm.__dict__: mllm._placed = _sees_there(mllm, p, got)
-        if not (sure or mllm._placed): raise ValueError('disturbing a place in the picture does not change the tokens that should lie there most')
+        if not sure and '_placed' not in mllm.__dict__:
+            mllm._placed = _sees_there(mllm, p, got)
+        if not (sure or mllm._placed):
+            raise ValueError('disturbing a place in the picture does not change the tokens that should lie there most')
     except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as e:
-        raise ValueError(f'No token of {mllm.name} can be given a place in the picture ({str(e).splitlines()[0][:160]}). Masking works without it, maps on the picture do not.') from e
+        raise ValueError(
+            f'No token of {mllm.name} can be given a place in the picture ({str(e).splitlines()[0][:160]}). Masking works without it, maps on the picture do not.'
+        ) from e
     mllm._views[sizes, len(p.visual)] = got
     return got
 
 # %% ../nbs/00_mllm.ipynb #c024
-def _is_strip(k, inputs): "All pictures side by side in one strip, cut by `target_sizes`?"; return k.startswith('pixel_values') and 'target_sizes' in inputs and inputs[k].shape[0] == 1
+def _is_strip(k, inputs):
+    "All pictures side by side in one strip, cut by `target_sizes`?"
+    return k.startswith('pixel_values') and 'target_sizes' in inputs and inputs[k].shape[0] == 1
 
-def copies(self:MLLM,
-    p:Prompt, # the prompt
-    batch:int=1, # how many
-    ids:list=(), # token ids to append to each
-)->dict: # inputs of a forward
+# %% ../nbs/00_mllm.ipynb #copies
+def copies(
+    self: MLLM,
+    p: Prompt,  # the prompt
+    batch: int = 1,  # how many
+    ids: list = (),  # token ids to append to each
+) -> dict:  # inputs of a forward
     "The prompt's tensors, repeated, followed by given tokens; copies share the image features, and one takes those that are kept"
     n, tail = p.length, torch.tensor([ids], device=self.device, dtype=torch.long)
+
     def more(k, v):
-        if k == 'input_ids': new = tail.expand(len(v), -1)
-        elif k == 'token_type_ids' and not v.any(): new = torch.ones_like(tail).expand(len(v), -1)      # 0 is the prefix, an answer the suffix
-        elif k == 'attention_mask' or v.ndim > 2: new = v[:, -1:].expand(-1, len(ids), *v.shape[2:])
-        else: new = torch.zeros_like(tail).expand(len(v), -1)
-        return torch.cat([v, new.to(v.dtype)], 1).repeat(batch, *[1]*(v.ndim - 1))
+        if k == 'input_ids':
+            new = tail.expand(len(v), -1)
+        elif k == 'token_type_ids' and not v.any():
+            new = torch.ones_like(tail).expand(len(v), -1)  # 0 is the prefix, an answer the suffix
+        elif k == 'attention_mask' or v.ndim > 2:
+            new = v[:, -1:].expand(-1, len(ids), *v.shape[2:])
+        else:
+            new = torch.zeros_like(tail).expand(len(v), -1)
+        return torch.cat([v, new.to(v.dtype)], 1).repeat(batch, *[1] * (v.ndim - 1))
+
     out = {k: more(k, v) for k, v in p.inputs.items() if _is_row(v, n)}
-    if batch == 1: return out | {k: v for k, v in self.encoded([p]).items() if k not in out}
+    if batch == 1:
+        return out | {k: v for k, v in self.encoded([p]).items() if k not in out}
     seen = {k: v for k, v in p.inputs.items() if k not in out}
-    if not self.shares_vision: return out | {k: torch.cat([v]*batch, -1 if _is_strip(k, seen) else 0) for k, v in seen.items()}
-    features, again = image_features(self.model, p.inputs), lambda t: t.repeat(batch, *[1]*(t.ndim - 1))
+    if not self.shares_vision:
+        return out | {k: torch.cat([v] * batch, -1 if _is_strip(k, seen) else 0) for k, v in seen.items()}
+    features, again = image_features(self.model, p.inputs), lambda t: t.repeat(batch, *[1] * (t.ndim - 1))
     n = len(flat(features))
-    def repeat(v):                                                      # a tensor or a list of tensors with all visual tokens, or several such (DeepStack)
-        if torch.is_tensor(v): return again(v)
-        return list(v)*batch if all(map(torch.is_tensor, v)) and sum(len(t.flatten(0, -2)) for t in v) == n else [repeat(t) for t in v]
-    for name in {'pooler_output', 'deepstack_features'} & {*features}: features[name] = repeat(features[name])
-    return out | {k: again(v) for k, v in seen.items() if not v.is_floating_point()} | dict(mm_encoder_outputs=dict(image=features))
 
+    def repeat(v):  # a tensor or a list of tensors with all visual tokens, or several such (DeepStack)
+        if torch.is_tensor(v):
+            return again(v)
+        return (
+            list(v) * batch
+            if all(map(torch.is_tensor, v)) and sum(len(t.flatten(0, -2)) for t in v) == n
+            else [repeat(t) for t in v]
+        )
+
+    for name in {'pooler_output', 'deepstack_features'} & {*features}:
+        features[name] = repeat(features[name])
+    return (
+        out
+        | {k: again(v) for k, v in seen.items() if not v.is_floating_point()}
+        | dict(mm_encoder_outputs=dict(image=features))
+    )
+
+# %% ../nbs/00_mllm.ipynb #shares_vision
 def _shares_vision(self):
-    needs = lambda f: {k for k, v in inspect.signature(f).parameters.items() if k == 'pixel_values' and v.default is v.empty}
-    return hasattr(self.model, 'get_image_features') and 'mm_encoder_outputs' in inspect.signature(self.model.forward).parameters and not needs(self.model.generate)
+    needs = lambda f: {
+        k for k, v in inspect.signature(f).parameters.items() if k == 'pixel_values' and v.default is v.empty
+    }
+    return (
+        hasattr(self.model, 'get_image_features')
+        and 'mm_encoder_outputs' in inspect.signature(self.model.forward).parameters
+        and not needs(self.model.generate)
+    )
 
+# %% ../nbs/00_mllm.ipynb #shares_vision-2
 MLLM.shares_vision = property(_shares_vision)
 
-def stack(self:MLLM,
-    prompts:list, # of `Prompt`
-)->Prompt: # one prompt whose tensors hold all of them; `visual` is that of the longest
+# %% ../nbs/00_mllm.ipynb #stack
+def stack(
+    self: MLLM,
+    prompts: list,  # of `Prompt`
+) -> Prompt:  # one prompt whose tensors hold all of them; `visual` is that of the longest
     "Several prompts as one batch, padded on the left; pictures with fewer tiles get empty ones"
     width = max(p.length for p in prompts)
     blank = dict(input_ids=getattr(self.model.config.get_text_config(), 'pad_token_id', None) or 0)
+
     def fit(k, rows):
         vs = [p.inputs[k] for p in prompts]
-        if rows: vs = [torch.nn.functional.pad(v, [0, 0]*(v.ndim - 2) + [width - v.shape[1], 0], value=blank.get(k, 0)) for v in vs]
-        if _is_strip(k, one.inputs): return torch.cat(vs, -1)
+        if rows:
+            vs = [
+                torch.nn.functional.pad(v, [0, 0] * (v.ndim - 2) + [width - v.shape[1], 0], value=blank.get(k, 0))
+                for v in vs
+            ]
+        if _is_strip(k, one.inputs):
+            return torch.cat(vs, -1)
         sides = [max(v.shape[d] for v in vs) for d in range(1, vs[0].ndim)]
-        return torch.cat([torch.nn.functional.pad(v, [x for s, have in zip(sides[::-1], v.shape[:0:-1]) for x in (0, s - have)]) for v in vs])
+        return torch.cat(
+            [
+                torch.nn.functional.pad(v, [x for s, have in zip(sides[::-1], v.shape[:0:-1]) for x in (0, s - have)])
+                for v in vs
+            ]
+        )
+
     one = max(prompts, key=lambda p: p.length)
     inputs = {k: fit(k, _is_row(v, one.length)) for k, v in one.inputs.items()}
     return replace(one, inputs=inputs)
 
+# %% ../nbs/00_mllm.ipynb #in_batches
 def in_batches(
-    work:callable, # list of items → list of results
-    items:list, # of anything
-    batch:int, # items at a time
-)->list: # results, in order
+    work: callable,  # list of items → list of results
+    items: list,  # of anything
+    batch: int,  # items at a time
+) -> list:  # results, in order
     "Work on a few items at a time; where memory runs out, on half as many, and nothing done is lost"
     out = []
     while len(out) < len(items):
-        try: out += work(items[len(out):len(out) + batch])
+        try:
+            out += work(items[len(out) : len(out) + batch])
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as e:
-            if batch == 1 or not (isinstance(e, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in str(e)): raise
+            if batch == 1 or not (isinstance(e, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in str(e)):
+                raise
             batch //= 2
-            if torch.cuda.is_available(): torch.cuda.empty_cache()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
     return out
 
+# %% ../nbs/00_mllm.ipynb #until_end
 def _until_end(self, ids):
     "Cut a row of generated ids after its first end token"
     end = self.model.generation_config.eos_token_id
     end = set(end if isinstance(end, list) else [end])
-    return next((ids[:k + 1] for k, t in enumerate(ids) if t in end), ids)
+    return next((ids[: k + 1] for k, t in enumerate(ids) if t in end), ids)
 
-GREEDY = dict(do_sample=False, repetition_penalty=1., no_repeat_ngram_size=0, min_length=0) # whatever a checkpoint's generation config says
+# %% ../nbs/00_mllm.ipynb #GREEDY
+GREEDY = dict(
+    do_sample=False, repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0
+)  # whatever a checkpoint's generation config says
 
+# %% ../nbs/00_mllm.ipynb #generate
 @torch.inference_mode()
-def generate(self:MLLM,
-    p:Prompt, # the prompt
-    batch:int=1, # copies
-    max_new_tokens:int=32, # answers are short
-    temperature:float=0., # above 0: sampled among the 50 likeliest tokens, as the harness of the public logs does
-    seed:int=0, # of the sampling
-)->list: # of `Answer`, one per copy
+def generate(
+    self: MLLM,
+    p: Prompt,  # the prompt
+    batch: int = 1,  # copies
+    max_new_tokens: int = 32,  # answers are short
+    temperature: float = 0.0,  # above 0: sampled among the 50 likeliest tokens, as the harness of the public logs does
+    seed: int = 0,  # of the sampling
+) -> list:  # of `Answer`, one per copy
     "Greedy answers of several copies of a prompt, each perhaps under another edit"
-    how = GREEDY | dict(do_sample=True, temperature=temperature, top_k=50, top_p=1.) if temperature else GREEDY
+    how = GREEDY | dict(do_sample=True, temperature=temperature, top_k=50, top_p=1.0) if temperature else GREEDY
     with torch.random.fork_rng([self.device] if self.device.type == 'cuda' else [], enabled=bool(temperature)):
-        if temperature: torch.manual_seed(seed)
-        out = self.model.generate(**self.copies(p, batch), **how, num_beams=1, max_new_tokens=max_new_tokens,
-                                  suppress_tokens=[self.image_token_id],     # an image placeholder is no answer, and could not be fed back
-                                  return_dict_in_generate=True, output_logits=True)
+        if temperature:
+            torch.manual_seed(seed)
+        out = self.model.generate(
+            **self.copies(p, batch),
+            **how,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            suppress_tokens=[self.image_token_id],  # an image placeholder is no answer, and could not be fed back
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
     logits = torch.stack(out.logits, 1).float().log_softmax(-1)
-    rows = [_until_end(self, r) for r in out.sequences[:, -logits.shape[1]:].tolist()]
+    rows = [_until_end(self, r) for r in out.sequences[:, -logits.shape[1] :].tolist()]
     return [Answer(self.decode(r), r, sum(logits[b, t, i].item() for t, i in enumerate(r))) for b, r in enumerate(rows)]
 
-def answer(self:MLLM,
-    images, # picture, list of pictures, or a `Prompt`
-    question:str|None=None, # not needed with a `Prompt`
-    max_new_tokens:int=32, # answers are short
-)->Answer: # greedy
+# %% ../nbs/00_mllm.ipynb #answer
+def answer(
+    self: MLLM,
+    images,  # picture, list of pictures, or a `Prompt`
+    question: str | None = None,  # not needed with a `Prompt`
+    max_new_tokens: int = 32,  # answers are short
+) -> Answer:  # greedy
     "The model's greedy answer and its log-probability"
     p = images if isinstance(images, Prompt) else self.prompt(images, question)
     return self.generate(p, 1, max_new_tokens)[0]
 
+# %% ../nbs/00_mllm.ipynb #company
 def _company(self, prompts):
     "How prompts may share a batch: 0 any, padded; 1 of equal length; 2 none. Measured once: both must say what they say alone"
-    if len(prompts) < 2: return 0
+    if len(prompts) < 2:
+        return 0
     last = lambda p: self.model(**p.inputs, use_cache=False).logits[:, -1].float()
+
     def same(a, b):
         key = a.length != b.length
         if key not in self._shared:
-            with torch.inference_mode(): alone, both = torch.cat([last(a), last(b)]), last(self.stack([a, b]))
-            off = ((alone - both).abs().median(1).values/alone.abs().median(1).values).max()
+            with torch.inference_mode():
+                alone, both = torch.cat([last(a), last(b)]), last(self.stack([a, b]))
+            off = ((alone - both).abs().median(1).values / alone.abs().median(1).values).max()
             self._shared[key] = bool(off < (1e-3 if self.dtype in (torch.float32, torch.float64) else 5e-2))
         return self._shared[key]
+
     order = sorted(prompts, key=lambda p: p.length)
-    if order[0].length != order[-1].length and same(order[0], order[-1]): return 0
+    if order[0].length != order[-1].length and same(order[0], order[-1]):
+        return 0
     twins = next(((a, b) for a, b in zip(order, order[1:]) if a.length == b.length), None)
     return 1 if twins is None or same(*twins) else 2
 
-def answers(self:MLLM,
-    prompts:list, # of `Prompt`
-    batch:int=32, # prompts per forward, at first
-)->list: # of `Answer`, in the order of the prompts
+# %% ../nbs/00_mllm.ipynb #answers
+def answers(
+    self: MLLM,
+    prompts: list,  # of `Prompt`
+    batch: int = 32,  # prompts per forward, at first
+) -> list:  # of `Answer`, in the order of the prompts
     "Greedy answers to many prompts; those of similar length run together, or of equal length, or none, where that changes what the model says"
-    like = lambda p: (len(p.visual) if self.cross else 0, bool(p.path))  # rows before a picture read all keys of a cross-attention, so that empty tiles would be seen
-    company, out = _company(self, [p for p in prompts if like(p) == like(prompts[0])]), [None]*len(prompts)
+    like = lambda p: (
+        len(p.visual) if self.cross else 0,
+        bool(p.path),
+    )  # rows before a picture read all keys of a cross-attention, so that empty tiles would be seen
+    company, out = _company(self, [p for p in prompts if like(p) == like(prompts[0])]), [None] * len(prompts)
     kind = lambda p: (*like(p), (0, p.length, id(p))[company])
-    for _, group in groupby(sorted(range(len(prompts)), key=lambda k: (kind(prompts[k]), prompts[k].length)), lambda k: kind(prompts[k])):
+    for _, group in groupby(
+        sorted(range(len(prompts)), key=lambda k: (kind(prompts[k]), prompts[k].length)), lambda k: kind(prompts[k])
+    ):
         group = list(group)
-        for k, a in zip(group, in_batches(lambda ks: self.generate(self.stack([prompts[k] for k in ks])), group, batch)): out[k] = a
+        for k, a in zip(
+            group, in_batches(lambda ks: self.generate(self.stack([prompts[k] for k in ks])), group, batch)
+        ):
+            out[k] = a
     return out
 
-def decode(self:MLLM,
-    ids:list, # token ids
-)->str: # stripped text
+# %% ../nbs/00_mllm.ipynb #decode
+def decode(
+    self: MLLM,
+    ids: list,  # token ids
+) -> str:  # stripped text
     "Token ids as text, without special tokens"
     return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-MLLM.copies, MLLM.stack, MLLM.generate, MLLM.answer, MLLM.answers, MLLM.decode = copies, stack, generate, answer, answers, decode
+# %% ../nbs/00_mllm.ipynb #copies-2
+MLLM.copies, MLLM.stack, MLLM.generate, MLLM.answer, MLLM.answers, MLLM.decode = (
+    copies,
+    stack,
+    generate,
+    answer,
+    answers,
+    decode,
+)
 
 # %% ../nbs/00_mllm.ipynb #c026
-def answer_logits(self:MLLM,
-    p:Prompt, # the prompt
-    ids:list, # the answer's token ids, T of them
-    batch:int=1, # copies
-)->torch.Tensor: # (batch, T, vocabulary) log-probabilities, float32
+def answer_logits(
+    self: MLLM,
+    p: Prompt,  # the prompt
+    ids: list,  # the answer's token ids, T of them
+    batch: int = 1,  # copies
+) -> torch.Tensor:  # (batch, T, vocabulary) log-probabilities, float32
     "Log-probabilities of every token at every position of a given answer"
-    with torch.inference_mode(): out = self.model(**self.copies(p, batch, ids[:-1]), use_cache=False, logits_to_keep=len(ids))
-    return out.logits[:, -len(ids):].float().log_softmax(-1)
+    with torch.inference_mode():
+        out = self.model(**self.copies(p, batch, ids[:-1]), use_cache=False, logits_to_keep=len(ids))
+    return out.logits[:, -len(ids) :].float().log_softmax(-1)
 
+# %% ../nbs/00_mllm.ipynb #answer_logits
 MLLM.answer_logits = answer_logits
 
 # %% ../nbs/00_mllm.ipynb #c034
-def stamp(self:MLLM)->dict: # of strings and numbers
+def stamp(self: MLLM) -> dict:  # of strings and numbers
     "Versions, precision, attention implementation, pixels and device behind a number"
-    try: commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    except (OSError, NameError): commit = ''
+    try:
+        commit = subprocess.run(
+            ['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+    except (OSError, NameError):
+        commit = ''
     text = self.model.config.get_text_config()
     size = getattr(self.processor.image_processor, 'size', None)
-    return dict(model=self.name, revision=self.revision or '', package=version('fusion_notebooks'), transformers=version('transformers'), torch=torch.__version__, dtype=str(self.dtype).split('.')[-1],
-                attention=text._attn_implementation, pixels=str({k: v for k, v in dict(size).items() if v} if size else ''), device=self.device.type, commit=commit)
+    return dict(
+        model=self.name,
+        revision=self.revision or '',
+        package=version('fusion_notebooks'),
+        transformers=version('transformers'),
+        torch=torch.__version__,
+        dtype=str(self.dtype).split('.')[-1],
+        attention=text._attn_implementation,
+        pixels=str({k: v for k, v in dict(size).items() if v} if size else ''),
+        device=self.device.type,
+        commit=commit,
+    )
 
+# %% ../nbs/00_mllm.ipynb #stamp
 MLLM.stamp = stamp
 
 # %% ../nbs/00_mllm.ipynb #vision1
 def free_memory(
-    device, # a torch device
-)->int: # bytes
+    device,  # a torch device
+) -> int:  # bytes
     "Memory that is free for tensors"
-    if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try: return int(Path('/proc/meminfo').read_text().split('MemAvailable:')[1].split()[0])*1024
-    except (OSError, IndexError): return os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')//4     # elsewhere only the total is told
+    if device.type == 'cuda':
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+    try:
+        return int(Path('/proc/meminfo').read_text().split('MemAvailable:')[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 4  # elsewhere only the total is told
 
+# %% ../nbs/00_mllm.ipynb #nbytes
 def _nbytes(x):
     "Memory of the tensors in something"
-    if isinstance(x, torch.Tensor): return x.nbytes
-    if isinstance(x, dict): return sum(map(_nbytes, x.values()))
+    if isinstance(x, torch.Tensor):
+        return x.nbytes
+    if isinstance(x, dict):
+        return sum(map(_nbytes, x.values()))
     return sum(map(_nbytes, x)) if isinstance(x, (list, tuple)) else _nbytes(vars(x)) if hasattr(x, '__dict__') else 0
 
+# %% ../nbs/00_mllm.ipynb #Kept
 class Kept(dict):
     "Things kept between samples: the newest, within a share of the memory that is free or already theirs"
-    def __init__(self, device, share=.25): self.device, self.share, self.sizes = device, share, {}
+
+    def __init__(self, device, share=0.25):
+        self.device, self.share, self.sizes = device, share, {}
+
     @property
-    def used(self): "Bytes"; return sum(self.sizes.values())
+    def used(self):
+        "Bytes"
+        return sum(self.sizes.values())
+
     @property
-    def budget(self): "Bytes"; return int(self.share*(free_memory(self.device) + self.used))
-    def use(self, key): "The value, now the newest"; self[key] = self.pop(key); return self[key]
+    def budget(self):
+        "Bytes"
+        return int(self.share * (free_memory(self.device) + self.used))
+
+    def use(self, key):
+        "The value, now the newest"
+        self[key] = self.pop(key)
+        return self[key]
+
     def put(self, key, value):
         "Keep a value, forgetting the oldest where it gets too much; one that does not fit at all is passed through"
         size = _nbytes(value)
-        while self and self.used + size > self.budget: old = next(iter(self)); del self[old], self.sizes[old]
-        if size <= self.budget: self[key], self.sizes[key] = value, size
+        while self and self.used + size > self.budget:
+            old = next(iter(self))
+            del self[old], self.sizes[old]
+        if size <= self.budget:
+            self[key], self.sizes[key] = value, size
         return value
 
-def kept(self:MLLM)->Kept: # belongs to the handle
+# %% ../nbs/00_mllm.ipynb #kept
+def kept(self: MLLM) -> Kept:  # belongs to the handle
     "What is kept between samples; `mllm.kept.clear()` forgets it"
-    if '_kept' not in self.__dict__: self._kept = Kept(self.device)
+    if '_kept' not in self.__dict__:
+        self._kept = Kept(self.device)
     return self._kept
 
-def weights_state(self:MLLM)->bytes: # changes whenever weights are changed in place or replaced
+# %% ../nbs/00_mllm.ipynb #weights_state
+def weights_state(self: MLLM) -> bytes:  # changes whenever weights are changed in place or replaced
     "Marks the state of the weights within this process"
-    if '_weights' not in self.__dict__: self._weights = list(self.model.parameters())
+    if '_weights' not in self.__dict__:
+        self._weights = list(self.model.parameters())
     return hashlib.sha1(repr([(p.data_ptr(), p._version) for p in self._weights]).encode()).digest()
 
+# %% ../nbs/00_mllm.ipynb #kept-2
 MLLM.kept, MLLM.weights_state = property(kept), weights_state
 
 # %% ../nbs/00_mllm.ipynb #vision2
 def digest(
-    *things, # tensors, or anything with a repr
-)->str: # hexadecimal
+    *things,  # tensors, or anything with a repr
+) -> str:  # hexadecimal
     "A hash of some values"
     h = hashlib.sha1()
     for t in things:
-        if not (isinstance(t, torch.Tensor) and t.ndim): h.update(repr(t).encode()); continue
+        if not (isinstance(t, torch.Tensor) and t.ndim):
+            h.update(repr(t).encode())
+            continue
         h.update(repr(t.shape).encode())
         h.update(t.detach().cpu().contiguous().view(torch.uint8).flatten().numpy())
     return h.hexdigest()
 
-def remember(self:MLLM,
-    folder, # made where it is missing; None: nothing is written
-    gigabytes:float=4, # the files least recently used are removed beyond that
+# %% ../nbs/00_mllm.ipynb #remember
+def remember(
+    self: MLLM,
+    folder,  # made where it is missing; None: nothing is written
+    gigabytes: float = 4,  # the files least recently used are removed beyond that
 ):
     "Keep the vision tower's output in a folder, across processes"
     self.folder = None if folder is None else (Path(folder), gigabytes)
-    if self.folder is None: return
+    if self.folder is None:
+        return
     self.folder[0].mkdir(parents=True, exist_ok=True)
     parameters = [v.flatten() for v in self.model.parameters()]
-    self.folder_mark = digest(self.model.config.to_dict(), *[v[::max(1, len(v)//16)] for v in parameters])   # 16 numbers of each: other weights, other files
+    self.folder_mark = digest(
+        self.model.config.to_dict(), *[v[:: max(1, len(v) // 16)] for v in parameters]
+    )  # 16 numbers of each: other weights, other files
 
-FEATURES = ('pooler_output', 'deepstack_features') # what a forward reads of the tower's output
+# %% ../nbs/00_mllm.ipynb #FEATURES
+FEATURES = ('pooler_output', 'deepstack_features')  # what a forward reads of the tower's output
 
-def features(self:MLLM,
-    p:Prompt, # the prompt
-): # what `mm_encoder_outputs` takes
+# %% ../nbs/00_mllm.ipynb #features
+def features(
+    self: MLLM,
+    p: Prompt,  # the prompt
+):  # what `mm_encoder_outputs` takes
     "The vision tower's output for a prompt's pictures"
     key = 'features', self.weights_state(), p.shown
-    if key in self.kept: return self.kept.use(key)
-    file = self.folder and self.folder[0]/f'{digest(self.folder_mark, p.shown)}.safetensors'
+    if key in self.kept:
+        return self.kept.use(key)
+    file = self.folder and self.folder[0] / f'{digest(self.folder_mark, p.shown)}.safetensors'
     if file and file.exists():
         got = SimpleNamespace()
-        for name, v in sorted(load_file(file, device=str(self.device)).items(), key=lambda kv: [int(x) if x.isdigit() else x for x in kv[0].split('.')]):
+        for name, v in sorted(
+            load_file(file, device=str(self.device)).items(),
+            key=lambda kv: [int(x) if x.isdigit() else x for x in kv[0].split('.')],
+        ):
             name, *k = name.split('.')
             setattr(got, name, [*getattr(got, name, []), v] if k else v)
         os.utime(file)
     else:
         out = image_features(self.model, p.inputs)
-        got = SimpleNamespace(**{n: list(v) if isinstance(v, tuple) else v for n in FEATURES if (v := getattr(out, n, None)) is not None})
-        if 'deepstack_features' in vars(got): got.deepstack_features = [torch.cat(v) for v in got.deepstack_features]     # per layer, of all images
-        if file: _write(file, got, self.folder)
+        got = SimpleNamespace(
+            **{n: list(v) if isinstance(v, tuple) else v for n in FEATURES if (v := getattr(out, n, None)) is not None}
+        )
+        if 'deepstack_features' in vars(got):
+            got.deepstack_features = [torch.cat(v) for v in got.deepstack_features]  # per layer, of all images
+        if file:
+            _write(file, got, self.folder)
     return self.kept.put(key, got)
 
+# %% ../nbs/00_mllm.ipynb #write
 def _write(file, features, folder):
     "Write features as a whole file or not at all, then remove the files least recently used beyond the budget"
-    flat = {f'{n}.{k}' if isinstance(v, list) else n: t.contiguous() for n, v in vars(features).items() for k, t in enumerate(v if isinstance(v, list) else [v])}
+    flat = {
+        f'{n}.{k}' if isinstance(v, list) else n: t.contiguous()
+        for n, v in vars(features).items()
+        for k, t in enumerate(v if isinstance(v, list) else [v])
+    }
     part = file.with_suffix(f'.{os.getpid()}.part')
     save_file(flat, part)
     os.replace(part, file)
     files = sorted(folder[0].glob('*.safetensors'), key=lambda f: f.stat().st_mtime)
     sizes = [f.stat().st_size for f in files]
-    while len(files) > 1 and sum(sizes) > folder[1]*1e9: files.pop(0).unlink(missing_ok=True); sizes.pop(0)
+    while len(files) > 1 and sum(sizes) > folder[1] * 1e9:
+        files.pop(0).unlink(missing_ok=True)
+        sizes.pop(0)
 
+# %% ../nbs/00_mllm.ipynb #with_features
 def _with_features(self, prompts, pictures=None):
     "The tensors of some prompts, with the tower's output in place of the pixels"
     out, n = {k: torch.cat([p.inputs[k] for p in prompts]) for k in prompts[0].inputs}, prompts[0].length
     some = [self.features(p) for p in pictures or prompts]
     join = lambda vs: torch.cat(vs) if isinstance(vs[0], torch.Tensor) else [x for v in vs for x in v]
     image = SimpleNamespace(pooler_output=join([f.pooler_output for f in some]))
-    if hasattr(some[0], 'deepstack_features'): image.deepstack_features = [list(layer) for layer in zip(*(f.deepstack_features for f in some))]
-    return {k: v for k, v in out.items() if _is_row(v, n) or not k.startswith('pixel')} | dict(mm_encoder_outputs=dict(image=image))     # grids and sizes place the tokens
+    if hasattr(some[0], 'deepstack_features'):
+        image.deepstack_features = [list(layer) for layer in zip(*(f.deepstack_features for f in some))]
+    return {k: v for k, v in out.items() if _is_row(v, n) or not k.startswith('pixel')} | dict(
+        mm_encoder_outputs=dict(image=image)
+    )  # grids and sizes place the tokens
 
+# %% ../nbs/00_mllm.ipynb #reads_features
 def _reads_features(self, p):
     "Does the model make the same of the tower's output as of the pixels? Asked once"
     if '_reads' not in self.__dict__:
-        try: self._reads = torch.equal(entering(self, p), entering(self, replace(p, inputs=_with_features(self, [p]))))
-        except (AttributeError, TypeError, KeyError, ValueError, RuntimeError, IndexError): self._reads = False
+        try:
+            self._reads = torch.equal(entering(self, p), entering(self, replace(p, inputs=_with_features(self, [p]))))
+        except (AttributeError, TypeError, KeyError, ValueError, RuntimeError, IndexError):
+            self._reads = False
     return self._reads
 
-def encoded(self:MLLM,
-    prompts:list, # of `Prompt`, of equal length
-    pictures:list|None=None, # prompts that have the pictures, one by one, where these share a prompt here
-)->dict: # inputs of a forward
+# %% ../nbs/00_mllm.ipynb #encoded
+def encoded(
+    self: MLLM,
+    prompts: list,  # of `Prompt`, of equal length
+    pictures: list | None = None,  # prompts that have the pictures, one by one, where these share a prompt here
+) -> dict:  # inputs of a forward
     "The tensors of some prompts, with the tower's output in place of the pixels where the model takes it"
-    if self.shares_vision and _reads_features(self, (pictures or prompts)[0]): return _with_features(self, prompts, pictures)
+    if self.shares_vision and _reads_features(self, (pictures or prompts)[0]):
+        return _with_features(self, prompts, pictures)
     return {k: torch.cat([p.inputs[k] for p in prompts]) for k in prompts[0].inputs}
 
+# %% ../nbs/00_mllm.ipynb #folder
 MLLM.folder, MLLM.remember, MLLM.features, MLLM.encoded = None, remember, features, encoded
 
 # %% ../nbs/00_mllm.ipynb #gate1
 class Gate:
     "Where the rows of text may read the picture: at open layers as ever, at closed ones not at all, at decoys from another scene"
-    def __init__(self,
-        model, # with Llama's attention; it runs with the gate from here on
-        image_token_id:int, # placeholder of the visual tokens
-        closed=(), # decoder layers
-        decoys=None, # decoder layer → (visual, width) what enters the attention of that layer at another scene's visual tokens; None: take those of the next sample of the batch
+
+    def __init__(
+        self,
+        model,  # with Llama's attention; it runs with the gate from here on
+        image_token_id: int,  # placeholder of the visual tokens
+        closed=(),  # decoder layers
+        decoys=None,  # decoder layer → (visual, width) what enters the attention of that layer at another scene's visual tokens; None: take those of the next sample of the batch
     ):
         layers = model.get_decoder().layers
-        self.n, self.closed, self.decoys, self.seen, self.reads = len(layers), tuple(sorted(closed)), dict(decoys or {}), None, {}
-        if bad := [i for i in (*self.closed, *self.decoys) if not 0 <= i < self.n]: raise ValueError(f'The gate names layer {bad[0]} of a model with decoder layers 0 to {self.n - 1}.')
-        def note(embedding, args): self.seen = args[0] == image_token_id
+        self.n, self.closed, self.decoys, self.seen, self.reads = (
+            len(layers),
+            tuple(sorted(closed)),
+            dict(decoys or {}),
+            None,
+            {},
+        )
+        if bad := [i for i in (*self.closed, *self.decoys) if not 0 <= i < self.n]:
+            raise ValueError(f'The gate names layer {bad[0]} of a model with decoder layers 0 to {self.n - 1}.')
+
+        def note(embedding, args):
+            self.seen = args[0] == image_token_id
+
         model.get_input_embeddings().register_forward_pre_hook(note)
-        for i in {*self.closed, *self.decoys}: layers[i].self_attn.forward = MethodType(_gated(self, i), layers[i].self_attn)
+        for i in {*self.closed, *self.decoys}:
+            layers[i].self_attn.forward = MethodType(_gated(self, i), layers[i].self_attn)
         model.gate = self
 
     @property
-    def open(self): "Decoder layers at which text reads its own picture"; return tuple(i for i in range(self.n) if i not in self.closed and i not in self.decoys)
-    def __repr__(self): return f'Gate(open={self.open}, decoys={tuple(self.decoys)}, closed={self.closed})'
+    def open(self):
+        "Decoder layers at which text reads its own picture"
+        return tuple(i for i in range(self.n) if i not in self.closed and i not in self.decoys)
+
+    def __repr__(self):
+        return f'Gate(open={self.open}, decoys={tuple(self.decoys)}, closed={self.closed})'
 
     def other(self, i, h, seen):
         "What enters the attention of layer i, with another scene in place of the picture"
-        if self.decoys[i] is None: return torch.where(seen[..., None], h.roll(1, 0), h)
+        if self.decoys[i] is None:
+            return torch.where(seen[..., None], h.roll(1, 0), h)
         at, new = seen.expand(len(h), -1), h.clone()
-        if at.any(): new[at] = self.decoys[i].to(h).repeat(int(at.sum())//len(self.decoys[i]), 1)
+        if at.any():
+            new[at] = self.decoys[i].to(h).repeat(int(at.sum()) // len(self.decoys[i]), 1)
         return new
 
     def save(self, folder):
         "Write it beside the model's weights"
-        save_file({f'decoy.{i}': v.contiguous() for i, v in self.decoys.items()}, Path(folder)/'gate.safetensors', dict(closed=' '.join(map(str, self.closed))))
+        save_file(
+            {f'decoy.{i}': v.contiguous() for i, v in self.decoys.items()},
+            Path(folder) / 'gate.safetensors',
+            dict(closed=' '.join(map(str, self.closed))),
+        )
 
+# %% ../nbs/00_mllm.ipynb #gated
 def _gated(gate, i):
     "The forward of layer i's attention. What a row may read is settled by extra channels of queries and keys, so the cache carries the gate along"
+
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kw):
         library = sys.modules[type(self).__module__]
+
         def heads(h):
-            q, k, v = (p(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = (
+                p(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+            )
             return *library.apply_rotary_pos_emb(q, k, *position_embeddings), v
+
         q, k, v = heads(hidden_states)
-        seen = gate.seen if gate.seen.any() else gate.seen[:1]          # rows of a ladder share one picture, or have none
+        seen = gate.seen if gate.seen.any() else gate.seen[:1]  # rows of a ladder share one picture, or have none
         at = seen[:, None, :, None]
-        if i in gate.closed:                                            # text · picture gives -10,000, everything else 0
+        if i in gate.closed:  # text · picture gives -10,000, everything else 0
             mark = at.to(q).expand(len(q), q.shape[1], -1, -1)
-            q, k = torch.cat([q, 1e4*(mark - 1)/self.scaling], -1), torch.cat([k, mark[:, :k.shape[1]]], -1)
-        else:                                                           # first half: the own picture; second half: the other scene
+            q, k = torch.cat([q, 1e4 * (mark - 1) / self.scaling], -1), torch.cat([k, mark[:, : k.shape[1]]], -1)
+        else:  # first half: the own picture; second half: the other scene
             _, k2, v2 = heads(gate.other(i, hidden_states, seen))
             k, v = (torch.cat([a, torch.where(at, b, a)], -1) for a, b in ((k, k2), (v, v2)))
             own = at | gate.reads[i][:, None, :, None] if i in gate.reads else at
-            q = torch.cat([q*own, q*~own], -1)
-        if past_key_values is not None: k, v = past_key_values.update(k, v, self.layer_idx)
-        attend = library.ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, library.eager_attention_forward)
-        out, weights = attend(self, q, k, v, attention_mask, dropout=0., scaling=self.scaling, **kw)
-        if i in gate.decoys: out = torch.where(own.transpose(1, 2), out[..., :self.head_dim], out[..., self.head_dim:])
+            q = torch.cat([q * own, q * ~own], -1)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = library.ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, library.eager_attention_forward
+        )
+        out, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kw)
+        if i in gate.decoys:
+            out = torch.where(own.transpose(1, 2), out[..., : self.head_dim], out[..., self.head_dim :])
         return self.o_proj(out.flatten(2)), weights
+
     return forward
 
+# %% ../nbs/00_mllm.ipynb #read_gate
 def _read_gate(model, folder):
     "Put the gate of a saved model in place"
-    with safe_open(folder/'gate.safetensors', 'pt') as f:
-        try: Gate(model, model.config.image_token_id, [int(x) for x in f.metadata()['closed'].split()], {int(k.split('.')[1]): f.get_tensor(k) for k in f.keys()})
-        except (KeyError, TypeError, ValueError, IndexError) as e: raise ValueError(f'{folder}/gate.safetensors is not a gate ({e}): it holds decoy.<layer> tensors, and `closed` layers in its metadata.') from e
+    with safe_open(folder / 'gate.safetensors', 'pt') as f:
+        try:
+            Gate(
+                model,
+                model.config.image_token_id,
+                [int(x) for x in f.metadata()['closed'].split()],
+                {int(k.split('.')[1]): f.get_tensor(k) for k in f.keys()},
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as e:
+            raise ValueError(
+                f'{folder}/gate.safetensors is not a gate ({e}): it holds decoy.<layer> tensors, and `closed` layers in its metadata.'
+            ) from e

@@ -23,138 +23,265 @@ from . import metrics
 from .results import percent
 
 # %% ../nbs/10_plots.ipynb #c005
-HOWS = dict(zero=('#D55E00', '-'), mean=('#E69F00', '--'), swap=('#009E73', '-'), knockout=('#0072B2', '-'), soft=('#56B4E9', '--'), none=('#444444', ':'))
-REACH = dict(single=('at the layer', '-'), window=('around the layer', (0, (1, 1))), **{'from': ('from the layer on', (0, (5, 1, 1, 1)))})
-FAMILIES = dict(base='#444444', mask='#0072B2', crop='#D55E00')                 # of a method: what stands before the dash
-CONTROLS = ('late', 'random', 'highest', 'centre', 'oracle')                    # what stands behind it; drawn hollow
-EVIDENCE, CHOSEN, FUSION, REVIEW = '#00C853', '#FF3D00', '#F0E442', '#CC79A7'   # box of the answer, box of the method, layers
-SMALL, LARGE = 8, 9.5                                                           # font sizes, points
+HOWS = dict(
+    zero=('#D55E00', '-'),
+    mean=('#E69F00', '--'),
+    swap=('#009E73', '-'),
+    knockout=('#0072B2', '-'),
+    soft=('#56B4E9', '--'),
+    none=('#444444', ':'),
+)
+REACH = dict(
+    single=('at the layer', '-'),
+    window=('around the layer', (0, (1, 1))),
+    **{'from': ('from the layer on', (0, (5, 1, 1, 1)))},
+)
+FAMILIES = dict(base='#444444', mask='#0072B2', crop='#D55E00')  # of a method: what stands before the dash
+CONTROLS = ('late', 'random', 'highest', 'centre', 'oracle')  # what stands behind it; drawn hollow
+EVIDENCE, CHOSEN, FUSION, REVIEW = (
+    '#00C853',
+    '#FF3D00',
+    '#F0E442',
+    '#CC79A7',
+)  # box of the answer, box of the method, layers
+SMALL, LARGE = 8, 9.5  # font sizes, points
 
-def _colour(method): return FAMILIES.get(method.split('-')[0], HOWS['swap'][0])
-def _inner(method): return 'white' if method.split('-')[-1] in CONTROLS else _colour(method)
+# %% ../nbs/10_plots.ipynb #colour
+def _colour(method):
+    return FAMILIES.get(method.split('-')[0], HOWS['swap'][0])
 
-def _style(): return sns.axes_style('whitegrid', {'grid.color': '.9', 'axes.edgecolor': '.3'}) | sns.plotting_context('paper')
+# %% ../nbs/10_plots.ipynb #inner
+def _inner(method):
+    return 'white' if method.split('-')[-1] in CONTROLS else _colour(method)
 
-def _figure(rows=1, columns=1, width=4., height=3., **kw):
+# %% ../nbs/10_plots.ipynb #style
+def _style():
+    return sns.axes_style('whitegrid', {'grid.color': '.9', 'axes.edgecolor': '.3'}) | sns.plotting_context('paper')
+
+# %% ../nbs/10_plots.ipynb #figure
+def _figure(rows=1, columns=1, width=4.0, height=3.0, **kw):
     "Closed for pyplot, so that a notebook shows it once"
-    with plt.rc_context(_style()): fig, axes = plt.subplots(rows, columns, figsize=(width*columns, height*rows), layout='constrained', squeeze=False, **kw)
+    with plt.rc_context(_style()):
+        fig, axes = plt.subplots(
+            rows, columns, figsize=(width * columns, height * rows), layout='constrained', squeeze=False, **kw
+        )
     plt.close(fig)
     return fig, axes
 
+# %% ../nbs/10_plots.ipynb #text
 def _text(text, width=None):
-    text = str(text).replace('$', r'\$')                                        # or mathtext would read it
+    text = str(text).replace('$', r'\$')  # or mathtext would read it
     return '\n'.join(textwrap.wrap(text, width)) if width else text
 
-def _model(table): return ', '.join(map(str, table['model'].unique())) + ': ' if 'model' in table else ''
-def _n(table): return f"n = {table['sample'].nunique():,} questions" if 'sample' in table else f"n = {int(table['n'].min()):,} questions" if 'n' in table else 'n not stated'
-def _heading(table, what, width): return _text(_model(table) + what, width) + f'\n{_n(table)}'
-def _title(ax, table, what): ax.set_title(_heading(table, what, 60), fontsize=LARGE)
-def _percent(rows, column='accuracy'):
-    scale = 100 if max(rows[column].max(), 0) <= 1.5 else 1                      # shares or percent
-    return rows.assign(**{c: scale*rows[c] if c in rows else np.nan for c in (column, 'low', 'high')})
-def _legend(ax, **kw): ax.legend(fontsize=SMALL, frameon=True, framealpha=.9, **kw)
+# %% ../nbs/10_plots.ipynb #model
+def _model(table):
+    return ', '.join(map(str, table['model'].unique())) + ': ' if 'model' in table else ''
 
+# %% ../nbs/10_plots.ipynb #n
+def _n(table):
+    return (
+        f"n = {table['sample'].nunique():,} questions"
+        if 'sample' in table
+        else f"n = {int(table['n'].min()):,} questions"
+        if 'n' in table
+        else 'n not stated'
+    )
+
+# %% ../nbs/10_plots.ipynb #heading
+def _heading(table, what, width):
+    return _text(_model(table) + what, width) + f'\n{_n(table)}'
+
+# %% ../nbs/10_plots.ipynb #title
+def _title(ax, table, what):
+    ax.set_title(_heading(table, what, 60), fontsize=LARGE)
+
+# %% ../nbs/10_plots.ipynb #percent
+def _percent(rows, column='accuracy'):
+    scale = 100 if max(rows[column].max(), 0) <= 1.5 else 1  # shares or percent
+    return rows.assign(**{c: scale * rows[c] if c in rows else np.nan for c in (column, 'low', 'high')})
+
+# %% ../nbs/10_plots.ipynb #legend
+def _legend(ax, **kw):
+    ax.legend(fontsize=SMALL, frameon=True, framealpha=0.9, **kw)
+
+# %% ../nbs/10_plots.ipynb #layers
 def _layers(ax, layers, label='decoder layer (0-based)'):
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
-    ax.set(xlabel=label, xlim=(min(layers) - .5, max(layers) + .5))
+    ax.set(xlabel=label, xlim=(min(layers) - 0.5, max(layers) + 0.5))
     sns.despine(ax=ax)
 
+# %% ../nbs/10_plots.ipynb #band
 def _band(ax, rows, column, colour, style='-', label=None):
     ax.plot(rows.layer, rows[column], ls=style, color=colour, marker='o', ms=3, lw=1.4, label=label)
-    ax.fill_between(rows.layer.astype(float), rows.low.astype(float), rows.high.astype(float), color=colour, alpha=.16, lw=0)
+    ax.fill_between(
+        rows.layer.astype(float), rows.low.astype(float), rows.high.astype(float), color=colour, alpha=0.16, lw=0
+    )
 
+# %% ../nbs/10_plots.ipynb #flat
 def _flat(ax, row, column, label):
     colour = HOWS['none'][0]
     ax.axhline(row[column], color=colour, ls=':', lw=1.4, label=label)
-    ax.axhspan(row.low, row.high, color=colour, alpha=.1, lw=0) if np.isfinite(row.low) else None
+    ax.axhspan(row.low, row.high, color=colour, alpha=0.1, lw=0) if np.isfinite(row.low) else None
 
 # %% ../nbs/10_plots.ipynb #c007
 def masking(
-    table:pd.DataFrame, # masking rows of the store; or a curve: layer, how, accuracy [, low, high, n]
-    fusion=None, # `Layers` or layer numbers to shade
-    review=None, # `Layers` or layer number(s) to mark
-)->plt.Figure:
+    table: pd.DataFrame,  # masking rows of the store; or a curve: layer, how, accuracy [, low, high, n]
+    fusion=None,  # `Layers` or layer numbers to shade
+    review=None,  # `Layers` or layer number(s) to mark
+) -> plt.Figure:
     "Accuracy, and log-odds of the unmasked answer, by the layer at which the image is taken away"
     panels = [('accuracy', _percent(metrics.curve(table) if 'score' in table else table), 'accuracy (%)')]
-    if 'logp' in table: panels.append(('odds', metrics.curve(table.assign(odds=metrics.log_odds(table.logp)), 'odds'), 'log-odds of the\nunmasked answer (nats)'))
+    if 'logp' in table:
+        panels.append(
+            (
+                'odds',
+                metrics.curve(table.assign(odds=metrics.log_odds(table.logp)), 'odds'),
+                'log-odds of the\nunmasked answer (nats)',
+            )
+        )
     fig, axes = _figure(1, len(panels), 4.4 if len(panels) > 1 else 5.4, 3.3)
     chosen = [tuple(np.atleast_1d([] if c is None else getattr(c, 'layers', c)).astype(int)) for c in (fusion, review)]
     for ax, (column, rows, label) in zip(axes[0], panels):
         rows = rows.assign(scope=rows['scope'] if 'scope' in rows else '')
-        for i in chosen[0]: ax.axvspan(i - .5, i + .5, color=FUSION, alpha=.35, lw=0, zorder=0)
-        for i in chosen[1]: ax.axvline(i, color=REVIEW, ls=(0, (4, 2)), lw=2, zorder=1)
-        for (how, scope), part in rows[rows.how != 'none'].sort_values('layer').groupby(['how', 'scope'], sort=False, dropna=False):
+        for i in chosen[0]:
+            ax.axvspan(i - 0.5, i + 0.5, color=FUSION, alpha=0.35, lw=0, zorder=0)
+        for i in chosen[1]:
+            ax.axvline(i, color=REVIEW, ls=(0, (4, 2)), lw=2, zorder=1)
+        for (how, scope), part in (
+            rows[rows.how != 'none'].sort_values('layer').groupby(['how', 'scope'], sort=False, dropna=False)
+        ):
             reach = 'from' if how in ('zero', 'mean', 'swap') else scope
-            _band(ax, part, column, HOWS[how][0], REACH[scope][1] if how in ('knockout', 'soft') and scope in ('from', 'window') else HOWS[how][1], f'{how} ({REACH[reach or "single"][0]})')
-        for row in rows[rows.how == 'none'].itertuples(): _flat(ax, pd.Series(row._asdict()), column, 'unmasked')
-        ax.set(ylabel=label); _layers(ax, rows.layer[rows.how != 'none'])
+            _band(
+                ax,
+                part,
+                column,
+                HOWS[how][0],
+                REACH[scope][1] if how in ('knockout', 'soft') and scope in ('from', 'window') else HOWS[how][1],
+                f'{how} ({REACH[reach or "single"][0]})',
+            )
+        for row in rows[rows.how == 'none'].itertuples():
+            _flat(ax, pd.Series(row._asdict()), column, 'unmasked')
+        ax.set(ylabel=label)
+        _layers(ax, rows.layer[rows.how != 'none'])
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    for layers, patch, name in zip(chosen, (Patch(color=FUSION, alpha=.35), plt.Line2D([], [], color=REVIEW, ls=(0, (4, 2)), lw=2)), ('fusion layers', 'review layer')):
-        if layers: handles.append(patch); labels.append(f'{name} {", ".join(map(str, layers))}')
-    fig.legend(handles, labels, loc='outside lower center', ncols=2*len(panels), fontsize=SMALL, frameon=False)
-    fig.suptitle(_heading(table, 'the image taken away layer by layer', 60*len(panels)), fontsize=LARGE)
+    for layers, patch, name in zip(
+        chosen,
+        (Patch(color=FUSION, alpha=0.35), plt.Line2D([], [], color=REVIEW, ls=(0, (4, 2)), lw=2)),
+        ('fusion layers', 'review layer'),
+    ):
+        if layers:
+            handles.append(patch)
+            labels.append(f'{name} {", ".join(map(str, layers))}')
+    fig.legend(handles, labels, loc='outside lower center', ncols=2 * len(panels), fontsize=SMALL, frameon=False)
+    fig.suptitle(_heading(table, 'the image taken away layer by layer', 60 * len(panels)), fontsize=LARGE)
     return fig
 
 # %% ../nbs/10_plots.ipynb #c014
-def _union(boxes): return np.r_[np.min(np.reshape(boxes, (-1, 4)), 0)[:2], np.max(np.reshape(boxes, (-1, 4)), 0)[2:]]
+def _union(boxes):
+    return np.r_[np.min(np.reshape(boxes, (-1, 4)), 0)[:2], np.max(np.reshape(boxes, (-1, 4)), 0)[2:]]
 
+# %% ../nbs/10_plots.ipynb #outline
 def _outline(ax, box, colour):
-    if box is None: return
+    if box is None:
+        return
     left, top, right, bottom = np.asarray(box, float)
-    for c, lw in (('white', 3.4), (colour, 1.8)): ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=c, lw=lw))
+    for c, lw in (('white', 3.4), (colour, 1.8)):
+        ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=c, lw=lw))
 
+# %% ../nbs/10_plots.ipynb #picture
 def _picture(ax, image, title='', box=None, chosen=None, ratio=None):
     "A picture in its pixels, in a frame of its own shape or of `ratio` (height/width)"
-    (w, h), ratio = image.size, ratio or image.height/image.width
-    width, height = max(w, h/ratio), max(h, w*ratio)
+    (w, h), ratio = image.size, ratio or image.height / image.width
+    width, height = max(w, h / ratio), max(h, w * ratio)
     ax.imshow(image, extent=(0, w, h, 0))
-    _outline(ax, box, EVIDENCE); _outline(ax, chosen, CHOSEN)
-    ax.set(xlim=((w - width)/2, (w + width)/2), ylim=((h + height)/2, (h - height)/2), xticks=[], yticks=[], aspect='equal', facecolor='.96')
+    _outline(ax, box, EVIDENCE)
+    _outline(ax, chosen, CHOSEN)
+    ax.set(
+        xlim=((w - width) / 2, (w + width) / 2),
+        ylim=((h + height) / 2, (h - height) / 2),
+        xticks=[],
+        yticks=[],
+        aspect='equal',
+        facecolor='.96',
+    )
     ax.set_title(title, fontsize=SMALL)
 
-def _glass(name, weight, start=0.):
+# %% ../nbs/10_plots.ipynb #glass
+def _glass(name, weight, start=0.0):
     "A colour map that lets the picture through where there is nothing to say"
-    return ListedColormap(np.c_[plt.get_cmap(name)(np.linspace(start, 1, 256))[:, :3], .1 + .75*weight(np.linspace(0, 1, 256))], name=f'{name}-glass')
+    return ListedColormap(
+        np.c_[plt.get_cmap(name)(np.linspace(start, 1, 256))[:, :3], 0.1 + 0.75 * weight(np.linspace(0, 1, 256))],
+        name=f'{name}-glass',
+    )
 
-HEAT, SIGNED = _glass('inferno', lambda t: t**.8, .2), _glass('RdBu_r', lambda t: np.abs(2*t - 1)**.8)
+# %% ../nbs/10_plots.ipynb #HEAT
+HEAT, SIGNED = _glass('inferno', lambda t: t**0.8, 0.2), _glass('RdBu_r', lambda t: np.abs(2 * t - 1) ** 0.8)
 
+# %% ../nbs/10_plots.ipynb #overlay
 def _overlay(ax, values, extent, **kw):
     left, top, right, bottom = extent
     limits = ax.axis()
-    shown = ax.imshow(values, extent=(left, right, bottom, top), interpolation='bicubic', interpolation_stage='data', **kw)
+    shown = ax.imshow(
+        values, extent=(left, right, bottom, top), interpolation='bicubic', interpolation_stage='data', **kw
+    )
     ax.axis(limits)
     return shown
 
-def _cut(image, box): return image.crop(tuple(int(round(float(v))) for v in box))
-def _open(image): return (image if isinstance(image, Image.Image) else Image.open(image)).convert('RGB')
+# %% ../nbs/10_plots.ipynb #cut
+def _cut(image, box):
+    return image.crop(tuple(int(round(float(v))) for v in box))
 
+# %% ../nbs/10_plots.ipynb #open
+def _open(image):
+    return (image if isinstance(image, Image.Image) else Image.open(image)).convert('RGB')
+
+# %% ../nbs/10_plots.ipynb #attention_maps
 def attention_maps(
-    image, # picture, PIL or path
-    maps, # (layers, visual) attention, tokens row-major
-    grid_shape:tuple, # (h, w) of the token grid
-    layers=None, # layers to show; None: eight, evenly spread, the last among them
-    boxes=None, # (visual, 4) token boxes, pixels; their union is the maps' extent
-    box=None, # evidence box, pixels
-    extent=None, # (left, top, right, bottom) instead of `boxes`; neither: the whole picture
-    title:str='',
-)->plt.Figure:
+    image,  # picture, PIL or path
+    maps,  # (layers, visual) attention, tokens row-major
+    grid_shape: tuple,  # (h, w) of the token grid
+    layers=None,  # layers to show; None: eight, evenly spread, the last among them
+    boxes=None,  # (visual, 4) token boxes, pixels; their union is the maps' extent
+    box=None,  # evidence box, pixels
+    extent=None,  # (left, top, right, bottom) instead of `boxes`; neither: the whole picture
+    title: str = '',
+) -> plt.Figure:
     "Where each layer looks, over the picture"
     image, maps = _open(image), np.asarray(maps, float)
-    if maps.ndim != 2 or maps.shape[1] != np.prod(grid_shape): raise ValueError(f'attention_maps: maps of shape {maps.shape} do not fit a grid of {tuple(grid_shape)}; pass (layers, h*w)')
-    layers = np.unique(np.linspace(0, len(maps) - 1, min(8, len(maps))).round().astype(int)) if layers is None else np.atleast_1d(layers)
-    if (wrong := layers[(layers < 0) | (layers >= len(maps))]).size: raise ValueError(f'attention_maps: layer {wrong[0]} does not exist; there are maps of {len(maps)} layers')
+    if maps.ndim != 2 or maps.shape[1] != np.prod(grid_shape):
+        raise ValueError(
+            f'attention_maps: maps of shape {maps.shape} do not fit a grid of {tuple(grid_shape)}; pass (layers, h*w)'
+        )
+    layers = (
+        np.unique(np.linspace(0, len(maps) - 1, min(8, len(maps))).round().astype(int))
+        if layers is None
+        else np.atleast_1d(layers)
+    )
+    if (wrong := layers[(layers < 0) | (layers >= len(maps))]).size:
+        raise ValueError(f'attention_maps: layer {wrong[0]} does not exist; there are maps of {len(maps)} layers')
     extent = extent if extent is not None else _union(boxes) if boxes is not None else (0, 0, *image.size)
-    share = np.divide(maps, maps.sum(1, keepdims=True), out=np.zeros_like(maps), where=maps.sum(1, keepdims=True) > 0)*maps.shape[1]
+    share = (
+        np.divide(maps, maps.sum(1, keepdims=True), out=np.zeros_like(maps), where=maps.sum(1, keepdims=True) > 0)
+        * maps.shape[1]
+    )
     columns = min(4, len(layers))
-    fig, axes = _figure(-(-len(layers)//columns), columns, 1.9, 1.9*image.height/image.width + .3)
-    for ax in axes.flat[len(layers):]: ax.set_axis_off()
+    fig, axes = _figure(-(-len(layers) // columns), columns, 1.9, 1.9 * image.height / image.width + 0.3)
+    for ax in axes.flat[len(layers) :]:
+        ax.set_axis_off()
     for ax, i in zip(axes.flat, layers):
         _picture(ax, image.convert('L').convert('RGB'), f'layer {i}')
-        shown = _overlay(ax, share[i].reshape(grid_shape), extent, cmap=HEAT, vmin=0, vmax=np.quantile(share[layers], .995) or 1)
+        shown = _overlay(
+            ax, share[i].reshape(grid_shape), extent, cmap=HEAT, vmin=0, vmax=np.quantile(share[layers], 0.995) or 1
+        )
         _outline(ax, box, EVIDENCE)
-    bar = fig.colorbar(shown, ax=axes, shrink=.8, pad=.01, extend='max')
-    bar.set_label('attention (multiples of uniform)', fontsize=SMALL); bar.ax.tick_params(labelsize=SMALL)
-    fig.suptitle(_text(title or 'attention of the last prompt token', 24*columns) + ('\ngreen: evidence box' if box is not None else ''), fontsize=LARGE)
+    bar = fig.colorbar(shown, ax=axes, shrink=0.8, pad=0.01, extend='max')
+    bar.set_label('attention (multiples of uniform)', fontsize=SMALL)
+    bar.ax.tick_params(labelsize=SMALL)
+    fig.suptitle(
+        _text(title or 'attention of the last prompt token', 24 * columns)
+        + ('\ngreen: evidence box' if box is not None else ''),
+        fontsize=LARGE,
+    )
     return fig
 
 # %% ../nbs/10_plots.ipynb #c017
@@ -162,230 +289,413 @@ def _profile(table, column, ylabel, title, label=None):
     rows = metrics.curve(table, column)
     fig, axes = _figure(width=5, height=3.1)
     _band(axes[0, 0], rows, column, FAMILIES['mask'], label=label or 'mean, 95 % interval by image')
-    axes[0, 0].set_ylabel(ylabel); _title(axes[0, 0], table, title); _layers(axes[0, 0], rows.layer)
+    axes[0, 0].set_ylabel(ylabel)
+    _title(axes[0, 0], table, title)
+    _layers(axes[0, 0], rows.layer)
     return fig, axes[0, 0]
 
+# %% ../nbs/10_plots.ipynb #evidence
 def evidence(
-    table:pd.DataFrame, # attention rows of the store: sample, layer, evidence, chance
-)->plt.Figure:
+    table: pd.DataFrame,  # attention rows of the store: sample, layer, evidence, chance
+) -> plt.Figure:
     "Attention that falls into the evidence box, by layer, against uniform attention"
-    fig, ax = _profile(table.dropna(subset='evidence'), 'evidence', 'share of image attention', 'attention inside the evidence box')
-    ax.axhline(table.drop_duplicates('sample').chance.mean(), color='.3', ls='--', lw=1.2, label='chance (uniform attention)')
-    ax.set_ylim(bottom=0); _legend(ax)
+    fig, ax = _profile(
+        table.dropna(subset='evidence'), 'evidence', 'share of image attention', 'attention inside the evidence box'
+    )
+    ax.axhline(
+        table.drop_duplicates('sample').chance.mean(), color='.3', ls='--', lw=1.2, label='chance (uniform attention)'
+    )
+    ax.set_ylim(bottom=0)
+    _legend(ax)
     return fig
 
+# %% ../nbs/10_plots.ipynb #hellinger
 def hellinger(
-    table:pd.DataFrame, # attention rows of the store: sample, layer, hellinger
-)->plt.Figure:
+    table: pd.DataFrame,  # attention rows of the store: sample, layer, hellinger
+) -> plt.Figure:
     "Hellinger distance of each layer's map to the last layer's"
     fig, ax = _profile(table, 'hellinger', 'Hellinger distance (0 to 1)', "distance to the last layer's attention map")
-    ax.set_ylim(bottom=0); _legend(ax)
+    ax.set_ylim(bottom=0)
+    _legend(ax)
     return fig
 
+# %% ../nbs/10_plots.ipynb #noise
 def noise(
-    table:pd.DataFrame, # attention rows of the store: sample, noise (repeated over the layers)
-)->plt.Figure:
+    table: pd.DataFrame,  # attention rows of the store: sample, noise (repeated over the layers)
+) -> plt.Figure:
     "Distribution over samples of the share of tokens that stay bright outside the evidence"
     each = table.drop_duplicates('sample').dropna(subset='noise')
     mean, low, high = metrics.interval(each['noise'], each['image'] if 'image' in each else None, graded=True)
-    fig, axes = _figure(width=5, height=3.1); ax = axes[0, 0]
-    values, counts = np.unique(each['noise'].round(6), return_counts=True)              # k of the visual tokens: bars where values are
-    ax.bar(100*values, counts, width=80*min(np.diff(values), default=.01), color=FAMILIES['mask'], alpha=.75)
-    ax.axvspan(100*low, 100*high, color='.2', alpha=.25, lw=0)
-    ax.axvline(100*mean, color='.1', lw=1.6, label=f'mean {100*mean:.2f} % [{100*low:.2f}, {100*high:.2f}]')
-    ax.set_ylim(0, 1.2*counts.max()); ax.yaxis.set_major_locator(MaxNLocator(integer=True)); sns.despine(ax=ax)
-    ax.set(xlabel='visual tokens always bright outside the evidence (%)', ylabel='questions'); _title(ax, each, 'persistent attention noise'); _legend(ax)
+    fig, axes = _figure(width=5, height=3.1)
+    ax = axes[0, 0]
+    values, counts = np.unique(
+        each['noise'].round(6), return_counts=True
+    )  # k of the visual tokens: bars where values are
+    ax.bar(100 * values, counts, width=80 * min(np.diff(values), default=0.01), color=FAMILIES['mask'], alpha=0.75)
+    ax.axvspan(100 * low, 100 * high, color='.2', alpha=0.25, lw=0)
+    ax.axvline(100 * mean, color='.1', lw=1.6, label=f'mean {100 * mean:.2f} % [{100 * low:.2f}, {100 * high:.2f}]')
+    ax.set_ylim(0, 1.2 * counts.max())
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    sns.despine(ax=ax)
+    ax.set(xlabel='visual tokens always bright outside the evidence (%)', ylabel='questions')
+    _title(ax, each, 'persistent attention noise')
+    _legend(ax)
     return fig
 
 # %% ../nbs/10_plots.ipynb #looks0
-LOOKS = dict(late='#0072B2', early='#E69F00', contrast='#D55E00', relative='#009E73') # colours of `fusion.looks`
+LOOKS = dict(late='#0072B2', early='#E69F00', contrast='#D55E00', relative='#009E73')  # colours of `fusion.looks`
 MEASURES = dict(pointing='pointing game', mass='mass on the evidence', auroc='AUROC', iou='IoU')
 
+# %% ../nbs/10_plots.ipynb #evidence_scores
 def evidence_scores(
-    table:pd.DataFrame, # attention rows of the store: sample, layer, chance, '<look> <measure>'
-)->plt.Figure:
+    table: pd.DataFrame,  # attention rows of the store: sample, layer, chance, '<look> <measure>'
+) -> plt.Figure:
     "How well each way to look finds the evidence, by layer"
     table = table[table['late auroc'].notna()]
-    fig, axes = _figure(1, 4, 3.3, 3.)
+    fig, axes = _figure(1, 4, 3.3, 3.0)
     for ax, (measure, words) in zip(axes[0], MEASURES.items()):
         for look, colour in LOOKS.items():
             if (column := f'{look} {measure}') in table and table[column].notna().any():
-                _band(ax, metrics.curve(table[['layer', 'sample', column]].rename(columns={column: 'score'})).dropna(), 'accuracy', colour, label=look)
-        if measure == 'auroc': ax.axhline(.5, color='.3', ls='--', lw=1.2)
-        if measure == 'mass': ax.axhline(table.drop_duplicates('sample').chance.mean(), color='.3', ls='--', lw=1.2)
-        ax.set(ylabel=words, ylim=(-.03, 1.03)); _layers(ax, table.layer)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=SMALL, frameon=False)
+                _band(
+                    ax,
+                    metrics.curve(table[['layer', 'sample', column]].rename(columns={column: 'score'})).dropna(),
+                    'accuracy',
+                    colour,
+                    label=look,
+                )
+        if measure == 'auroc':
+            ax.axhline(0.5, color='.3', ls='--', lw=1.2)
+        if measure == 'mass':
+            ax.axhline(table.drop_duplicates('sample').chance.mean(), color='.3', ls='--', lw=1.2)
+        ax.set(ylabel=words, ylim=(-0.03, 1.03))
+        _layers(ax, table.layer)
+    fig.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=SMALL, frameon=False
+    )
     fig.suptitle(_heading(table, 'is the evidence where the map is bright? (dashed: chance)', 120), fontsize=LARGE)
     return fig
 
 # %% ../nbs/10_plots.ipynb #c022
 def early_exit(
-    table:pd.DataFrame, # early_exit rows of the store: sample, layer, score, first_score; base rows at layer −1, else the last layer is the base
-)->plt.Figure:
+    table: pd.DataFrame,  # early_exit rows of the store: sample, layer, score, first_score; base rows at layer −1, else the last layer is the base
+) -> plt.Figure:
     "Accuracy of the answer read after each decoder layer"
     rows = table[table.layer >= 0]
     base = table[table.layer < 0] if (table.layer < 0).any() else table[table.layer == table.layer.max()]
-    fig, axes = _figure(width=5, height=3.1); ax = axes[0, 0]
+    fig, axes = _figure(width=5, height=3.1)
+    ax = axes[0, 0]
     for column, how, label in (('first_score', 'mean', 'first token only'), ('score', 'knockout', 'full decoding')):
-        if column in rows: _band(ax, _percent(metrics.curve(rows, column), 'accuracy' if column == 'score' else column), 'accuracy' if column == 'score' else column, *HOWS[how], label=label)
+        if column in rows:
+            _band(
+                ax,
+                _percent(metrics.curve(rows, column), 'accuracy' if column == 'score' else column),
+                'accuracy' if column == 'score' else column,
+                *HOWS[how],
+                label=label,
+            )
     _flat(ax, _percent(metrics.curve(base)).iloc[0], 'accuracy', 'whole model')
-    ax.set(ylabel='accuracy (%)', ylim=(-3, 103)); _title(ax, table, 'answer read after each layer'); _layers(ax, rows.layer, 'exit after decoder layer (0-based)'); _legend(ax)
+    ax.set(ylabel='accuracy (%)', ylim=(-3, 103))
+    _title(ax, table, 'answer read after each layer')
+    _layers(ax, rows.layer, 'exit after decoder layer (0-based)')
+    _legend(ax)
     return fig
 
 # %% ../nbs/10_plots.ipynb #known1
 def known_answers(
-    table:pd.DataFrame, # one row per draw of samples: how, scope, n, precision, recall [, model]
-)->plt.Figure:
+    table: pd.DataFrame,  # one row per draw of samples: how, scope, n, precision, recall [, model]
+) -> plt.Figure:
     "Precision and recall of every estimator by the number of samples"
     fig, axes = _figure(1, 2, 4.2, 3.2, sharey=True)
     for ax, column in zip(axes[0], ('recall', 'precision')):
         for (how, scope), part in table.groupby(['how', 'scope'], sort=False):
-            per = 100*part.groupby('n')[column].mean()
-            ax.plot(per.index, per, color=HOWS[how][0], ls=REACH[scope][1] if how in ('knockout', 'soft') else HOWS[how][1], marker='o', ms=3, lw=1.4, label=how if how in ('zero', 'mean', 'swap') else f'{how}, {REACH[scope][0]}')
-        ax.set(xscale='log', xlabel='samples', ylabel=f'{column} (%)', ylim=(-3, 103), xticks=sorted(table.n.unique()), xticklabels=sorted(table.n.unique())); ax.minorticks_off(); sns.despine(ax=ax)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=SMALL, frameon=False)
-    fig.suptitle(_model(table) + f"layers named, of those planted\nmean of {table.groupby(['how', 'scope', 'n']).size().min()} draws per point", fontsize=LARGE)
+            per = 100 * part.groupby('n')[column].mean()
+            ax.plot(
+                per.index,
+                per,
+                color=HOWS[how][0],
+                ls=REACH[scope][1] if how in ('knockout', 'soft') else HOWS[how][1],
+                marker='o',
+                ms=3,
+                lw=1.4,
+                label=how if how in ('zero', 'mean', 'swap') else f'{how}, {REACH[scope][0]}',
+            )
+        ax.set(
+            xscale='log',
+            xlabel='samples',
+            ylabel=f'{column} (%)',
+            ylim=(-3, 103),
+            xticks=sorted(table.n.unique()),
+            xticklabels=sorted(table.n.unique()),
+        )
+        ax.minorticks_off()
+        sns.despine(ax=ax)
+    fig.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=SMALL, frameon=False
+    )
+    fig.suptitle(
+        _model(table)
+        + f"layers named, of those planted\nmean of {table.groupby(['how', 'scope', 'n']).size().min()} draws per point",
+        fontsize=LARGE,
+    )
     return fig
 
 # %% ../nbs/10_plots.ipynb #c025
 def refine(
-    table:pd.DataFrame, # refine rows of the store: sample, method, score [, kind, image]
-    kinds=None, # kinds to show beside all; None: every kind of the table, () none
-)->plt.Figure:
+    table: pd.DataFrame,  # refine rows of the store: sample, method, score [, kind, image]
+    kinds=None,  # kinds to show beside all; None: every kind of the table, () none
+) -> plt.Figure:
     "Accuracy per method with paired intervals against the base, all questions and by kind"
     kinds = (sorted(table.kind.dropna().unique()) if 'kind' in table else []) if kinds is None else list(kinds)
     panels = [('all', table)] + [(k, table[table.kind == k]) for k in kinds]
-    methods = list(dict.fromkeys(sorted(table.method.unique(), key=lambda m: (list(FAMILIES).index(m.split('-')[0]) if m.split('-')[0] in FAMILIES else 9, '-' in m))))
-    if 'base' not in methods: raise ValueError(f"refine: no rows of method 'base'; the table has {', '.join(methods)}")
-    fig, axes = _figure(1, len(panels), max(2.2, 4.2/len(panels)), .9 + .27*len(methods), sharey=True)
+    methods = list(
+        dict.fromkeys(
+            sorted(
+                table.method.unique(),
+                key=lambda m: (list(FAMILIES).index(m.split('-')[0]) if m.split('-')[0] in FAMILIES else 9, '-' in m),
+            )
+        )
+    )
+    if 'base' not in methods:
+        raise ValueError(f"refine: no rows of method 'base'; the table has {', '.join(methods)}")
+    fig, axes = _figure(1, len(panels), max(2.2, 4.2 / len(panels)), 0.9 + 0.27 * len(methods), sharey=True)
     for ax, (kind, rows) in zip(axes[0], panels):
         wide = rows.pivot_table(index='sample', columns='method', values='score').reindex(columns=methods)
         image = rows.groupby('sample')['image'].first().reindex(wide.index) if 'image' in rows else None
         base = wide.base.mean()
-        ax.axvline(100*base, color=FAMILIES['base'], ls=':', lw=1.4)
+        ax.axvline(100 * base, color=FAMILIES['base'], ls=':', lw=1.4)
         for y, method in enumerate(methods):
-            if method == 'base': ax.plot(100*base, y, 's', color=_colour(method), ms=5); continue
+            if method == 'base':
+                ax.plot(100 * base, y, 's', color=_colour(method), ms=5)
+                continue
             difference, low, high, _ = metrics.paired(wide[method], wide.base, image)
-            ax.plot([100*(base + low), 100*(base + high)], [y, y], color=_colour(method), lw=1.6)
-            ax.plot(100*(base + difference), y, 'o', mec=_colour(method), mfc=_inner(method), ms=5.5, zorder=3)
-        ax.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - .5, -.5)); ax.set_title(_text(f'{kind} (n = {len(wide):,})'), fontsize=SMALL + .5)
-        ax.xaxis.set_major_locator(MaxNLocator(4)); sns.despine(ax=ax)
+            ax.plot([100 * (base + low), 100 * (base + high)], [y, y], color=_colour(method), lw=1.6)
+            ax.plot(100 * (base + difference), y, 'o', mec=_colour(method), mfc=_inner(method), ms=5.5, zorder=3)
+        ax.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.5, -0.5))
+        ax.set_title(_text(f'{kind} (n = {len(wide):,})'), fontsize=SMALL + 0.5)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        sns.despine(ax=ax)
     fig.supxlabel('accuracy (%), bar: 95 % interval of the paired difference to the base', fontsize=SMALL)
-    fig.suptitle(_text(f'{_model(table)}answers refined', 28*len(panels) + 30), fontsize=LARGE)
+    fig.suptitle(_text(f'{_model(table)}answers refined', 28 * len(panels) + 30), fontsize=LARGE)
     return fig
 
 # %% ../nbs/10_plots.ipynb #r002
 def pareto(
-    table:pd.DataFrame, # refine rows of the store: sample, method, score, flops [, image]
-)->plt.Figure:
+    table: pd.DataFrame,  # refine rows of the store: sample, method, score, flops [, image]
+) -> plt.Figure:
     "Accuracy of every method against what it costs, relative to the plain answer"
     rows = table[table.score.notna()]
     cost = rows.groupby('method', sort=False).flops.mean()
-    cost, score = cost/cost['base'], {m: metrics.interval(g.score, g['image' if 'image' in g else 'sample']) for m, g in rows.groupby('method', sort=False)}
-    fig, axes = _figure(width=6.4, height=4.2); ax = axes[0, 0]
+    cost, score = (
+        cost / cost['base'],
+        {
+            m: metrics.interval(g.score, g['image' if 'image' in g else 'sample'])
+            for m, g in rows.groupby('method', sort=False)
+        },
+    )
+    fig, axes = _figure(width=6.4, height=4.2)
+    ax = axes[0, 0]
     order, columns = sorted(cost.index, key=lambda m: (cost[m], -score[m][0])), []
-    front = [m for i, m in enumerate(order) if 'oracle' not in m and all(score[m][0] > score[k][0] for k in order[:i] if 'oracle' not in k)] # no one has the oracle's boxes
-    ax.plot([cost[m] for m in front], [100*score[m][0] for m in front], color='.6', lw=1.2, zorder=1, label='front: nothing is both cheaper and better')
+    front = [
+        m
+        for i, m in enumerate(order)
+        if 'oracle' not in m and all(score[m][0] > score[k][0] for k in order[:i] if 'oracle' not in k)
+    ]  # no one has the oracle's boxes
+    ax.plot(
+        [cost[m] for m in front],
+        [100 * score[m][0] for m in front],
+        color='.6',
+        lw=1.2,
+        zorder=1,
+        label='front: nothing is both cheaper and better',
+    )
     for m in order:
-        mean, low, high = (100*v for v in score[m])
-        ax.errorbar(cost[m], mean, [[mean - low], [high - mean]], fmt='o', color=_colour(m), mfc=_inner(m), ms=5, lw=1, zorder=2)
-        if not columns or cost[m] > 1.2*cost[columns[-1][0]]: columns.append([])
+        mean, low, high = (100 * v for v in score[m])
+        ax.errorbar(
+            cost[m], mean, [[mean - low], [high - mean]], fmt='o', color=_colour(m), mfc=_inner(m), ms=5, lw=1, zorder=2
+        )
+        if not columns or cost[m] > 1.2 * cost[columns[-1][0]]:
+            columns.append([])
         columns[-1].append(m)
-    least = .045*np.ptp(ax.get_ylim())                                           # names of methods that cost the same stand under each other
+    least = 0.045 * np.ptp(ax.get_ylim())  # names of methods that cost the same stand under each other
     for column in columns:
         y = np.inf
         for m in sorted(column, key=lambda m: -score[m][0]):
-            y = min(y - least, 100*score[m][0])
-            ax.annotate(m, (cost[m], 100*score[m][0]), xytext=(1.04*cost[column[-1]], y), va='center', fontsize=SMALL - 1, arrowprops=dict(arrowstyle='-', lw=.4, color='.7', shrinkA=0, shrinkB=2))
+            y = min(y - least, 100 * score[m][0])
+            ax.annotate(
+                m,
+                (cost[m], 100 * score[m][0]),
+                xytext=(1.04 * cost[column[-1]], y),
+                va='center',
+                fontsize=SMALL - 1,
+                arrowprops=dict(arrowstyle='-', lw=0.4, color='.7', shrinkA=0, shrinkB=2),
+            )
     ax.set_xscale('log', subs=[1.5, 2, 3, 4, 6, 8])
-    for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter): axis(lambda v, _: f'{v:g}')
-    ax.set(xlabel='FLOPs of the decoder, multiples of the plain answer', ylabel='accuracy (%), 95 % interval'); _legend(ax, loc='lower right'); sns.despine(ax=ax)
+    for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        axis(lambda v, _: f'{v:g}')
+    ax.set(xlabel='FLOPs of the decoder, multiples of the plain answer', ylabel='accuracy (%), 95 % interval')
+    _legend(ax, loc='lower right')
+    sns.despine(ax=ax)
     _title(ax, rows, 'accuracy against cost')
     return fig
 
 # %% ../nbs/10_plots.ipynb #c028
 def refine_examples(
-    rows, # up to eight: table or dicts with image, question, base, refined, box (chosen, pixels) [, evidence (box), answer, method]
-    title:str='',
-)->plt.Figure:
+    rows,  # up to eight: table or dicts with image, question, base, refined, box (chosen, pixels) [, evidence (box), answer, method]
+    title: str = '',
+) -> plt.Figure:
     "Pictures with the chosen box and its crop, the base's answer and the refined one"
     rows = (rows.to_dict('records') if isinstance(rows, pd.DataFrame) else list(rows))[:8]
-    if not rows: raise ValueError('refine_examples: no row; pass at least one example')
-    columns = min(4, len(rows)); lines = -(-len(rows)//columns)
-    fig, axes = _figure(2*lines, columns, 2.3, 2.1)
-    for ax in axes.flat: ax.set_axis_off()
+    if not rows:
+        raise ValueError('refine_examples: no row; pass at least one example')
+    columns = min(4, len(rows))
+    lines = -(-len(rows) // columns)
+    fig, axes = _figure(2 * lines, columns, 2.3, 2.1)
+    for ax in axes.flat:
+        ax.set_axis_off()
     for k, row in enumerate(rows):
-        top, bottom, image = axes[2*(k//columns), k % columns], axes[2*(k//columns) + 1, k % columns], _open(row['image'])
+        top, bottom, image = (
+            axes[2 * (k // columns), k % columns],
+            axes[2 * (k // columns) + 1, k % columns],
+            _open(row['image']),
+        )
         truth = f'\ntruth: {row["answer"]}' if row.get('answer') not in (None, '') else ''
-        box, evidence = (v if np.ndim(v) else None for v in (row.get('box'), row.get('evidence')))    # a table fills gaps with NaN
-        top.set_axis_on(); _picture(top, image, _text(row.get('question', ''), 34), evidence, box)
-        bottom.set_axis_on(); _picture(bottom, _cut(image, box) if box is not None else image, _text(f'base: {row["base"]}\n{row.get("method", "refined")}: {row["refined"]}{truth}'), ratio=image.height/image.width)
-    fig.suptitle(_text(title or 'refined answers', 25*columns) + '\nred: chosen box, its crop below' + ('; green: evidence' if any(np.ndim(r.get('evidence')) for r in rows) else ''), fontsize=LARGE)
+        box, evidence = (
+            v if np.ndim(v) else None for v in (row.get('box'), row.get('evidence'))
+        )  # a table fills gaps with NaN
+        top.set_axis_on()
+        _picture(top, image, _text(row.get('question', ''), 34), evidence, box)
+        bottom.set_axis_on()
+        _picture(
+            bottom,
+            _cut(image, box) if box is not None else image,
+            _text(f'base: {row["base"]}\n{row.get("method", "refined")}: {row["refined"]}{truth}'),
+            ratio=image.height / image.width,
+        )
+    fig.suptitle(
+        _text(title or 'refined answers', 25 * columns)
+        + '\nred: chosen box, its crop below'
+        + ('; green: evidence' if any(np.ndim(r.get('evidence')) for r in rows) else ''),
+        fontsize=LARGE,
+    )
     return fig
 
+# %% ../nbs/10_plots.ipynb #ask
 def ask(
-    image, # picture, PIL or path
-    early, # (h, w) attention of the pre-fusion layer
-    late, # (h, w) attention of the post-fusion layer
-    contrast, # (h, w) late − early
-    box=None, # chosen box, pixels
-    crop=None, # picture shown last; None: cut out of `image` by `box`
-    extent=None, # (left, top, right, bottom) of the maps, pixels; None: the whole picture
-    question:str='',
-    before:str='', # answer of the model as it is
-    after:str=None, # refined answer; None: not refined
-    layers:tuple=(), # (pre-fusion, post-fusion) layer, for the titles
-    evidence=None, # evidence box where known, pixels
-)->plt.Figure:
+    image,  # picture, PIL or path
+    early,  # (h, w) attention of the pre-fusion layer
+    late,  # (h, w) attention of the post-fusion layer
+    contrast,  # (h, w) late − early
+    box=None,  # chosen box, pixels
+    crop=None,  # picture shown last; None: cut out of `image` by `box`
+    extent=None,  # (left, top, right, bottom) of the maps, pixels; None: the whole picture
+    question: str = '',
+    before: str = '',  # answer of the model as it is
+    after: str = None,  # refined answer; None: not refined
+    layers: tuple = (),  # (pre-fusion, post-fusion) layer, for the titles
+    evidence=None,  # evidence box where known, pixels
+) -> plt.Figure:
     "One question in one row: the picture, early and late attention, their contrast, the crop"
     image = _open(image)
     extent = (0, 0, *image.size) if extent is None else extent
     early, late, contrast = (np.asarray(m, float) for m in (early, late, contrast))
     crop = _cut(image, box) if crop is None and box is not None else crop
-    names = [f'layer {i} ({n})' for i, n in zip(layers, ('pre-fusion', 'post-fusion'))] if len(layers) == 2 else ['pre-fusion', 'post-fusion']
-    fig, axes = _figure(1, 5 if crop is not None else 4, 2.05, 2.05*min(1.5, image.height/image.width) + .75)
+    names = (
+        [f'layer {i} ({n})' for i, n in zip(layers, ('pre-fusion', 'post-fusion'))]
+        if len(layers) == 2
+        else ['pre-fusion', 'post-fusion']
+    )
+    fig, axes = _figure(1, 5 if crop is not None else 4, 2.05, 2.05 * min(1.5, image.height / image.width) + 0.75)
     axes = axes[0]
     _picture(axes[0], image, 'picture', evidence, box)
     grey, most, top = image.convert('L').convert('RGB'), np.abs(contrast).max() or 1, max(early.max(), late.max()) or 1
-    for ax, values, name, kw in ((axes[1], early, names[0], dict(cmap=HEAT, vmin=0, vmax=top)), (axes[2], late, names[1], dict(cmap=HEAT, vmin=0, vmax=top)),
-                                 (axes[3], contrast, 'contrast: late − early', dict(cmap=SIGNED, vmin=-most, vmax=most))):
-        _picture(ax, grey, name); _overlay(ax, values, extent, **kw); _outline(ax, box, CHOSEN)
-    if crop is not None: _picture(axes[4], _open(crop), 'what the model sees again', ratio=image.height/image.width)
-    fig.suptitle(_text(question, 110) + '\n' + _text(f'before: {before}' + ('' if after is None else f'   →   after: {after}'), 110), fontsize=LARGE)
+    for ax, values, name, kw in (
+        (axes[1], early, names[0], dict(cmap=HEAT, vmin=0, vmax=top)),
+        (axes[2], late, names[1], dict(cmap=HEAT, vmin=0, vmax=top)),
+        (axes[3], contrast, 'contrast: late − early', dict(cmap=SIGNED, vmin=-most, vmax=most)),
+    ):
+        _picture(ax, grey, name)
+        _overlay(ax, values, extent, **kw)
+        _outline(ax, box, CHOSEN)
+    if crop is not None:
+        _picture(axes[4], _open(crop), 'what the model sees again', ratio=image.height / image.width)
+    fig.suptitle(
+        _text(question, 110)
+        + '\n'
+        + _text(f'before: {before}' + ('' if after is None else f'   →   after: {after}'), 110),
+        fontsize=LARGE,
+    )
     return fig
 
 # %% ../nbs/10_plots.ipynb #card1
 def statements(
-    found:pd.DataFrame, # findings of one model on one benchmark: analysis, finding, kind, value, low, high, p, layers, n
-    there=(), # names of the analyses that have rows
-)->list: # (question, answer) pairs, five of them
+    found: pd.DataFrame,  # findings of one model on one benchmark: analysis, finding, kind, value, low, high, p, layers, n
+    there=(),  # names of the analyses that have rows
+) -> list:  # (question, answer) pairs, five of them
     "The findings in words; an analysis without rows is said to be missing"
-    def rows(analysis, *findings): return found[(found.analysis == analysis) & found.finding.isin(findings)].to_dict('records')
-    def n(r, what='questions'): return f"n = {int(r['n']):,} {what}"
-    def numbers(r): return str(r['layers']).replace(' ', ', ')
+
+    def rows(analysis, *findings):
+        return found[(found.analysis == analysis) & found.finding.isin(findings)].to_dict('records')
+
+    def n(r, what='questions'):
+        return f"n = {int(r['n']):,} {what}"
+
+    def numbers(r):
+        return str(r['layers']).replace(' ', ', ')
+
     def sets(finding, what):
         some, by = rows('masking', finding), {}
-        for r in some: by.setdefault(numbers(r), []).append(r['kind'])
+        for r in some:
+            by.setdefault(numbers(r), []).append(r['kind'])
         none = by.pop('none', [])
         text = ' · '.join(f"{layers} ({', '.join(hows)})" for layers, hows in by.items())
-        return some and f"{what} {text}{', none under ' + ', '.join(none) if none else ''}; {n(some[0], 'calibration questions')}." if by else some and f"None found under any semantic; {n(some[0], 'calibration questions')}."
+        return (
+            some
+            and f"{what} {text}{', none under ' + ', '.join(none) if none else ''}; {n(some[0], 'calibration questions')}."
+            if by
+            else some and f"None found under any semantic; {n(some[0], 'calibration questions')}."
+        )
+
     def evidence():
         per = {r['finding']: r for r in rows('attention', *found.finding)}
-        if not (best := per.get('most attention on the evidence')): return 'The benchmark has no evidence boxes, so this cannot be said.' if 'attention' in there else None
+        if not (best := per.get('most attention on the evidence')):
+            return 'The benchmark has no evidence boxes, so this cannot be said.' if 'attention' in there else None
         above, chance = per['attention on the evidence above twice chance'], per['chance']
-        return (f"{percent(best)} of the attention on the image at layer {numbers(best)}, where chance is {100*chance['value']:.1f} %; more than twice chance at layers {numbers(above)}; "
-                f"{percent(per['bright tokens without evidence'])} of the visual tokens are bright at most layers and show no evidence; {n(best)}.")
+        return (
+            f"{percent(best)} of the attention on the image at layer {numbers(best)}, where chance is {100 * chance['value']:.1f} %; more than twice chance at layers {numbers(above)}; "
+            f"{percent(per['bright tokens without evidence'])} of the visual tokens are bright at most layers and show no evidence; {n(best)}."
+        )
+
     def early():
         some = rows('early_exit', 'first exit with 90 % of the last', 'last exit')
-        return some and f"90 % of the final accuracy is there after layer {numbers(some[0])}: {percent(some[0])} right, against {percent(some[-1])} after the last layer; {n(some[0])}."
+        return (
+            some
+            and f"90 % of the final accuracy is there after layer {numbers(some[0])}: {percent(some[0])} right, against {percent(some[-1])} after the last layer; {n(some[0])}."
+        )
+
     def gains():
-        some = [r for r in rows('refine', *(f'{m} − base' for m in ('mask', 'crop', 'crop-focus', 'crop-oracle'))) if r['kind'] == 'all']
-        said = [f"{r['finding'].split(' ')[0]} {percent(r)}, " + ('no difference found' if not r['p'] < .05 else 'a gain' if r['value'] > 0 else 'a cost') + f" (p = {r['p']:.2g})" for r in some]
+        some = [
+            r
+            for r in rows('refine', *(f'{m} − base' for m in ('mask', 'crop', 'crop-focus', 'crop-oracle')))
+            if r['kind'] == 'all'
+        ]
+        said = [
+            f"{r['finding'].split(' ')[0]} {percent(r)}, "
+            + ('no difference found' if not r['p'] < 0.05 else 'a gain' if r['value'] > 0 else 'a cost')
+            + f" (p = {r['p']:.2g})"
+            for r in some
+        ]
         return some and f"{'; '.join(said)}; {n(some[0])}, p-values by Holm."
-    asked = (('Where do vision and language meet?', sets('fusion layers', 'Layers')), ('Does it review the image late?', sets('review layer', 'Layer')), ('How much does it look at the evidence?', evidence()),
-             ('When is the answer there?', early()), ('What does refinement gain or cost?', gains()))
+
+    asked = (
+        ('Where do vision and language meet?', sets('fusion layers', 'Layers')),
+        ('Does it review the image late?', sets('review layer', 'Layer')),
+        ('How much does it look at the evidence?', evidence()),
+        ('When is the answer there?', early()),
+        ('What does refinement gain or cost?', gains()),
+    )
     return [(question, answer or 'Not computed yet: run `fusion study` for this model.') for question, answer in asked]
 
+# %% ../nbs/10_plots.ipynb #found_layers
 def _found_layers(ax, found, n_layers):
     "One line per semantic, one cell per layer"
     hows = [h for h in HOWS if h != 'none']
@@ -393,73 +703,156 @@ def _found_layers(ax, found, n_layers):
         for finding, colour, letter in (('fusion layers', FUSION, 'F'), ('review layer', REVIEW, 'R')):
             for r in found[(found.finding == finding) & (found.kind == how)].itertuples():
                 for i in map(int, str(r.layers).split() if r.layers != 'none' else ()):
-                    ax.add_patch(Rectangle((i - .5, y - .5), 1, 1, fc=colour, ec='white', lw=1)); ax.text(i, y, letter, ha='center', va='center', fontsize=SMALL - 1, color='.1')
-    ax.set(yticks=range(len(hows)), yticklabels=hows, ylim=(len(hows) - .5, -.5))
+                    ax.add_patch(Rectangle((i - 0.5, y - 0.5), 1, 1, fc=colour, ec='white', lw=1))
+                    ax.text(i, y, letter, ha='center', va='center', fontsize=SMALL - 1, color='.1')
+    ax.set(yticks=range(len(hows)), yticklabels=hows, ylim=(len(hows) - 0.5, -0.5))
     n = found[found.finding == 'fusion layers'].n.max()
-    ax.set_title('found: F fusion, R review' + (f' (n = {int(n):,})' if n == n else ''), fontsize=LARGE - .5)
-    _layers(ax, range(n_layers)); ax.grid(False)
+    ax.set_title('found: F fusion, R review' + (f' (n = {int(n):,})' if n == n else ''), fontsize=LARGE - 0.5)
+    _layers(ax, range(n_layers))
+    ax.grid(False)
 
+# %% ../nbs/10_plots.ipynb #looks
 def _looks(ax, table):
     "Attention on the evidence by layer; without boxes the distance to the last layer's map"
     boxes = table['evidence'].notna().any()
-    column, label, title = ('evidence', 'share of image attention', 'attention inside the evidence box') if boxes else ('hellinger', 'Hellinger distance', "distance to the last layer's map")
+    column, label, title = (
+        ('evidence', 'share of image attention', 'attention inside the evidence box')
+        if boxes
+        else ('hellinger', 'Hellinger distance', "distance to the last layer's map")
+    )
     rows = metrics.curve(table.dropna(subset=column), column)
     _band(ax, rows, column, FAMILIES['mask'])
-    if boxes: ax.axhline(table.drop_duplicates('sample').chance.mean(), color='.3', ls='--', lw=1.2, label='chance'); _legend(ax)
-    ax.set_ylabel(label, fontsize=SMALL); ax.set_ylim(bottom=0); ax.set_title(f'{title} (n = {rows.n.max():,})', fontsize=LARGE - .5); _layers(ax, rows.layer)
+    if boxes:
+        ax.axhline(table.drop_duplicates('sample').chance.mean(), color='.3', ls='--', lw=1.2, label='chance')
+        _legend(ax)
+    ax.set_ylabel(label, fontsize=SMALL)
+    ax.set_ylim(bottom=0)
+    ax.set_title(f'{title} (n = {rows.n.max():,})', fontsize=LARGE - 0.5)
+    _layers(ax, rows.layer)
 
+# %% ../nbs/10_plots.ipynb #taken
 def _taken(ax, table):
     "Accuracy by layer, the paper's semantic and the knockout"
     for how in ('zero', 'knockout'):
-        if (table.how == how).any(): _band(ax, _percent(metrics.curve(table[table.how == how])), 'accuracy', *HOWS[how], label=f"{how} ({REACH['from' if how == 'zero' else 'single'][0]})")
+        if (table.how == how).any():
+            _band(
+                ax,
+                _percent(metrics.curve(table[table.how == how])),
+                'accuracy',
+                *HOWS[how],
+                label=f"{how} ({REACH['from' if how == 'zero' else 'single'][0]})",
+            )
     _flat(ax, _percent(metrics.curve(table[table.how == 'none'])).iloc[0], 'accuracy', 'unmasked')
-    ax.set_ylabel('accuracy (%)', fontsize=SMALL); ax.set_title(f"the image taken away (n = {table['sample'].nunique():,})", fontsize=LARGE - .5); _layers(ax, table.layer[table.how != 'none']); _legend(ax)
+    ax.set_ylabel('accuracy (%)', fontsize=SMALL)
+    ax.set_title(f"the image taken away (n = {table['sample'].nunique():,})", fontsize=LARGE - 0.5)
+    _layers(ax, table.layer[table.how != 'none'])
+    _legend(ax)
 
+# %% ../nbs/10_plots.ipynb #gains
 def _gains(ax, found):
     "Paired differences to the base, controls open"
     rows = found[(found.kind == 'all') & found.finding.str.endswith(' − base')]
     for y, r in enumerate(rows.itertuples()):
         method = r.finding.split(' ')[0]
-        ax.plot([100*r.low, 100*r.high], [y, y], color=_colour(method), lw=1.6)
-        ax.plot(100*r.value, y, 'o', mec=_colour(method), mfc=_inner(method), ms=5, zorder=3)
+        ax.plot([100 * r.low, 100 * r.high], [y, y], color=_colour(method), lw=1.6)
+        ax.plot(100 * r.value, y, 'o', mec=_colour(method), mfc=_inner(method), ms=5, zorder=3)
     ax.axvline(0, color=FAMILIES['base'], ls=':', lw=1.4)
-    ax.set(yticks=range(len(rows)), yticklabels=[f.split(' ')[0] for f in rows.finding], ylim=(len(rows) - .5, -.5))
-    ax.set_xlabel('points, 95 % interval of the paired difference', fontsize=SMALL); ax.set_title('refined answers against the base' + (f' (n = {int(rows.n.max()):,})' if len(rows) else ''), fontsize=LARGE - .5); sns.despine(ax=ax)
+    ax.set(yticks=range(len(rows)), yticklabels=[f.split(' ')[0] for f in rows.finding], ylim=(len(rows) - 0.5, -0.5))
+    ax.set_xlabel('points, 95 % interval of the paired difference', fontsize=SMALL)
+    ax.set_title(
+        'refined answers against the base' + (f' (n = {int(rows.n.max()):,})' if len(rows) else ''),
+        fontsize=LARGE - 0.5,
+    )
+    sns.despine(ax=ax)
 
+# %% ../nbs/10_plots.ipynb #card
 def card(
-    rows:dict, # analysis → rows of the store: masking, attention, refine; what is not there is left out
-    found:pd.DataFrame, # findings, see `statements`
-    stamp:dict=None, # what the rows were made with
-    words:bool=True, # False: the panels alone
-)->plt.Figure: # a page of A4, or its panels
+    rows: dict,  # analysis → rows of the store: masking, attention, refine; what is not there is left out
+    found: pd.DataFrame,  # findings, see `statements`
+    stamp: dict = None,  # what the rows were made with
+    words: bool = True,  # False: the panels alone
+) -> plt.Figure:  # a page of A4, or its panels
     "One page on a model: where it fuses, whether it reviews, how much it looks at the evidence, what refinement gains or costs"
     stamp = stamp or {}
-    layers = next((int(t.layer.max()) + 1 for a in ('masking', 'attention', 'early_exit') if (t := rows.get(a)) is not None and len(t)), 1)
-    panels = [('masking', lambda ax: _found_layers(ax, found[found.analysis == 'masking'], layers)), ('masking', lambda ax: _taken(ax, rows['masking'])),
-              ('attention', lambda ax: _looks(ax, rows['attention'])), ('refine', lambda ax: _gains(ax, found[found.analysis == 'refine']))]
+    layers = next(
+        (
+            int(t.layer.max()) + 1
+            for a in ('masking', 'attention', 'early_exit')
+            if (t := rows.get(a)) is not None and len(t)
+        ),
+        1,
+    )
+    panels = [
+        ('masking', lambda ax: _found_layers(ax, found[found.analysis == 'masking'], layers)),
+        ('masking', lambda ax: _taken(ax, rows['masking'])),
+        ('attention', lambda ax: _looks(ax, rows['attention'])),
+        ('refine', lambda ax: _gains(ax, found[found.analysis == 'refine'])),
+    ]
     with plt.rc_context(_style()):
         fig = plt.figure(figsize=(8.27, 11.69 if words else 5.9), layout='constrained')
         plt.close(fig)
-        fig.get_layout_engine().set(w_pad=.25)
-        top, middle, foot = fig.subfigures(3, 1, height_ratios=(4.6, 5.9, 1.)) if words else (None, fig, None)
+        fig.get_layout_engine().set(w_pad=0.25)
+        top, middle, foot = fig.subfigures(3, 1, height_ratios=(4.6, 5.9, 1.0)) if words else (None, fig, None)
         for ax, (analysis, draw) in zip(middle.subplots(2, 2).flat, panels):
-            if analysis in rows: draw(ax)
-            else: ax.set_axis_off(); ax.text(.5, .5, f'{analysis}: not computed', ha='center', fontsize=LARGE, color='.4', transform=ax.transAxes)
-            ax.tick_params(labelsize=SMALL - .5); ax.xaxis.label.set_size(SMALL)
-    if not words: return fig
-    top.text(.05, .93, _text(stamp.get('model', 'fusion card'), 60), fontsize=18, weight='bold', va='top')
-    top.text(.05, .83, _text(' · '.join(['fusion card', *(str(stamp[k]) for k in ('dataset', 'split') if k in stamp), f'{layers} decoder layers, 0-based']), 100), fontsize=LARGE, color='.35', va='top')
-    y, line = .74, .0385
+            if analysis in rows:
+                draw(ax)
+            else:
+                ax.set_axis_off()
+                ax.text(
+                    0.5,
+                    0.5,
+                    f'{analysis}: not computed',
+                    ha='center',
+                    fontsize=LARGE,
+                    color='.4',
+                    transform=ax.transAxes,
+                )
+            ax.tick_params(labelsize=SMALL - 0.5)
+            ax.xaxis.label.set_size(SMALL)
+    if not words:
+        return fig
+    top.text(0.05, 0.93, _text(stamp.get('model', 'fusion card'), 60), fontsize=18, weight='bold', va='top')
+    top.text(
+        0.05,
+        0.83,
+        _text(
+            ' · '.join(
+                [
+                    'fusion card',
+                    *(str(stamp[k]) for k in ('dataset', 'split') if k in stamp),
+                    f'{layers} decoder layers, 0-based',
+                ]
+            ),
+            100,
+        ),
+        fontsize=LARGE,
+        color='.35',
+        va='top',
+    )
+    y, line = 0.74, 0.0385
     for question, answer in statements(found, rows):
-        top.text(.05, y, question, fontsize=LARGE + .5, weight='bold', va='top'); y -= 1.15*line
-        top.text(.05, y, said := _text(answer, 106), fontsize=LARGE, va='top', linespacing=1.25); y -= (said.count('\n') + 1)*line + .45*line
-    foot.text(.05, .95, _text(' · '.join(f'{k} {v}' for k, v in stamp.items()), 140), fontsize=6.5, color='.4', va='top', linespacing=1.3)
+        top.text(0.05, y, question, fontsize=LARGE + 0.5, weight='bold', va='top')
+        y -= 1.15 * line
+        top.text(0.05, y, said := _text(answer, 106), fontsize=LARGE, va='top', linespacing=1.25)
+        y -= (said.count('\n') + 1) * line + 0.45 * line
+    foot.text(
+        0.05,
+        0.95,
+        _text(' · '.join(f'{k} {v}' for k, v in stamp.items()), 140),
+        fontsize=6.5,
+        color='.4',
+        va='top',
+        linespacing=1.3,
+    )
     return fig
 
+# %% ../nbs/10_plots.ipynb #svg
 def _svg(fig):
-    with plt.rc_context({'svg.hashsalt': 'fusion_notebooks'}): fig.savefig(buffer := io.BytesIO(), format='svg', metadata={'Date': None, 'Creator': 'fusion_notebooks'})
+    with plt.rc_context({'svg.hashsalt': 'fusion_notebooks'}):
+        fig.savefig(buffer := io.BytesIO(), format='svg', metadata={'Date': None, 'Creator': 'fusion_notebooks'})
     return base64.b64encode(buffer.getvalue()).decode()
 
+# %% ../nbs/10_plots.ipynb #PAGE
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
@@ -474,48 +867,76 @@ details {{ overflow-x: auto; margin-top: 1rem }} summary {{ cursor: pointer }}
 </body></html>
 """
 
+# %% ../nbs/10_plots.ipynb #card_page
 def card_page(
-    cards:list, # one dict per benchmark: what `card` takes, without words
-)->str: # HTML that loads nothing
+    cards: list,  # one dict per benchmark: what `card` takes, without words
+) -> str:  # HTML that loads nothing
     "The same page for a browser, with every number behind it; whatever stands in a table is text, never HTML"
     text, parts = lambda t: html.escape(str(t)), []
     for c in cards:
         stamp, said = c.get('stamp') or {}, statements(c['found'], c['rows'])
-        numbers = c['found'].assign(layers=c['found'].layers.fillna('')).to_html(index=False, na_rep='', float_format='%.4g', border=0)
-        parts += [f"<h2>{text(' · '.join(str(stamp[k]) for k in ('dataset', 'split') if k in stamp))}</h2>", *(f'<h3>{text(q)}</h3><p>{text(a)}</p>' for q, a in said),
-                  f'<img alt="{text(card.__doc__)}" src="data:image/svg+xml;base64,{_svg(card(c["rows"], c["found"], stamp, words=False))}">',
-                  f'<details><summary>Every number, with its 95 % interval and its n</summary>{numbers}</details>', f"<p class=\"quiet\">{text(' · '.join(f'{k} {v}' for k, v in stamp.items()))}</p>"]
+        numbers = (
+            c['found']
+            .assign(layers=c['found'].layers.fillna(''))
+            .to_html(index=False, na_rep='', float_format='%.4g', border=0)
+        )
+        parts += [
+            f"<h2>{text(' · '.join(str(stamp[k]) for k in ('dataset', 'split') if k in stamp))}</h2>",
+            *(f'<h3>{text(q)}</h3><p>{text(a)}</p>' for q, a in said),
+            f'<img alt="{text(card.__doc__)}" src="data:image/svg+xml;base64,{_svg(card(c["rows"], c["found"], stamp, words=False))}">',
+            f'<details><summary>Every number, with its 95 % interval and its n</summary>{numbers}</details>',
+            f"<p class=\"quiet\">{text(' · '.join(f'{k} {v}' for k, v in stamp.items()))}</p>",
+        ]
     return PAGE.format(title=text((cards[0].get('stamp') or {}).get('model', 'model')), body='\n'.join(parts))
 
 # %% ../nbs/10_plots.ipynb #c032
 def _write(path, data):
-    if path.exists() and path.read_bytes() == data: return
-    (part := path.with_name(path.name + '.part')).write_bytes(data); os.replace(part, path)
+    if path.exists() and path.read_bytes() == data:
+        return
+    (part := path.with_name(path.name + '.part')).write_bytes(data)
+    os.replace(part, path)
 
-def _pixels(data): return np.asarray(Image.open(io.BytesIO(data)).convert('RGB'))
+# %% ../nbs/10_plots.ipynb #pixels
+def _pixels(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert('RGB'))
 
+# %% ../nbs/10_plots.ipynb #same
 def _same(path, data):
-    try: return np.array_equal(_pixels(path.read_bytes()), _pixels(data))
-    except OSError: return False                                                # not there, or only half of it
+    try:
+        return np.array_equal(_pixels(path.read_bytes()), _pixels(data))
+    except OSError:
+        return False  # not there, or only half of it
 
+# %% ../nbs/10_plots.ipynb #save
 def save(
-    fig:plt.Figure,
-    folder, # where figures of one model live; made when missing
-    name:str, # file name without ending
-    stamp:dict, # what the figure was made with; json
-    table:pd.DataFrame=None, # the numbers in the figure
-)->Path: # the PNG
+    fig: plt.Figure,
+    folder,  # where figures of one model live; made when missing
+    name: str,  # file name without ending
+    stamp: dict,  # what the figure was made with; json
+    table: pd.DataFrame = None,  # the numbers in the figure
+) -> Path:  # the PNG
     "Write `name`.png, .pdf, .json (stamp) and .csv (table), only what changed"
-    path, text = Path(folder)/f'{name}.png', json.dumps(stamp, sort_keys=True, default=str)
+    path, text = Path(folder) / f'{name}.png', json.dumps(stamp, sort_keys=True, default=str)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = {}
     with plt.rc_context({'pdf.fonttype': 42}):
-        for kind, data in dict(png={'Software': None, 'Description': text}, pdf={'CreationDate': None, 'Producer': None, 'Creator': 'fusion_notebooks', 'Subject': text}).items():
+        for kind, data in dict(
+            png={'Software': None, 'Description': text},
+            pdf={'CreationDate': None, 'Producer': None, 'Creator': 'fusion_notebooks', 'Subject': text},
+        ).items():
             fig.savefig(buffer := io.BytesIO(), format=kind, dpi=150, metadata=data)
             drawn[kind] = buffer.getvalue()
     numbers = None if table is None else table.to_csv(index=False, float_format='%.6g', lineterminator='\n').encode()
     files = [path.with_suffix(f'.{s}') for s in ('pdf', 'json', *(['csv'] if numbers is not None else []))]
-    if _same(path, drawn['png']) and all(f.exists() for f in files) and (numbers is None or files[-1].read_bytes() == numbers): return path
-    for file, data in zip(files, (drawn['pdf'], (json.dumps(stamp, indent=1, sort_keys=True, default=str) + '\n').encode(), numbers)): _write(file, data)
-    _write(path, drawn['png'])                                                   # last: it is what a rerun looks at
+    if (
+        _same(path, drawn['png'])
+        and all(f.exists() for f in files)
+        and (numbers is None or files[-1].read_bytes() == numbers)
+    ):
+        return path
+    for file, data in zip(
+        files, (drawn['pdf'], (json.dumps(stamp, indent=1, sort_keys=True, default=str) + '\n').encode(), numbers)
+    ):
+        _write(file, data)
+    _write(path, drawn['png'])  # last: it is what a rerun looks at
     return path

@@ -21,14 +21,15 @@ import pyarrow.parquet as pq
 
 # %% ../nbs/08_results.ipynb #c006
 def canonical(
-    key:dict, # what the rows depend on; JSON values
-)->str: # the one way to write it
+    key: dict,  # what the rows depend on; JSON values
+) -> str:  # the one way to write it
     "A key as text: the same for equal keys, whatever the order of their entries"
     return json.dumps(key, sort_keys=True, separators=(',', ':'), ensure_ascii=False, allow_nan=False)
 
+# %% ../nbs/08_results.ipynb #digest
 def digest(
-    key:dict, # what the rows depend on; JSON values
-)->str: # 64 hexadecimal digits
+    key: dict,  # what the rows depend on; JSON values
+) -> str:  # 64 hexadecimal digits
     "The name of a key's part"
     return hashlib.sha256(canonical(key).encode()).hexdigest()
 
@@ -37,449 +38,807 @@ def _lock(f):
     "Lock an open file for this process: True; False while another has it; None where the system knows no locks"
     try:
         from fcntl import LOCK_EX, LOCK_NB, flock
+
         flock(f, LOCK_EX | LOCK_NB)
         return True
-    except BlockingIOError: return False
-    except (OSError, ImportError): return None
+    except BlockingIOError:
+        return False
+    except (OSError, ImportError):
+        return None
 
-def _cannot(folder, e): return OSError(f'{folder} cannot be written ({e.strerror or e}): free space or choose another folder in settings.ini, then run the same command again.')
+# %% ../nbs/08_results.ipynb #cannot
+def _cannot(folder, e):
+    return OSError(
+        f'{folder} cannot be written ({e.strerror or e}): free space or choose another folder in settings.ini, then run the same command again.'
+    )
 
+# %% ../nbs/08_results.ipynb #write_whole
 def write_whole(
-    path:Path, # of the file; its folder is made
-    fill, # (open file) → None
-)->Path: # the same
+    path: Path,  # of the file; its folder is made
+    fill,  # (open file) → None
+) -> Path:  # the same
     "Make a file whole or not at all, whoever dies when. Raises `OSError`."
     tmp = path.with_suffix(f'.{os.getpid()}-{os.urandom(4).hex()}.tmp')
     for again in (True, False):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(tmp, 'wb') as f:
-                _lock(f)                                           # `tidy` leaves it alone while its writer lives
-                fill(f); f.flush(); os.fsync(f.fileno())
-                os.replace(tmp, path)                              # readers see the old folder or the new one, nothing between
+                _lock(f)  # `tidy` leaves it alone while its writer lives
+                fill(f)
+                f.flush()
+                os.fsync(f.fileno())
+                os.replace(tmp, path)  # readers see the old folder or the new one, nothing between
             folder = os.open(path.parent, os.O_RDONLY)
-            try: os.fsync(folder)
-            finally: os.close(folder)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
             return path
         except OSError as e:
-            if not (again and isinstance(e, FileNotFoundError)):   # a folder that someone took away is made again
+            if not (again and isinstance(e, FileNotFoundError)):  # a folder that someone took away is made again
                 raise _cannot(path.parent, e) from e
         finally:
-            with suppress(OSError): tmp.unlink()
+            with suppress(OSError):
+                tmp.unlink()
 
-def _columns(schema): return schema.remove_metadata().to_string().replace('item: ', 'element: ') # Parquet's name for it
+# %% ../nbs/08_results.ipynb #columns
+def _columns(schema):
+    return schema.remove_metadata().to_string().replace('item: ', 'element: ')  # Parquet's name for it
 
+# %% ../nbs/08_results.ipynb #parquet
 def _parquet(tables, schema, key):
     "What `write_whole` needs for tables of one schema; pages carry checksums, and the footer says its columns twice"
     about = dict(key=canonical(key), columns=_columns(schema))
     schema = schema.with_metadata(about)
+
     def fill(f):
         with pq.ParquetWriter(f, schema, write_page_checksum=True, write_statistics=False) as w:
-            for t in tables: w.write_table(t.replace_schema_metadata(schema.metadata))
+            for t in tables:
+                w.write_table(t.replace_schema_metadata(schema.metadata))
+
     return fill
 
 # %% ../nbs/08_results.ipynb #c010
 def _damaged(path, e):
     "Put aside what cannot be read, so that it counts as missing"
     warnings.warn(f'{path} cannot be read and is put aside: {(str(e) or type(e).__name__).splitlines()[0][:200]}')
-    with suppress(OSError): os.replace(path, path.with_suffix('.damaged'))
+    with suppress(OSError):
+        os.replace(path, path.with_suffix('.damaged'))
 
+# %% ../nbs/08_results.ipynb #older
 def _older(path, metadata):
     "What to say of a part that an older version wrote, whose footer does not say its columns; empty for all others"
-    return f'{path.parent} holds rows that an older version wrote: they are left alone; choose another results folder in settings.ini.' if {*(metadata or {})} == {b'key', b'pandas'} else ''
+    return (
+        f'{path.parent} holds rows that an older version wrote: they are left alone; choose another results folder in settings.ini.'
+        if {*(metadata or {})} == {b'key', b'pandas'}
+        else ''
+    )
 
+# %% ../nbs/08_results.ipynb #read
 def _read(path, key=None, **kw):
     "A file's rows as an Arrow table; None where there is none, it is damaged or of an older version. Raises `ValueError` where that one was asked for by its key."
     try:
-        t = pq.read_table(path, partitioning=None, **kw) if kw else pq.ParquetFile(path, page_checksum_verification=True).read()
+        t = (
+            pq.read_table(path, partitioning=None, **kw)
+            if kw
+            else pq.ParquetFile(path, page_checksum_verification=True).read()
+        )
         about = {k.decode(): v.decode() for k, v in (t.schema.metadata or {}).items()}
         older = _older(path, t.schema.metadata)
-        if not older and about['columns'] != _columns(t.schema) or key and about['key'] != canonical(key): raise ValueError('it does not hold what its name says')
-    except FileNotFoundError: return None
-    except MemoryError: raise
+        if not older and about['columns'] != _columns(t.schema) or key and about['key'] != canonical(key):
+            raise ValueError('it does not hold what its name says')
+    except FileNotFoundError:
+        return None
+    except MemoryError:
+        raise
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as e:
-        if getattr(e, 'errno', None): raise                        # the system's fault, not the file's
+        if getattr(e, 'errno', None):
+            raise  # the system's fault, not the file's
         return _damaged(path, e)
-    if not older: return t
-    if key: raise ValueError(older)
+    if not older:
+        return t
+    if key:
+        raise ValueError(older)
     warnings.warn(older)
 
+# %% ../nbs/08_results.ipynb #whole
 def _whole(path):
     "Whether a part is there with both its ends; what lies between is checked on reading"
     try:
-        with open(path, 'rb') as f: return f.read(4) == b'PAR1' and f.seek(-4, 2) > 4 and f.read(4) == b'PAR1'
-    except FileNotFoundError: return False
+        with open(path, 'rb') as f:
+            return f.read(4) == b'PAR1' and f.seek(-4, 2) > 4 and f.read(4) == b'PAR1'
+    except FileNotFoundError:
+        return False
 
+# %% ../nbs/08_results.ipynb #packed
 @lru_cache(maxsize=None)
 def _packed(path, *identity):
     "Key texts of the units in a pack, in order"
-    try: return pq.read_table(path, partitioning=None, columns=['_key'], read_dictionary=['_key'], page_checksum_verification=True)['_key'].unique().cast(pa.string()).to_pylist()
-    except MemoryError: raise
-    except (pa.ArrowException, OSError) as e: _damaged(path, e); return []
+    try:
+        return (
+            pq.read_table(
+                path, partitioning=None, columns=['_key'], read_dictionary=['_key'], page_checksum_verification=True
+            )['_key']
+            .unique()
+            .cast(pa.string())
+            .to_pylist()
+        )
+    except MemoryError:
+        raise
+    except (pa.ArrowException, OSError) as e:
+        _damaged(path, e)
+        return []
 
+# %% ../nbs/08_results.ipynb #places
 def _places(keys, texts):
     "Where the key of each row stands among `texts`, -1 where it does not; a key is long, and never written out once per row"
     keys = keys.unify_dictionaries().combine_chunks()
-    return pc.fill_null(pc.index_in(keys.dictionary, pa.array(texts, keys.dictionary.type)), -1).to_numpy()[keys.indices]
+    return pc.fill_null(pc.index_in(keys.dictionary, pa.array(texts, keys.dictionary.type)), -1).to_numpy()[
+        keys.indices
+    ]
 
-def _fits(value, wanted): return value in wanted if isinstance(wanted, (list, tuple, set)) else value == wanted
+# %% ../nbs/08_results.ipynb #fits
+def _fits(value, wanted):
+    return value in wanted if isinstance(wanted, (list, tuple, set)) else value == wanted
 
 # %% ../nbs/08_results.ipynb #c012
 class Store:
     "Result rows in a folder: one Parquet part per unit of work, many units in a pack"
-    def __init__(self,
-        folder, # where the parts lie; made when the first is added
-    ): self.folder = Path(folder)
 
-    def path(self,
-        key:dict, # of one unit of work
-    )->Path: # whether or not it is there yet
+    def __init__(
+        self,
+        folder,  # where the parts lie; made when the first is added
+    ):
+        self.folder = Path(folder)
+
+    def path(
+        self,
+        key: dict,  # of one unit of work
+    ) -> Path:  # whether or not it is there yet
         "Where the part of a key lies"
-        return self.folder/f'{digest(key)}.parquet'
+        return self.folder / f'{digest(key)}.parquet'
 
-    def add(self,
-        table:pd.DataFrame, # one row per result, at least one
-        key:dict, # what the rows depend on; entries that are text or numbers become columns
-    )->Path: # of the part
+    def add(
+        self,
+        table: pd.DataFrame,  # one row per result, at least one
+        key: dict,  # what the rows depend on; entries that are text or numbers become columns
+    ) -> Path:  # of the part
         "Write one unit of work: whole or not at all. Raises `ValueError` for no rows, `OSError` where nothing can be written."
-        if not len(table): raise ValueError('A unit of work without rows is not kept: it could not be told from one that is missing.')
+        if not len(table):
+            raise ValueError('A unit of work without rows is not kept: it could not be told from one that is missing.')
         extra = {k: v for k, v in key.items() if isinstance(v, (str, int, float)) and k not in table}
         part = pa.Table.from_pandas(table.assign(**extra), preserve_index=False)
         path = write_whole(self.path(key), _parquet([part], part.schema, key))
-        with suppress(OSError): path.with_suffix('.failed').unlink()
+        with suppress(OSError):
+            path.with_suffix('.failed').unlink()
         return path
 
-    def parts(self): return sorted(p for p in self.folder.glob('*.parquet') if not p.name.startswith('pack-'))
+    def parts(self):
+        return sorted(p for p in self.folder.glob('*.parquet') if not p.name.startswith('pack-'))
+
     def packs(self):
         "Pack → key texts of its units"
         stats = [(p, p.stat()) for p in sorted(self.folder.glob('pack-*.parquet'))]
         return {p: _packed(p, s.st_ino, s.st_mtime_ns, s.st_size) for p, s in stats}
 
-    def missing(self,
-        keys:list, # of keys
-    )->list: # those to compute, in the same order
+    def missing(
+        self,
+        keys: list,  # of keys
+    ) -> list:  # those to compute, in the same order
         "The units of work that are not done"
         rest = [k for k in keys if not _whole(self.path(k))]
         there = {text for texts in self.packs().values() for text in texts} if rest else ()
         return [k for k in rest if canonical(k) not in there]
 
-    def has(self,
-        key:dict, # of one unit of work
-    )->bool: # True where its rows are there
+    def has(
+        self,
+        key: dict,  # of one unit of work
+    ) -> bool:  # True where its rows are there
         "Is this unit of work done?"
         return not self.missing([key])
 
-    def keys(self)->list: # one dict per unit
+    def keys(self) -> list:  # one dict per unit
         "The keys of all units that can be read"
         found = {}
         for path in self.parts():
             try:
                 metadata = pq.read_schema(path).metadata
-                if older := _older(path, metadata): warnings.warn(older)
-                else: found[metadata[b'key'].decode()] = 1
-            except (pa.ArrowException, OSError, KeyError, TypeError, ValueError): pass
-        return [json.loads(text) for text in dict.fromkeys([*found, *(t for texts in self.packs().values() for t in texts)])]
+                if older := _older(path, metadata):
+                    warnings.warn(older)
+                else:
+                    found[metadata[b'key'].decode()] = 1
+            except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
+                pass
+        return [
+            json.loads(text) for text in dict.fromkeys([*found, *(t for texts in self.packs().values() for t in texts)])
+        ]
 
-    def tables(self,
-        keys:list, # of keys
-    )->dict: # key text → Arrow table, of those that are there
+    def tables(
+        self,
+        keys: list,  # of keys
+    ) -> dict:  # key text → Arrow table, of those that are there
         "The rows of some units of work, each unit once"
         wanted = {canonical(k): k for k in keys}
         found = {text: t for text, k in wanted.items() if (t := _read(self.path(k), k)) is not None}
         rest = wanted.keys() - found.keys()
-        for pack, texts in self.packs().items() if rest else ():   # looked up after the parts, for `compact` makes the pack before it removes them
+        for pack, texts in (
+            self.packs().items() if rest else ()
+        ):  # looked up after the parts, for `compact` makes the pack before it removes them
             here = [text for text in texts if text in rest]
-            if not here or (t := _read(pack, filters=pc.field('_key').isin(here), page_checksum_verification=True)) is None: continue
-            ends = np.searchsorted(_places(t['_key'], here), np.arange(len(here) + 1))   # units of a pack stand one after another
+            if (
+                not here
+                or (t := _read(pack, filters=pc.field('_key').isin(here), page_checksum_verification=True)) is None
+            ):
+                continue
+            ends = np.searchsorted(
+                _places(t['_key'], here), np.arange(len(here) + 1)
+            )  # units of a pack stand one after another
             found |= {text: t.slice(a, b - a).drop_columns('_key') for text, a, b in zip(here, ends, ends[1:])}
         return {text: found[text] for text in wanted if text in found}
 
-    def read(self,
-        keys:list|None=None, # only the rows of these units of work; None for all
-        **where, # entries of the key or columns: a value, or a list of values to choose from
-    )->pd.DataFrame: # tidy, empty where nothing fits
+    def read(
+        self,
+        keys: list | None = None,  # only the rows of these units of work; None for all
+        **where,  # entries of the key or columns: a value, or a list of values to choose from
+    ) -> pd.DataFrame:  # tidy, empty where nothing fits
         "The rows of the units of work that fit, each unit once"
-        keys = [k for k in (self.keys() if keys is None else keys) if all(_fits(k[c], v) for c, v in where.items() if c in k)]
+        keys = [
+            k
+            for k in (self.keys() if keys is None else keys)
+            if all(_fits(k[c], v) for c, v in where.items() if c in k)
+        ]
         parts = list(self.tables(keys).values())
-        if not parts: return pd.DataFrame()
+        if not parts:
+            return pd.DataFrame()
         rows = pa.concat_tables(parts, promote_options='permissive').to_pandas()
         for c, v in where.items():
-            if c in rows: rows = rows[rows[c].map(lambda x: _fits(x, v))]
+            if c in rows:
+                rows = rows[rows[c].map(lambda x: _fits(x, v))]
         return rows.reset_index(drop=True)
 
 # %% ../nbs/08_results.ipynb #c017
 @contextmanager
-def claim(self:Store,
-    key:dict, # of one unit of work
-): # how many died over it; None while another process has it
+def claim(
+    self: Store,
+    key: dict,  # of one unit of work
+):  # how many died over it; None while another process has it
     "Keep a unit of work to this process"
     path = self.path(key).with_suffix('.lock')
-    try: self.folder.mkdir(parents=True, exist_ok=True); f = open(path, 'a+')
-    except OSError as e: raise _cannot(self.folder, e) from e
+    try:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        f = open(path, 'a+')
+    except OSError as e:
+        raise _cannot(self.folder, e) from e
     with f:
-        if _lock(f) is False or not os.fstat(f.fileno()).st_nlink: yield None; return
+        if _lock(f) is False or not os.fstat(f.fileno()).st_nlink:
+            yield None
+            return
         f.seek(0)
         died = len(f.readlines())
-        f.write(f'{socket.gethostname()} {os.getpid()}\n'); f.flush()
-        try: yield died
+        f.write(f'{socket.gethostname()} {os.getpid()}\n')
+        f.flush()
+        try:
+            yield died
         finally:
-            with suppress(OSError): path.unlink()
+            with suppress(OSError):
+                path.unlink()
 
-def fail(self:Store,
-    key:dict, # of one unit of work
-    cause:str, # one sentence
-    ours:bool=False, # the input is to blame
+# %% ../nbs/08_results.ipynb #fail
+def fail(
+    self: Store,
+    key: dict,  # of one unit of work
+    cause: str,  # one sentence
+    ours: bool = False,  # the input is to blame
 ):
     "Record why a unit of work could not be done; its rows, once they are there, remove the record"
-    write_whole(self.path(key).with_suffix('.failed'), lambda f: f.write(json.dumps(dict(key=key, cause=cause, input=ours, id=os.urandom(4).hex())).encode()))
+    write_whole(
+        self.path(key).with_suffix('.failed'),
+        lambda f: f.write(json.dumps(dict(key=key, cause=cause, input=ours, id=os.urandom(4).hex())).encode()),
+    )
 
-def failure(self:Store,
-    key:dict, # of one unit of work
-)->dict: # key, cause, input, id; empty where there is no record
+# %% ../nbs/08_results.ipynb #failure
+def failure(
+    self: Store,
+    key: dict,  # of one unit of work
+) -> dict:  # key, cause, input, id; empty where there is no record
     "Why a unit could not be done"
-    try: return json.loads(self.path(key).with_suffix('.failed').read_text())
-    except (FileNotFoundError, ValueError): return {}
+    try:
+        return json.loads(self.path(key).with_suffix('.failed').read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
 
-def failures(self:Store)->dict: # digest → as `failure`
+# %% ../nbs/08_results.ipynb #failures
+def failures(self: Store) -> dict:  # digest → as `failure`
     "What could not be done, and why"
     found = {}
     for p in sorted(self.folder.glob('*.failed')):
-        with suppress(FileNotFoundError, ValueError): found[p.stem] = json.loads(p.read_text())
+        with suppress(FileNotFoundError, ValueError):
+            found[p.stem] = json.loads(p.read_text())
     return found
 
-def running(self:Store)->set: # of digests
+# %% ../nbs/08_results.ipynb #running
+def running(self: Store) -> set:  # of digests
     "The units that some process works on now"
     found = set()
     for p in self.folder.glob('*.lock'):
         with suppress(OSError), open(p) as f:
-            if _lock(f) is False: found.add(p.stem)
+            if _lock(f) is False:
+                found.add(p.stem)
     return found
 
-def note(self:Store,
-    key:dict, # what it depends on
-    make, # () → JSON value
-): # what `make` returned, now or before
+# %% ../nbs/08_results.ipynb #note
+def note(
+    self: Store,
+    key: dict,  # what it depends on
+    make,  # () → JSON value
+):  # what `make` returned, now or before
     "Something small that is worth keeping, such as the list of a split's samples"
     path = self.path(key).with_suffix('.json')
-    with suppress(FileNotFoundError, ValueError): return json.loads(path.read_text())
+    with suppress(FileNotFoundError, ValueError):
+        return json.loads(path.read_text())
     text = json.dumps(make())
-    with suppress(OSError): write_whole(path, lambda f: f.write(text.encode()))
+    with suppress(OSError):
+        write_whole(path, lambda f: f.write(text.encode()))
     return json.loads(text)
 
-Store.claim, Store.fail, Store.failure, Store.failures, Store.running, Store.note = claim, fail, failure, failures, running, note
+# %% ../nbs/08_results.ipynb #Store
+Store.claim, Store.fail, Store.failure, Store.failures, Store.running, Store.note = (
+    claim,
+    fail,
+    failure,
+    failures,
+    running,
+    note,
+)
 
 # %% ../nbs/08_results.ipynb #c020
-def tidy(self:Store):
+def tidy(self: Store):
     "Remove what killed writers left behind"
     for p in [*self.folder.glob('*.tmp'), *self.folder.glob('*.lock')]:
         with suppress(OSError), open(p, 'rb') as f:
-            if _lock(f) is not False: p.unlink()
+            if _lock(f) is not False:
+                p.unlink()
 
-def compact(self:Store)->int: # parts that were merged
+# %% ../nbs/08_results.ipynb #compact
+def compact(self: Store) -> int:  # parts that were merged
     "Merge the parts into packs, one per set of columns; safe at any time, beside writers and readers"
     merged = 0
     with self.claim(dict(compact=True)) as mine:
-        if mine is None: return 0
+        if mine is None:
+            return 0
         self.tidy()
         kinds = {}
         for p in self.parts():
-            if (t := _read(p)) is not None: kinds.setdefault(t.schema.remove_metadata().to_string(), []).append((t.schema.metadata[b'key'].decode(), p, t.num_rows, t.schema))
+            if (t := _read(p)) is not None:
+                kinds.setdefault(t.schema.remove_metadata().to_string(), []).append(
+                    (t.schema.metadata[b'key'].decode(), p, t.num_rows, t.schema)
+                )
         for some in kinds.values():
             schema = some[0][3].append(pa.field('_key', pa.dictionary(pa.int32(), pa.string())))
-            tables = lambda: (t.append_column(schema.field('_key'), pa.array([text]*n).dictionary_encode()) for text, p, n, _ in some for t in [_read(p)])
+            tables = lambda: (
+                t.append_column(schema.field('_key'), pa.array([text] * n).dictionary_encode())
+                for text, p, n, _ in some
+                for t in [_read(p)]
+            )
             name = hashlib.sha256(''.join(sorted(text for text, *_ in some)).encode()).hexdigest()[:16]
-            pack = write_whole(self.folder/f'pack-{name}.parquet', _parquet(_batches(tables()), schema, dict(pack=name)))
+            pack = write_whole(
+                self.folder / f'pack-{name}.parquet', _parquet(_batches(tables()), schema, dict(pack=name))
+            )
             there = pq.read_table(pack, partitioning=None, columns=['_key'], page_checksum_verification=True)['_key']
-            for (_, p, n, _), kept in zip(some, np.bincount(_places(there, [text for text, *_ in some]), minlength=len(some))):
-                if kept == n: p.unlink(missing_ok=True); merged += 1
+            for (_, p, n, _), kept in zip(
+                some, np.bincount(_places(there, [text for text, *_ in some]), minlength=len(some))
+            ):
+                if kept == n:
+                    p.unlink(missing_ok=True)
+                    merged += 1
     return merged
 
+# %% ../nbs/08_results.ipynb #batches
 def _batches(tables, size=64e6):
     "The same rows in tables of about `size` bytes"
     held, total = [], 0
     for t in tables:
-        held.append(t); total += t.nbytes
-        if total > size: yield pa.concat_tables(held).unify_dictionaries(); held, total = [], 0
-    if held: yield pa.concat_tables(held).unify_dictionaries()
+        held.append(t)
+        total += t.nbytes
+        if total > size:
+            yield pa.concat_tables(held).unify_dictionaries()
+            held, total = [], 0
+    if held:
+        yield pa.concat_tables(held).unify_dictionaries()
 
-def summary(self:Store,
-    by, # list of columns
-    value:str='score', # column
-)->pd.DataFrame: # the columns of `by`, mean, n
+# %% ../nbs/08_results.ipynb #summary
+def summary(
+    self: Store,
+    by,  # list of columns
+    value: str = 'score',  # column
+) -> pd.DataFrame:  # the columns of `by`, mean, n
     "Means over all rows, each unit once, without holding the rows"
     seen, sums = set(), []
     for p in [*self.parts(), *self.packs()]:
         schema = pq.read_schema(p)
-        if older := _older(p, schema.metadata): warnings.warn(older); continue
-        if not {value, *by} <= set(schema.names): continue
+        if older := _older(p, schema.metadata):
+            warnings.warn(older)
+            continue
+        if not {value, *by} <= set(schema.names):
+            continue
         texts = self.packs()[p] if '_key' in schema.names else [schema.metadata[b'key'].decode()]
         twice = [t for t in texts if t in seen]
         seen.update(texts)
-        if len(twice) == len(texts): continue
+        if len(twice) == len(texts):
+            continue
         words = [c for c in by if schema.field(c).type in (pa.string(), pa.large_string())]
-        for b in pq.ParquetFile(p, page_checksum_verification=True, read_dictionary=words).iter_batches(1 << 20, columns=[*by, value] + ['_key']*bool(twice)):
+        for b in pq.ParquetFile(p, page_checksum_verification=True, read_dictionary=words).iter_batches(
+            1 << 20, columns=[*by, value] + ['_key'] * bool(twice)
+        ):
             t = pa.Table.from_batches([b])
-            if twice: t = t.filter(_places(t['_key'], twice) < 0)
+            if twice:
+                t = t.filter(_places(t['_key'], twice) < 0)
             sums.append(t.group_by(by).aggregate([(value, 'sum'), (value, 'count')]).to_pandas())
-    if not sums: return pd.DataFrame(columns=[*by, 'mean', 'n'])
+    if not sums:
+        return pd.DataFrame(columns=[*by, 'mean', 'n'])
     total = pd.concat(sums).groupby(by, observed=True, dropna=False)[[f'{value}_sum', f'{value}_count']].sum()
-    return pd.DataFrame(dict(mean=total.iloc[:, 0]/total.iloc[:, 1], n=total.iloc[:, 1])).reset_index()
+    return pd.DataFrame(dict(mean=total.iloc[:, 0] / total.iloc[:, 1], n=total.iloc[:, 1])).reset_index()
 
+# %% ../nbs/08_results.ipynb #Store-2
 Store.tidy, Store.compact, Store.summary = tidy, compact, summary
 
 # %% ../nbs/08_results.ipynb #c023
-def _pictures(rows): return rows['image' if 'image' in rows else 'sample'] # what the intervals are clustered by
+def _pictures(rows):
+    return rows['image' if 'image' in rows else 'sample']  # what the intervals are clustered by
+
+# %% ../nbs/08_results.ipynb #mean
 def _mean(rows, value='score'):
     from fusion_notebooks import metrics
-    return dict(zip(('value', 'low', 'high'), metrics.interval(rows[value], _pictures(rows)))) | dict(n=rows['sample'].nunique())
-def _kinds(rows): return [('all', rows), *rows[rows.kind != ''].groupby('kind', sort=False)]
-def _numbers(layers): return ' '.join(map(str, layers)) or 'none'
 
+    return dict(zip(('value', 'low', 'high'), metrics.interval(rows[value], _pictures(rows)))) | dict(
+        n=rows['sample'].nunique()
+    )
+
+# %% ../nbs/08_results.ipynb #kinds
+def _kinds(rows):
+    return [('all', rows), *rows[rows.kind != ''].groupby('kind', sort=False)]
+
+# %% ../nbs/08_results.ipynb #numbers
+def _numbers(layers):
+    return ' '.join(map(str, layers)) or 'none'
+
+# %% ../nbs/08_results.ipynb #masking_findings
 def masking_findings(rows, c):
     "Unmasked accuracy; fusion and review layers of the calibration split"
     layers = [('fusion layers', c.fusion), ('review layer', c.reviews)] if c else []
-    return [dict(finding='base', kind=k) | _mean(g) for k, g in _kinds(rows[rows.how == 'none'])] + \
-           [dict(finding=f, kind=how, layers=_numbers(l.layers), n=c.n) for f, d in layers for how, l in d.items()]
+    return [dict(finding='base', kind=k) | _mean(g) for k, g in _kinds(rows[rows.how == 'none'])] + [
+        dict(finding=f, kind=how, layers=_numbers(l.layers), n=c.n) for f, d in layers for how, l in d.items()
+    ]
 
+# %% ../nbs/08_results.ipynb #attention_findings
 def attention_findings(rows, c):
     "Where the last prompt token looks"
-    rows = rows[rows.evidence.notna()]                             # questions whose evidence is known
-    if rows.empty: return []
+    rows = rows[rows.evidence.notna()]  # questions whose evidence is known
+    if rows.empty:
+        return []
     per = [dict(layers=str(l), chance=g.chance.mean()) | _mean(g, 'evidence') for l, g in rows.groupby('layer')]
     best = max(per, key=lambda r: r['value'])
-    return [dict(finding='attention on the evidence above twice chance', kind='all', layers=_numbers(r['layers'] for r in per if r['low'] > 2*r['chance']), n=best['n']),
-            dict(finding='most attention on the evidence', kind='all') | best, dict(finding='chance', kind='all', value=best['chance'], n=best['n']),
-            dict(finding='bright tokens without evidence', kind='all') | _mean(rows[rows.layer == 0], 'noise')]
+    return [
+        dict(
+            finding='attention on the evidence above twice chance',
+            kind='all',
+            layers=_numbers(r['layers'] for r in per if r['low'] > 2 * r['chance']),
+            n=best['n'],
+        ),
+        dict(finding='most attention on the evidence', kind='all') | best,
+        dict(finding='chance', kind='all', value=best['chance'], n=best['n']),
+        dict(finding='bright tokens without evidence', kind='all') | _mean(rows[rows.layer == 0], 'noise'),
+    ]
 
+# %% ../nbs/08_results.ipynb #early_exit_findings
 def early_exit_findings(rows, c):
     "How early the answer is there"
     per = rows.groupby('layer').score.mean()
-    enough, last = per.index[per >= .9*per.iloc[-1]][0], per.index[-1]
-    return [dict(finding=f, kind='all', layers=str(l)) | _mean(rows[rows.layer == l]) for f, l in (('first exit with 90 % of the last', enough), ('last exit', last))]
+    enough, last = per.index[per >= 0.9 * per.iloc[-1]][0], per.index[-1]
+    return [
+        dict(finding=f, kind='all', layers=str(l)) | _mean(rows[rows.layer == l])
+        for f, l in (('first exit with 90 % of the last', enough), ('last exit', last))
+    ]
 
-COMPARE = [('mask', 'mask-late'), ('crop', 'crop-late'), ('crop', 'vicrop-rel'), ('crop-read', 'crop'), ('crop-focus', 'crop-late'), ('crop-focus', 'crop-oracle'), # these on one screen
-           ('mask', 'mask-random'), ('mask', 'mask-highest'), ('crop', 'crop-random'), ('crop', 'crop-centre'), ('crop', 'crop-oracle'), ('crop-focus', 'crop'), ('crop-focus', 'crop-read')] # beside every method against base
+# %% ../nbs/08_results.ipynb #COMPARE
+COMPARE = [
+    ('mask', 'mask-late'),
+    ('crop', 'crop-late'),
+    ('crop', 'vicrop-rel'),
+    ('crop-read', 'crop'),
+    ('crop-focus', 'crop-late'),
+    ('crop-focus', 'crop-oracle'),  # these on one screen
+    ('mask', 'mask-random'),
+    ('mask', 'mask-highest'),
+    ('crop', 'crop-random'),
+    ('crop', 'crop-centre'),
+    ('crop', 'crop-oracle'),
+    ('crop-focus', 'crop'),
+    ('crop-focus', 'crop-read'),
+]  # beside every method against base
 
+# %% ../nbs/08_results.ipynb #refine_findings
 def refine_findings(rows, c):
     "Accuracy of every method, paired differences with p-values (Holm within a kind), and how much of the evidence each crop holds"
     from fusion_notebooks import metrics
-    rows = rows[rows.score.notna()]                                # what a model cannot do is not there
-    out = [dict(finding=m, kind=k) | _mean(g) for m, some in rows.groupby('method', sort=False) for k, g in _kinds(some)]
+
+    rows = rows[rows.score.notna()]  # what a model cannot do is not there
+    out = [
+        dict(finding=m, kind=k) | _mean(g) for m, some in rows.groupby('method', sort=False) for k, g in _kinds(some)
+    ]
     known = rows.method.unique()
     pairs = [(m, 'base') for m in known if m != 'base'] + [(a, b) for a, b in COMPARE if {a, b} <= {*known}]
     for kind, g in _kinds(rows):
-        wide, image = g.pivot(index='sample', columns='method', values='score'), _pictures(g).groupby(g['sample']).first()
+        wide, image = (
+            g.pivot(index='sample', columns='method', values='score'),
+            _pictures(g).groupby(g['sample']).first(),
+        )
         tests = [metrics.paired(wide[a], wide[b], image.reindex(wide.index)) for a, b in pairs]
         ps = metrics.holm([t[-1] for t in tests])
-        out += [dict(finding=f'{a} − {b}', kind=kind, value=v, low=low, high=high, p=p, n=len(wide)) for (a, b), (v, low, high, _), p in zip(pairs, tests, ps)]
+        out += [
+            dict(finding=f'{a} − {b}', kind=kind, value=v, low=low, high=high, p=p, n=len(wide))
+            for (a, b), (v, low, high, _), p in zip(pairs, tests, ps)
+        ]
     crops = rows[rows.hit.notna()]
-    return out + [dict(finding=f'{m}: evidence inside', kind=k) | _mean(g, 'hit') for (m, k), g in crops.groupby(['method', 'kind'], sort=False)]
+    return out + [
+        dict(finding=f'{m}: evidence inside', kind=k) | _mean(g, 'hit')
+        for (m, k), g in crops.groupby(['method', 'kind'], sort=False)
+    ]
 
-FINDINGS = dict(masking=masking_findings, attention=attention_findings, early_exit=early_exit_findings, refine=refine_findings)
+# %% ../nbs/08_results.ipynb #FINDINGS
+FINDINGS = dict(
+    masking=masking_findings, attention=attention_findings, early_exit=early_exit_findings, refine=refine_findings
+)
 
 # %% ../nbs/08_results.ipynb #c024
 def percent(
-    r, # a row of findings
-)->str:
+    r,  # a row of findings
+) -> str:
     "A share in percent or a difference in points, with its interval"
     f, unit = ('+.1f', 'points') if '−' in r['finding'] else ('.1f', '%')
-    return f"{100*r['value']:{f}} {unit} [{100*r['low']:{f}}, {100*r['high']:{f}}]"
+    return f"{100 * r['value']:{f}} {unit} [{100 * r['low']:{f}}, {100 * r['high']:{f}}]"
 
+# %% ../nbs/08_results.ipynb #say
 def say(
-    found:pd.DataFrame, # findings
-)->str: # a few lines
+    found: pd.DataFrame,  # findings
+) -> str:  # a few lines
     "The findings of one model in words and numbers, for one screen"
     part = lambda **kw: found[np.logical_and.reduce([found[k].isin(v) for k, v in kw.items()])]
-    lines = [f"{what} ({'evaluation' if what == 'base' else 'calibration'}, n = {g.n.max()}):  " + ' · '.join(f"{r['kind']} {percent(r) if what == 'base' else r['layers']}" for r in g.to_dict('records'))
-             for what, g in part(analysis=['masking']).groupby('finding', sort=False)]
-    lines += [r['finding'] + (f": layer {r['layers']}" if isinstance(r['layers'], str) else ':') + (f" ({percent(r)}, n = {r['n']})" if r['low'] == r['low'] else '')
-              for r in part(analysis=['attention', 'early_exit']).to_dict('records') if r['finding'] != 'chance']
+    lines = [
+        f"{what} ({'evaluation' if what == 'base' else 'calibration'}, n = {g.n.max()}):  "
+        + ' · '.join(f"{r['kind']} {percent(r) if what == 'base' else r['layers']}" for r in g.to_dict('records'))
+        for what, g in part(analysis=['masking']).groupby('finding', sort=False)
+    ]
+    lines += [
+        r['finding']
+        + (f": layer {r['layers']}" if isinstance(r['layers'], str) else ':')
+        + (f" ({percent(r)}, n = {r['n']})" if r['low'] == r['low'] else '')
+        for r in part(analysis=['attention', 'early_exit']).to_dict('records')
+        if r['finding'] != 'chance'
+    ]
     refine = part(analysis=['refine'])
     if len(table := refine[~refine.finding.str.contains('−|:')]):
-        against = refine[refine.finding.str.endswith(' − base')].assign(finding=lambda t: t.finding.str.removesuffix(' − base')).set_index(['finding', 'kind'])
-        def cell(r): d = against.loc[r['finding'], r['kind']] if r['finding'] != 'base' else None; return f"{100*r['value']:.1f}" + ('' if d is None else f" {100*d.value:+.1f} [{100*d.low:+.1f}, {100*d.high:+.1f}]{'*' if d.p < .05 else ' '}")
-        right = table.assign(value=[cell(r) for r in table.to_dict('records')]).pivot(index='finding', columns='kind', values='value').loc[table.finding.unique(), table.kind.unique()]
-        lines += ['', f'% right, n = {table.n.min()} per kind; paired difference to base in points with its 95 % interval; * p (Holm) below 0.05', right.rename_axis(index=None, columns=None).to_string()]
-        lines += [f"{r['finding']}, {r['kind']}: {percent(r)}, p (Holm) = {r['p']:.2g}" for r in part(kind=['all'], finding=[f'{a} − {b}' for a, b in COMPARE[:6]]).to_dict('records')]
+        against = (
+            refine[refine.finding.str.endswith(' − base')]
+            .assign(finding=lambda t: t.finding.str.removesuffix(' − base'))
+            .set_index(['finding', 'kind'])
+        )
+
+        def cell(r):
+            d = against.loc[r['finding'], r['kind']] if r['finding'] != 'base' else None
+            return f"{100 * r['value']:.1f}" + (
+                ''
+                if d is None
+                else f" {100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]{'*' if d.p < 0.05 else ' '}"
+            )
+
+        right = (
+            table.assign(value=[cell(r) for r in table.to_dict('records')])
+            .pivot(index='finding', columns='kind', values='value')
+            .loc[table.finding.unique(), table.kind.unique()]
+        )
+        lines += [
+            '',
+            f'% right, n = {table.n.min()} per kind; paired difference to base in points with its 95 % interval; * p (Holm) below 0.05',
+            right.rename_axis(index=None, columns=None).to_string(),
+        ]
+        lines += [
+            f"{r['finding']}, {r['kind']}: {percent(r)}, p (Holm) = {r['p']:.2g}"
+            for r in part(kind=['all'], finding=[f'{a} − {b}' for a, b in COMPARE[:6]]).to_dict('records')
+        ]
     return '\n'.join(lines)
 
 # %% ../nbs/08_results.ipynb #r002
 def method_table(
-    rows:pd.DataFrame, # refine rows of models and benchmarks
-)->pd.DataFrame: # model, dataset, kind, method, n, accuracy, low, high, difference, dlow, dhigh, p, lenient, forwards, gflops, ms
+    rows: pd.DataFrame,  # refine rows of models and benchmarks
+) -> (
+    pd.DataFrame
+):  # model, dataset, kind, method, n, accuracy, low, high, difference, dlow, dhigh, p, lenient, forwards, gflops, ms
     "Every method against the plain answer; p-values by Holm over methods × benchmarks within a model and kind"
     from fusion_notebooks import metrics
+
     out = []
     for (model, dataset), mine in rows[rows.score.notna()].groupby(['model', 'dataset'], sort=False):
         for kind, some in _kinds(mine):
-            wide, image = some.pivot(index='sample', columns='method', values='score'), _pictures(some).groupby(some['sample']).first()
+            wide, image = (
+                some.pivot(index='sample', columns='method', values='score'),
+                _pictures(some).groupby(some['sample']).first(),
+            )
             for m, g in some.groupby('method', sort=False):
-                d, low, high, p = metrics.paired(wide[m], wide.base, image.reindex(wide.index)) if m != 'base' else [np.nan]*4
-                out.append(dict(model=model, dataset=dataset, kind=kind, method=m) | {('accuracy' if k == 'value' else k): v for k, v in _mean(g).items()} |
-                           dict(difference=d, dlow=low, dhigh=high, p=p, lenient=g.lenient.mean(), forwards=g.forwards.mean(), gflops=g.flops.mean()/1e9, ms=1e3*g.seconds.median()))
+                d, low, high, p = (
+                    metrics.paired(wide[m], wide.base, image.reindex(wide.index)) if m != 'base' else [np.nan] * 4
+                )
+                out.append(
+                    dict(model=model, dataset=dataset, kind=kind, method=m)
+                    | {('accuracy' if k == 'value' else k): v for k, v in _mean(g).items()}
+                    | dict(
+                        difference=d,
+                        dlow=low,
+                        dhigh=high,
+                        p=p,
+                        lenient=g.lenient.mean(),
+                        forwards=g.forwards.mean(),
+                        gflops=g.flops.mean() / 1e9,
+                        ms=1e3 * g.seconds.median(),
+                    )
+                )
     out = pd.DataFrame(out)
     return out.assign(p=out.groupby(['model', 'kind'], sort=False).p.transform(metrics.holm))
 
-BACKBONES = {'llava-1.5-7b': 'LLaVA-1.5', 'llava-v1.6': 'LLaVA-NeXT', 'qwen2.5-vl': 'Qwen2.5-VL'} # in a model's name → in the paper
-SAID = {'base': 'Base', 'cd': 'CD', 'dola': 'DoLa', 'opera': 'OPERA', 'vicrop-rel': 'ViCrop', 'crop': 'Ours'} # method → in the paper
+# %% ../nbs/08_results.ipynb #BACKBONES
+BACKBONES = {
+    'llava-1.5-7b': 'LLaVA-1.5',
+    'llava-v1.6': 'LLaVA-NeXT',
+    'qwen2.5-vl': 'Qwen2.5-VL',
+}  # in a model's name → in the paper
+SAID = {
+    'base': 'Base',
+    'cd': 'CD',
+    'dola': 'DoLa',
+    'opera': 'OPERA',
+    'vicrop-rel': 'ViCrop',
+    'crop': 'Ours',
+}  # method → in the paper
 SEVEN = ('gqa', 'vqav2', 'okvqa', 'vizwiz', 'textvqa', 'docvqa', 'mmbench')
 
+# %% ../nbs/08_results.ipynb #beside_published
 def beside_published(
-    table:pd.DataFrame, # from `method_table`
-    published:pd.DataFrame, # table, backbone, method, dataset, value: data/reference/paper_tables.csv
-)->pd.DataFrame: # model, dataset, method, n, accuracy (percent), published, difference, remark
+    table: pd.DataFrame,  # from `method_table`
+    published: pd.DataFrame,  # table, backbone, method, dataset, value: data/reference/paper_tables.csv
+) -> pd.DataFrame:  # model, dataset, method, n, accuracy (percent), published, difference, remark
     "Accuracies beside the published ones, and in words why they differ or cannot be compared"
     names = dict(gqa='GQA', vqav2='VQAv2', textvqa='TextVQA')
-    single = published[(published.table == 'candidate-set') & published.method.isin(['Base', 'Fusion'])].replace(dict(method=dict(Fusion='Ours')))
-    known = {(r.backbone, r.method, r.dataset): r.value for r in pd.concat([published[published.table == 'main'], single]).itertuples()}
+    single = published[(published.table == 'candidate-set') & published.method.isin(['Base', 'Fusion'])].replace(
+        dict(method=dict(Fusion='Ours'))
+    )
+    known = {
+        (r.backbone, r.method, r.dataset): r.value
+        for r in pd.concat([published[published.table == 'main'], single]).itertuples()
+    }
     out = []
-    for (model, method), some in table[(table.kind == 'all') & table.method.isin(SAID)].groupby(['model', 'method'], sort=False):
+    for (model, method), some in table[(table.kind == 'all') & table.method.isin(SAID)].groupby(
+        ['model', 'method'], sort=False
+    ):
         backbone = next((b for k, b in BACKBONES.items() if k in model.lower()), None)
         lines = some[['dataset', 'n', 'accuracy']].to_dict('records')
-        if set(SEVEN) <= set(some.dataset): lines.append(dict(dataset='average of 7', n=some.n.sum(), accuracy=some[some.dataset.isin(SEVEN)].accuracy.mean()))
+        if set(SEVEN) <= set(some.dataset):
+            lines.append(
+                dict(dataset='average of 7', n=some.n.sum(), accuracy=some[some.dataset.isin(SEVEN)].accuracy.mean())
+            )
         for r in lines:
             value = known.get((backbone, SAID[method], names.get(r['dataset'], r['dataset'])), np.nan)
-            why = 'a demo model: the paper has no number for it' if model.startswith(('glyph', 'planted')) else f'{model} is not a model of the paper' if backbone is None else \
-                  'published only within the average of 7 benchmarks' if value != value and r['dataset'] in SEVEN else 'not a benchmark of the paper' if value != value else \
-                  f"not strictly comparable: {r['n']} questions here, the official metric, greedy; the paper's subset, prompt and decoding are not known"
-            out.append(dict(model=model, dataset=r['dataset'], method=method, n=r['n'], accuracy=100*r['accuracy'], published=value, difference=100*r['accuracy'] - value, remark=why))
+            why = (
+                'a demo model: the paper has no number for it'
+                if model.startswith(('glyph', 'planted'))
+                else f'{model} is not a model of the paper'
+                if backbone is None
+                else 'published only within the average of 7 benchmarks'
+                if value != value and r['dataset'] in SEVEN
+                else 'not a benchmark of the paper'
+                if value != value
+                else f"not strictly comparable: {r['n']} questions here, the official metric, greedy; the paper's subset, prompt and decoding are not known"
+            )
+            out.append(
+                dict(
+                    model=model,
+                    dataset=r['dataset'],
+                    method=method,
+                    n=r['n'],
+                    accuracy=100 * r['accuracy'],
+                    published=value,
+                    difference=100 * r['accuracy'] - value,
+                    remark=why,
+                )
+            )
     return pd.DataFrame(out)
 
+# %% ../nbs/08_results.ipynb #choice_table
 def choice_table(
-    rows:pd.DataFrame, # candidates rows
-)->pd.DataFrame: # model, dataset, method, choice, value, n, accuracy, low, high, difference, dlow, dhigh, p
+    rows: pd.DataFrame,  # candidates rows
+) -> pd.DataFrame:  # model, dataset, method, choice, value, n, accuracy, low, high, difference, dlow, dhigh, p
     "Every choice against the default of its method; p-values by Holm over the choices of a model"
     from fusion_notebooks import metrics
+
     out = []
     for (model, dataset), mine in rows[rows.score.notna()].groupby(['model', 'dataset'], sort=False):
-        wide, image = mine.pivot(index='sample', columns=['method', 'choice', 'value'], values='score'), _pictures(mine).groupby(mine['sample']).first()
+        wide, image = (
+            mine.pivot(index='sample', columns=['method', 'choice', 'value'], values='score'),
+            _pictures(mine).groupby(mine['sample']).first(),
+        )
         for (m, choice, value), g in mine.groupby(['method', 'choice', 'value'], sort=False):
-            d, low, high, p = [np.nan]*4 if choice == 'default' else metrics.paired(wide[m, choice, value], wide[m, 'default', 'default'], image.reindex(wide.index))
-            out.append(dict(model=model, dataset=dataset, method=m, choice=choice, value=value) | {('accuracy' if k == 'value' else k): v for k, v in _mean(g).items()} | dict(difference=d, dlow=low, dhigh=high, p=p))
+            d, low, high, p = (
+                [np.nan] * 4
+                if choice == 'default'
+                else metrics.paired(wide[m, choice, value], wide[m, 'default', 'default'], image.reindex(wide.index))
+            )
+            out.append(
+                dict(model=model, dataset=dataset, method=m, choice=choice, value=value)
+                | {('accuracy' if k == 'value' else k): v for k, v in _mean(g).items()}
+                | dict(difference=d, dlow=low, dhigh=high, p=p)
+            )
     out = pd.DataFrame(out)
     return out.assign(p=out.groupby('model', sort=False).p.transform(metrics.holm))
 
+# %% ../nbs/08_results.ipynb #in_words
 def in_words(
-    table:pd.DataFrame, # from `method_table` or `choice_table`
-)->pd.Series: # 'accuracy difference [low, high]*', percent and points
+    table: pd.DataFrame,  # from `method_table` or `choice_table`
+) -> pd.Series:  # 'accuracy difference [low, high]*', percent and points
     "Each row of a table as one cell; a star where p is below 0.05"
-    show = lambda r: f'{100*r.accuracy:.1f}' + ('' if r.difference != r.difference else f" {100*r.difference:+.1f} [{100*r.dlow:+.1f}, {100*r.dhigh:+.1f}]{'*' if r.p < .05 else ''}")
+    show = lambda r: (
+        f'{100 * r.accuracy:.1f}'
+        + (
+            ''
+            if r.difference != r.difference
+            else f" {100 * r.difference:+.1f} [{100 * r.dlow:+.1f}, {100 * r.dhigh:+.1f}]{'*' if r.p < 0.05 else ''}"
+        )
+    )
     return pd.Series([show(r) for r in table.itertuples()], table.index)
 
+# %% ../nbs/08_results.ipynb #write_table
 def write_table(
-    table:pd.DataFrame, # columns as they shall stand
-    folder, # made where it is missing
-    name:str, # of the files
-    caption:str, # a sentence or two
-)->Path: # the Markdown
+    table: pd.DataFrame,  # columns as they shall stand
+    folder,  # made where it is missing
+    name: str,  # of the files
+    caption: str,  # a sentence or two
+) -> Path:  # the Markdown
     "Write a table as .md, .csv and .tex; what a data set calls its kinds is text in all of them"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     text = lambda v: '' if v is None or v != v else f'{v:.4g}' if isinstance(v, float) else ' '.join(str(v).split())
     cells = [[text(c) for c in table.columns]] + [[text(v) for v in row] for row in table.itertuples(index=False)]
     line = lambda row: '| ' + ' | '.join(html.escape(c, quote=False).replace('|', r'\|') for c in row) + ' |'
-    (folder/f'{name}.md').write_text('\n'.join([caption, '', line(cells[0]), '|---'*len(table.columns) + '|', *map(line, cells[1:])]) + '\n')
-    table.to_csv(folder/f'{name}.csv', index=False, float_format='%.6g', lineterminator='\n')
-    special = str.maketrans({c: '\\' + c for c in '&%$#_{}'} | {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '−': '$-$', '×': r'$\times$', 'ρ': r'$\rho$', 'λ': r'$\lambda$'})
+    (folder / f'{name}.md').write_text(
+        '\n'.join([caption, '', line(cells[0]), '|---' * len(table.columns) + '|', *map(line, cells[1:])]) + '\n'
+    )
+    table.to_csv(folder / f'{name}.csv', index=False, float_format='%.6g', lineterminator='\n')
+    special = str.maketrans(
+        {c: '\\' + c for c in '&%$#_{}'}
+        | {
+            '\\': r'\textbackslash{}',
+            '~': r'\textasciitilde{}',
+            '^': r'\textasciicircum{}',
+            '−': '$-$',
+            '×': r'$\times$',
+            'ρ': r'$\rho$',
+            'λ': r'$\lambda$',
+        }
+    )
     tex = [' & '.join(c.translate(special) for c in row) + r' \\' for row in cells]
-    (folder/f'{name}.tex').write_text('\n'.join([r'\begin{table}', r'\caption{' + caption.translate(special) + '}', r'\begin{tabular}{' + 'l'*len(table.columns) + '}', r'\hline', tex[0], r'\hline', *tex[1:], r'\hline', r'\end{tabular}', r'\end{table}']) + '\n')
-    return folder/f'{name}.md'
+    (folder / f'{name}.tex').write_text(
+        '\n'.join(
+            [
+                r'\begin{table}',
+                r'\caption{' + caption.translate(special) + '}',
+                r'\begin{tabular}{' + 'l' * len(table.columns) + '}',
+                r'\hline',
+                tex[0],
+                r'\hline',
+                *tex[1:],
+                r'\hline',
+                r'\end{tabular}',
+                r'\end{table}',
+            ]
+        )
+        + '\n'
+    )
+    return folder / f'{name}.md'

@@ -28,146 +28,207 @@ from . import vqa
 from .results import FINDINGS, Store, canonical, digest, percent, say, write_whole
 
 # %% ../nbs/11_study.ipynb #c006
-PACKAGE, BENCHMARKS = Path(find_spec('fusion_notebooks').origin).parent, dict(glyph='gqa') | {name: b.metric for name, b in vqa.BENCHMARKS.items()} # benchmark → metric
+PACKAGE, BENCHMARKS = (
+    Path(find_spec('fusion_notebooks').origin).parent,
+    dict(glyph='gqa') | {name: b.metric for name, b in vqa.BENCHMARKS.items()},
+)  # benchmark → metric
 
+# %% ../nbs/11_study.ipynb #Settings
 @dataclass(frozen=True)
 class Settings:
     "What a study does; made by `read_settings`"
-    file:Path # settings.ini; folders are relative to it
-    models:tuple=('glyph-llava',) # demo names, local folders or Hub ids
-    benchmarks:tuple=('glyph',) # see `BENCHMARKS`
-    analyses:tuple=('masking', 'attention', 'early_exit', 'refine') # notebooks in nbs/analyses
-    seed:int=0 # of everything drawn at random
-    results:Path=Path('data/results') # rows, as Parquet parts
-    runs:Path=Path('data/runs') # executed notebooks
-    figures:Path=Path('figures') # one folder per model
-    annotations:Path=Path('data/benchmarks') # official files of the benchmarks, one folder each; what is not there comes from the Hub
-    unit:int=8 # samples per unit of work
-    timeout:int=3600 # seconds that a notebook's cell may take
-    mixed:bool=False # let one table hold rows from different devices or precisions
-    calibration:int=100 # samples per kind; layers are chosen on these
-    evaluation:int=250 # samples per kind; everything is reported on these
-    quick:bool=False # the quick slice
-    compute:bool=True # False: only rows that are there
-    @property
-    def root(self): "Folder of settings.ini"; return self.file.parent
 
+    file: Path  # settings.ini; folders are relative to it
+    models: tuple = ('glyph-llava',)  # demo names, local folders or Hub ids
+    benchmarks: tuple = ('glyph',)  # see `BENCHMARKS`
+    analyses: tuple = ('masking', 'attention', 'early_exit', 'refine')  # notebooks in nbs/analyses
+    seed: int = 0  # of everything drawn at random
+    results: Path = Path('data/results')  # rows, as Parquet parts
+    runs: Path = Path('data/runs')  # executed notebooks
+    figures: Path = Path('figures')  # one folder per model
+    annotations: Path = Path(
+        'data/benchmarks'
+    )  # official files of the benchmarks, one folder each; what is not there comes from the Hub
+    unit: int = 8  # samples per unit of work
+    timeout: int = 3600  # seconds that a notebook's cell may take
+    mixed: bool = False  # let one table hold rows from different devices or precisions
+    calibration: int = 100  # samples per kind; layers are chosen on these
+    evaluation: int = 250  # samples per kind; everything is reported on these
+    quick: bool = False  # the quick slice
+    compute: bool = True  # False: only rows that are there
+
+    @property
+    def root(self):
+        "Folder of settings.ini"
+        return self.file.parent
+
+# %% ../nbs/11_study.ipynb #FOLDERS
 FOLDERS = ('results', 'runs', 'figures', 'annotations')
-KEYS = dict(study=('models', 'benchmarks', 'analyses', 'seed', *FOLDERS, 'unit', 'timeout', 'mixed'), limits=('calibration', 'evaluation'))
+KEYS = dict(
+    study=('models', 'benchmarks', 'analyses', 'seed', *FOLDERS, 'unit', 'timeout', 'mixed'),
+    limits=('calibration', 'evaluation'),
+)
 KEYS['quick'] = KEYS['study'] + KEYS['limits']
 
+# %% ../nbs/11_study.ipynb #parse
 def _parse(key, text, where):
     "The value of one entry"
-    if not text: raise ValueError(f'{where}: {key} is empty.')
-    if key in ('models', 'benchmarks', 'analyses'): return tuple(text.split())
-    if key in FOLDERS: return Path(text)
+    if not text:
+        raise ValueError(f'{where}: {key} is empty.')
+    if key in ('models', 'benchmarks', 'analyses'):
+        return tuple(text.split())
+    if key in FOLDERS:
+        return Path(text)
     if key == 'mixed':
-        if text not in ('yes', 'no'): raise ValueError(f'{where}: mixed = {text} must be yes or no.')
+        if text not in ('yes', 'no'):
+            raise ValueError(f'{where}: mixed = {text} must be yes or no.')
         return text == 'yes'
-    if not text.isdigit() or (key != 'seed' and int(text) < 1): raise ValueError(f'{where}: {key} = {text} must be a whole number{"" if key == "seed" else " above 0"}.')
+    if not text.isdigit() or (key != 'seed' and int(text) < 1):
+        raise ValueError(f'{where}: {key} = {text} must be a whole number{"" if key == "seed" else " above 0"}.')
     return int(text)
 
+# %% ../nbs/11_study.ipynb #find_settings
 def find_settings(
-    path='settings.ini', # the file; a relative one is also looked for in the folders above
-)->Path: # absolute
+    path='settings.ini',  # the file; a relative one is also looked for in the folders above
+) -> Path:  # absolute
     "Where settings.ini is. Raises `FileNotFoundError`."
     for folder in (Path.cwd(), *Path.cwd().parents):
-        if (folder/path).is_file(): return (folder/path).resolve()
+        if (folder / path).is_file():
+            return (folder / path).resolve()
     raise FileNotFoundError(f'No settings at {path}, here or in the folders above: give the path of a settings.ini.')
 
+# %% ../nbs/11_study.ipynb #read_settings
 def read_settings(
-    path='settings.ini', # the file, or a dict of `file` and entries that override it, as `execute` hands them to a notebook
-    quick:bool=False, # let [quick] override the other sections
-)->Settings:
+    path='settings.ini',  # the file, or a dict of `file` and entries that override it, as `execute` hands them to a notebook
+    quick: bool = False,  # let [quick] override the other sections
+) -> Settings:
     "Read and check the study. Raises `ValueError` for anything unknown, with what is known."
     over = dict(path) if isinstance(path, dict) else dict(file=path)
     file = find_settings(over.pop('file'))
     ini = configparser.ConfigParser(default_section='', interpolation=None)
-    try: ini.read_string(file.read_text())
-    except configparser.DuplicateOptionError as e: raise ValueError(f'{file.name} [{e.section}]: {e.option} is there twice (line {e.lineno}).') from None
-    except configparser.DuplicateSectionError as e: raise ValueError(f'{file.name}: the section [{e.section}] is there twice (line {e.lineno}).') from None
+    try:
+        ini.read_string(file.read_text())
+    except configparser.DuplicateOptionError as e:
+        raise ValueError(f'{file.name} [{e.section}]: {e.option} is there twice (line {e.lineno}).') from None
+    except configparser.DuplicateSectionError as e:
+        raise ValueError(f'{file.name}: the section [{e.section}] is there twice (line {e.lineno}).') from None
     except configparser.Error as e:
         line = getattr(e, 'lineno', None) or e.errors[0][0]
-        raise ValueError(f"{file.name} is no settings file: line {line} is neither a [section] nor 'key = value' in one.") from None
-    except UnicodeDecodeError: raise ValueError(f'{file.name} is no settings file: it is not text.') from None
+        raise ValueError(
+            f"{file.name} is no settings file: line {line} is neither a [section] nor 'key = value' in one."
+        ) from None
+    except UnicodeDecodeError:
+        raise ValueError(f'{file.name} is no settings file: it is not text.') from None
     got = {}
     for section in ini.sections():
-        if section == 'DEFAULT': continue                         # nbdev's own keys
-        if section not in KEYS: raise ValueError(f"{file.name}: unknown section [{section}]; known: {', '.join(KEYS)}.")
+        if section == 'DEFAULT':
+            continue  # nbdev's own keys
+        if section not in KEYS:
+            raise ValueError(f"{file.name}: unknown section [{section}]; known: {', '.join(KEYS)}.")
         for key, text in ini[section].items():
-            if key not in KEYS[section]: raise ValueError(f"{file.name}: unknown key '{key}' in [{section}]; known: {', '.join(KEYS[section])}.")
+            if key not in KEYS[section]:
+                raise ValueError(f"{file.name}: unknown key '{key}' in [{section}]; known: {', '.join(KEYS[section])}.")
             value = _parse(key, text.strip(), f'{file.name} [{section}]')
-            if section != 'quick' or quick: got[key] = value
+            if section != 'quick' or quick:
+                got[key] = value
     s = Settings(file, **got | {k: tuple(v) if isinstance(v, list) else v for k, v in over.items()}, quick=quick)
-    s = replace(s, **{k: file.parent/getattr(s, k) for k in FOLDERS})
+    s = replace(s, **{k: file.parent / getattr(s, k) for k in FOLDERS})
     for key, known in (('benchmarks', BENCHMARKS), ('analyses', notebooks(s))):
-        if bad := [x for x in getattr(s, key) if x not in known]: raise ValueError(f"{file.name}: unknown {key} '{bad[0]}' in [study]; known: {', '.join(known)}.")
+        if bad := [x for x in getattr(s, key) if x not in known]:
+            raise ValueError(f"{file.name}: unknown {key} '{bad[0]}' in [study]; known: {', '.join(known)}.")
     return s
 
+# %% ../nbs/11_study.ipynb #notebooks
 def notebooks(
-    s:Settings, # the study
-)->dict: # name → path
+    s: Settings,  # the study
+) -> dict:  # name → path
     "The analysis notebooks: beside settings.ini, else the package's own"
     for root in (s.root, PACKAGE.parent):
-        if found := sorted((root/'nbs/analyses').glob('*.ipynb')): return {p.stem: p for p in found}
+        if found := sorted((root / 'nbs/analyses').glob('*.ipynb')):
+            return {p.stem: p for p in found}
     raise FileNotFoundError(f'No notebooks in nbs/analyses beside {s.root}/settings.ini.')
 
 # %% ../nbs/11_study.ipynb #c010
 @lru_cache(maxsize=4)
 def draw(
-    benchmark:str, # one of `BENCHMARKS`
-    split:str, # calibration or evaluation
-    limit:int, # samples per kind
-    seed:int=0, # other samples
-    root=None, # folder of the official files; None: the Hub
-    family:str='', # config.model_type: how the questions of a benchmark are put
-)->tuple: # of `Sample`
+    benchmark: str,  # one of `BENCHMARKS`
+    split: str,  # calibration or evaluation
+    limit: int,  # samples per kind
+    seed: int = 0,  # other samples
+    root=None,  # folder of the official files; None: the Hub
+    family: str = '',  # config.model_type: how the questions of a benchmark are put
+) -> tuple:  # of `Sample`
     "The samples of one split. Raises `ValueError` and `OSError` for files that are not as they should be."
-    if benchmark not in BENCHMARKS: raise ValueError(f"No benchmark '{benchmark}'; known: {', '.join(BENCHMARKS)}.")
-    if benchmark != 'glyph': return tuple(vqa.load(benchmark, split=split, limit=limit, order='random', seed=seed, root=root, family=family))
+    if benchmark not in BENCHMARKS:
+        raise ValueError(f"No benchmark '{benchmark}'; known: {', '.join(BENCHMARKS)}.")
+    if benchmark != 'glyph':
+        return tuple(vqa.load(benchmark, split=split, limit=limit, order='random', seed=seed, root=root, family=family))
     from fusion_notebooks import demo
-    return tuple(demo.samples(limit*len(demo.KINDS), split=split, seed=seed))
 
+    return tuple(demo.samples(limit * len(demo.KINDS), split=split, seed=seed))
+
+# %% ../nbs/11_study.ipynb #asked
 def _asked(job, s):
     "What `draw` takes for a job"
-    folder, glyph = s.annotations/job.benchmark, job.benchmark == 'glyph'
-    return (job.benchmark, job.split, getattr(s, job.split), s.seed) + (() if glyph else (str(folder) if folder.is_dir() else None, _config(find_model(job.model, s)[0]).get('model_type', '')))
+    folder, glyph = s.annotations / job.benchmark, job.benchmark == 'glyph'
+    return (job.benchmark, job.split, getattr(s, job.split), s.seed) + (
+        ()
+        if glyph
+        else (str(folder) if folder.is_dir() else None, _config(find_model(job.model, s)[0]).get('model_type', ''))
+    )
 
+# %% ../nbs/11_study.ipynb #questions
 def questions(
-    model:str, # demo name, local folder or Hub id
-    s:Settings, # the study
-    benchmark:str='', # one of `BENCHMARKS`; default: the first in the settings
-    split:str='evaluation', # calibration or evaluation
-)->tuple: # of `Sample`
+    model: str,  # demo name, local folder or Hub id
+    s: Settings,  # the study
+    benchmark: str = '',  # one of `BENCHMARKS`; default: the first in the settings
+    split: str = 'evaluation',  # calibration or evaluation
+) -> tuple:  # of `Sample`
     "The questions behind the rows of `require`"
     return draw(*_asked(Job('', model, benchmark or s.benchmarks[0], split), s))
 
+# %% ../nbs/11_study.ipynb #content
 def _content(s):
     "A hash of what is asked, so that another picture or question under the same id makes another key"
     h = hashlib.sha256(repr((s.question, s.answers, s.box)).encode())
-    h.update((getattr(s, 'picture', '') or str(s.image)).encode() if isinstance(s.image, (str, Path)) else s.image.tobytes())
+    h.update(
+        (getattr(s, 'picture', '') or str(s.image)).encode() if isinstance(s.image, (str, Path)) else s.image.tobytes()
+    )
     return h.hexdigest()[:16]
 
+# %% ../nbs/11_study.ipynb #Job
 Job = namedtuple('Job', 'analysis model benchmark split')
 
+# %% ../nbs/11_study.ipynb #listing
 def listing(
-    job:Job, # of which only model, benchmark and split count
-    s:Settings, # the study
-)->list: # of [id, kind, hash of what is asked]
+    job: Job,  # of which only model, benchmark and split count
+    s: Settings,  # the study
+) -> list:  # of [id, kind, hash of what is asked]
     "What `draw` gives, without drawing it again"
-    if job.benchmark not in BENCHMARKS: raise ValueError(f"No benchmark '{job.benchmark}'; known: {', '.join(BENCHMARKS)}.")
-    folder = s.annotations/job.benchmark
-    files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(folder.iterdir()) if f.is_file()] if folder.is_dir() else []
-    return Store(s.results).note(dict(samples=list(_asked(job, s)), files=files, code=code_of('demo' if job.benchmark == 'glyph' else 'vqa')),
-                                 lambda: [[x.id, x.kind, _content(x)] for x in draw(*_asked(job, s))])
+    if job.benchmark not in BENCHMARKS:
+        raise ValueError(f"No benchmark '{job.benchmark}'; known: {', '.join(BENCHMARKS)}.")
+    folder = s.annotations / job.benchmark
+    files = (
+        [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(folder.iterdir()) if f.is_file()]
+        if folder.is_dir()
+        else []
+    )
+    return Store(s.results).note(
+        dict(samples=list(_asked(job, s)), files=files, code=code_of('demo' if job.benchmark == 'glyph' else 'vqa')),
+        lambda: [[x.id, x.kind, _content(x)] for x in draw(*_asked(job, s))],
+    )
 
+# %% ../nbs/11_study.ipynb #code_of
 @lru_cache
 def code_of(
-    modules:str='*', # names of modules of this package, separated by blanks
-    function=None, # with the functions of its own module that it names
-)->str: # 8 hexadecimal digits
+    modules: str = '*',  # names of modules of this package, separated by blanks
+    function=None,  # with the functions of its own module that it names
+) -> str:  # 8 hexadecimal digits
     "A hash of code; comments do not count"
-    trees, todo = [ast.parse(f.read_text()) for m in modules.split() for f in sorted(PACKAGE.glob(f'{m}.py'))], [function] if function else []
+    trees, todo = (
+        [ast.parse(f.read_text()) for m in modules.split() for f in sorted(PACKAGE.glob(f'{m}.py'))],
+        [function] if function else [],
+    )
     for f in todo:
         f = inspect.unwrap(f)
         trees.append(ast.parse(textwrap.dedent(inspect.getsource(f))))
@@ -177,205 +238,425 @@ def code_of(
 
 # %% ../nbs/11_study.ipynb #c013
 def find_model(
-    model:str, # demo name, local folder or Hub id
-    s:Settings, # the study
-)->tuple: # (what `MLLM.load` takes, name in tables)
+    model: str,  # demo name, local folder or Hub id
+    s: Settings,  # the study
+) -> tuple:  # (what `MLLM.load` takes, name in tables)
     "Resolve a model's name from anywhere. Raises `ValueError` where it can be none of the three."
-    for folder in (Path(model).expanduser(), s.root/model, s.root/'data/models'/model, PACKAGE.parent/'data/models'/model):
-        if folder.is_dir(): return str(folder.resolve()), folder.resolve().name
-    if not re.fullmatch(r'[\w-]+(\.[\w-]+)*/[\w.-]+', model): raise ValueError(f"No model '{model}': it is no demo model, no folder, and no Hub id such as llava-hf/llava-1.5-7b-hf.")
+    for folder in (
+        Path(model).expanduser(),
+        s.root / model,
+        s.root / 'data/models' / model,
+        PACKAGE.parent / 'data/models' / model,
+    ):
+        if folder.is_dir():
+            return str(folder.resolve()), folder.resolve().name
+    if not re.fullmatch(r'[\w-]+(\.[\w-]+)*/[\w.-]+', model):
+        raise ValueError(
+            f"No model '{model}': it is no demo model, no folder, and no Hub id such as llava-hf/llava-1.5-7b-hf."
+        )
     return model, model
 
+# %% ../nbs/11_study.ipynb #revision
 def revision(
-    where:str, # folder or Hub id
-)->str: # 12 hexadecimal digits of what the weights are, or the Hub's commit
+    where: str,  # folder or Hub id
+) -> str:  # 12 hexadecimal digits of what the weights are, or the Hub's commit
     "Which weights: large files count by size and by their first and last megabyte. Raises `ValueError` for a folder without safetensors."
     folder, h = Path(where), hashlib.sha256()
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
+
         cached = str(try_to_load_from_cache(where, 'config.json'))
         return m[1][:12] if (m := re.search(r'snapshots/([0-9a-f]+)', cached)) else 'main'
-    if not any(folder.glob('*.safetensors')): raise ValueError(f'{where} holds no .safetensors file: other weight formats are not read; convert the model with save_pretrained.')
+    if not any(folder.glob('*.safetensors')):
+        raise ValueError(
+            f'{where} holds no .safetensors file: other weight formats are not read; convert the model with save_pretrained.'
+        )
     for f in sorted(p for p in folder.iterdir() if p.suffix in ('.safetensors', '.json', '.jinja')):
         size = f.stat().st_size
         h.update(f'{f.name} {size} '.encode())
         with open(f, 'rb') as data:
-            if size < 50e6: h.update(data.read())
-            else: h.update(data.read(1 << 20)); data.seek(-1 << 20, 2); h.update(data.read())
+            if size < 50e6:
+                h.update(data.read())
+            else:
+                h.update(data.read(1 << 20))
+                data.seek(-1 << 20, 2)
+                h.update(data.read())
     return h.hexdigest()[:12]
 
+# %% ../nbs/11_study.ipynb #config
 def _config(where):
     "A model's config from its files; empty where it is on the Hub and not here yet"
     folder = Path(where)
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
-        folder = Path(str(try_to_load_from_cache(where, 'config.json'))).parent
-    try: return json.loads((folder/'config.json').read_text()) | dict(weights=sum(f.stat().st_size for f in folder.glob('*.safetensors')))
-    except (OSError, ValueError): return {}
 
+        folder = Path(str(try_to_load_from_cache(where, 'config.json'))).parent
+    try:
+        return json.loads((folder / 'config.json').read_text()) | dict(
+            weights=sum(f.stat().st_size for f in folder.glob('*.safetensors'))
+        )
+    except (OSError, ValueError):
+        return {}
+
+# %% ../nbs/11_study.ipynb #load
 @lru_cache(maxsize=1)
 def load(
-    where:str, # folder or Hub id
-): # MLLM
+    where: str,  # folder or Hub id
+):  # MLLM
     "A model, loaded once per process and without a progress bar"
     from fusion_notebooks.mllm import MLLM
     from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()
     return MLLM.load(where)
 
 # %% ../nbs/11_study.ipynb #c018
-HOWS, SOFT = ('zero', 'mean', 'swap', 'knockout', 'soft'), .05 # semantics side by side; λ of soft
-RANKED = dict(mask=('contrast', 'late', 'random', 'highest'), crop=('contrast', 'late', 'read', 'focus', 'random', 'centre', 'oracle')) # as in contrast
-RIVALS = {'vicrop-rel': 3, 'vicrop-grad': 5, 'vicrop-pure': 8, 'carve': 5, 'cd': 2, 'vcd': 2, 'dola': 1, 'opera': 3} # as in baselines; passes over a prompt, a gradient counts as two
-METHODS = {'base': ('base', '')} | {f'{how}{"" if by == "contrast" else "-" + by}': (how, by) for how, known in RANKED.items() for by in known} | {m: ('rival', m) for m in RIVALS}
-CROPPING = ('vicrop-rel', 'vicrop-grad', 'vicrop-pure', 'carve') # rivals that answer from a crop
+HOWS, SOFT = ('zero', 'mean', 'swap', 'knockout', 'soft'), 0.05  # semantics side by side; λ of soft
+RANKED = dict(
+    mask=('contrast', 'late', 'random', 'highest'),
+    crop=('contrast', 'late', 'read', 'focus', 'random', 'centre', 'oracle'),
+)  # as in contrast
+RIVALS = {
+    'vicrop-rel': 3,
+    'vicrop-grad': 5,
+    'vicrop-pure': 8,
+    'carve': 5,
+    'cd': 2,
+    'vcd': 2,
+    'dola': 1,
+    'opera': 3,
+}  # as in baselines; passes over a prompt, a gradient counts as two
+METHODS = (
+    {'base': ('base', '')}
+    | {f'{how}{"" if by == "contrast" else "-" + by}': (how, by) for how, known in RANKED.items() for by in known}
+    | {m: ('rival', m) for m in RIVALS}
+)
+CROPPING = ('vicrop-rel', 'vicrop-grad', 'vicrop-pure', 'carve')  # rivals that answer from a crop
 
-CHOICES = dict(mask=dict(candidates=('all', 'deep', 'shallow', 'fixed'), rho=(.1, .4, .6), strength=(1e-3, .1, .5), soft=(0., 1e-3, .1, .5)),
-               crop=dict(candidates=('all', 'deep', 'shallow', 'fixed'), distance=('js2',), raw=(True,), rule=('components', 'meanstd', 'focus'), order=('before',))) # what the paper leaves open, one choice at a time
+CHOICES = dict(
+    mask=dict(
+        candidates=('all', 'deep', 'shallow', 'fixed'),
+        rho=(0.1, 0.4, 0.6),
+        strength=(1e-3, 0.1, 0.5),
+        soft=(0.0, 1e-3, 0.1, 0.5),
+    ),
+    crop=dict(
+        candidates=('all', 'deep', 'shallow', 'fixed'),
+        distance=('js2',),
+        raw=(True,),
+        rule=('components', 'meanstd', 'focus'),
+        order=('before',),
+    ),
+)  # what the paper leaves open, one choice at a time
 
+# %% ../nbs/11_study.ipynb #score
 def _score(predictions, samples, metric):
     from fusion_notebooks import metrics
+
     return metrics.score(metric, predictions, [s.answers for s in samples])
 
+# %% ../nbs/11_study.ipynb #reference
 @lru_cache(maxsize=1)
 def _reference(mllm, asked):
     "64 calibration samples, and the mean states of their visual tokens"
     from fusion_notebooks import masking
+
     samples = draw(*asked)
     return samples, masking.mean_states(mllm, samples)
 
+# %% ../nbs/11_study.ipynb #masking_rows
 def masking_rows(mllm, samples, reference, metric, hows, strength, **_):
     "Every layer under every semantic"
     from fusion_notebooks import masking
     from fusion_notebooks.mllm import open_image
+
     reference, mean = _reference(mllm, reference)
     start = [zlib.crc32(s.id.encode()) % len(reference) for s in samples]
     donors = [next(d for d in (*reference[i:], *reference) if d.id != s.id) for i, s in zip(start, samples)]
-    sized = lambda d, size: d if open_image(d.image).size == size else replace(d, image=open_image(d.image).resize(size)) # a picture of another size may become another number of tokens
+    sized = lambda d, size: (
+        d if open_image(d.image).size == size else replace(d, image=open_image(d.image).resize(size))
+    )  # a picture of another size may become another number of tokens
     donors = [sized(d, open_image(s.image).size) for d, s in zip(donors, samples)]
-    rows = masking.sweep(mllm, list(samples), how=list(hows), scope='single', strength=strength, mean=mean, donors=donors)
+    rows = masking.sweep(
+        mllm, list(samples), how=list(hows), scope='single', strength=strength, mean=mean, donors=donors
+    )
     asked = {s.id: s for s in samples}
     return rows.assign(score=_score(rows.prediction, [asked[i] for i in rows['sample']], metric))
 
+# %% ../nbs/11_study.ipynb #known_answers_rows
 def known_answers_rows(mllm, samples, metric, scopes, strength, **_):
     "Every layer under the edits of attention, in their wider scopes"
     from fusion_notebooks import masking
-    rows = pd.concat([masking.sweep(mllm, list(samples), how=['knockout', 'soft'], scope=scope, strength=strength) for scope in scopes])
+
+    rows = pd.concat(
+        [
+            masking.sweep(mllm, list(samples), how=['knockout', 'soft'], scope=scope, strength=strength)
+            for scope in scopes
+        ]
+    )
     asked = {s.id: s for s in samples}
     return rows.assign(score=_score(rows.prediction, [asked[i] for i in rows['sample']], metric))
 
+# %% ../nbs/11_study.ipynb #first_pass
 def _first_pass(mllm, image, question):
     "The prompt, the attention maps (layers, visual), and which visual tokens are sinks at the input of a layer (layers, visual)"
     import torch
     from fusion_notebooks import fusion, hooks
+
     p, sinks = mllm.prompt(image, question), []
+
     def watch(layer, args, kw):
         h = hooks._hidden(args, kw)[0]
         sinks.append(fusion.massive(h[p.visual.to(h.device)], h[0]))
-    handles = [] if mllm.cross else [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in mllm.layers] # a picture beside the text has no states there
-    with torch.inference_mode(), hooks._removing(handles), hooks.capture(mllm) as tape: mllm.model(**mllm.encoded([p]), use_cache=False, logits_to_keep=1)
+
+    handles = (
+        [] if mllm.cross else [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in mllm.layers]
+    )  # a picture beside the text has no states there
+    with torch.inference_mode(), hooks._removing(handles), hooks.capture(mllm) as tape:
+        mllm.model(**mllm.encoded([p]), use_cache=False, logits_to_keep=1)
     maps = tape.attention[0, :, 0].float().cpu().numpy()
     return p, maps, np.stack(sinks) if sinks else np.full(maps.shape, np.nan)
 
+# %% ../nbs/11_study.ipynb #attention_rows
 def attention_rows(mllm, samples, **_):
     "The last prompt token's map at every layer, and what it says about the evidence box"
     from fusion_notebooks import fusion
     from fusion_notebooks.baselines import GENERAL
+
     rows = []
     for s in samples:
         (p, raw, sinks), (_, general, _) = _first_pass(mllm, s.image, s.question), _first_pass(mllm, s.image, GENERAL)
         g = p.grids[0]
-        maps, share = fusion.normalise(g.of(raw)), fusion.evidence_share(g.boxes, s.box) if s.box else np.full(len(g.boxes), np.nan)
+        maps, share = (
+            fusion.normalise(g.of(raw)),
+            fusion.evidence_share(g.boxes, s.box) if s.box else np.full(len(g.boxes), np.nan),
+        )
         left, right, bottom, top = g.extent
-        rows.append(pd.DataFrame(dict(sample=s.id, layer=range(len(maps)), map=list(maps.astype('float32')), h=g.h, w=g.w, extent=[[left, top, right, bottom]]*len(maps), mass=raw.sum(-1),
-                                      evidence=fusion.evidence_mass(maps, share), chance=share.mean(), hellinger=fusion.profile(maps), noise=fusion.noise_share(maps, share) if s.box else np.nan,
-                                      sinks=sinks.mean(-1), noise_sinks=sinks.any(0)[noise].mean() if (noise := fusion.noise_tokens(maps, share)).any() and not mllm.cross else np.nan) | fusion.evidence_scores(maps, share, general)))
+        rows.append(
+            pd.DataFrame(
+                dict(
+                    sample=s.id,
+                    layer=range(len(maps)),
+                    map=list(maps.astype('float32')),
+                    h=g.h,
+                    w=g.w,
+                    extent=[[left, top, right, bottom]] * len(maps),
+                    mass=raw.sum(-1),
+                    evidence=fusion.evidence_mass(maps, share),
+                    chance=share.mean(),
+                    hellinger=fusion.profile(maps),
+                    noise=fusion.noise_share(maps, share) if s.box else np.nan,
+                    sinks=sinks.mean(-1),
+                    noise_sinks=sinks.any(0)[noise].mean()
+                    if (noise := fusion.noise_tokens(maps, share)).any() and not mllm.cross
+                    else np.nan,
+                )
+                | fusion.evidence_scores(maps, share, general)
+            )
+        )
     return pd.concat(rows)
 
+# %% ../nbs/11_study.ipynb #early_exit_rows
 def early_exit_rows(mllm, samples, metric, **_):
     "The answer from every layer: the whole of it, and its first token alone"
     from fusion_notebooks import masking
-    found = masking.exits(mllm, [masking.record(mllm, mllm.prompt(s.image, s.question)) for s in samples])
-    rows = [dict(sample=s.id, layer=layer, prediction=a.text, logp=a.logp, first=mllm.decode(a.ids[:1]), s=s) for s, said in zip(samples, found) for layer, a in enumerate(said)]
-    rows = pd.DataFrame(rows)
-    return rows.assign(score=_score(rows.prediction, rows.s, metric), first_score=_score(rows['first'], rows.s, metric)).drop(columns='s')
 
+    found = masking.exits(mllm, [masking.record(mllm, mllm.prompt(s.image, s.question)) for s in samples])
+    rows = [
+        dict(sample=s.id, layer=layer, prediction=a.text, logp=a.logp, first=mllm.decode(a.ids[:1]), s=s)
+        for s, said in zip(samples, found)
+        for layer, a in enumerate(said)
+    ]
+    rows = pd.DataFrame(rows)
+    return rows.assign(
+        score=_score(rows.prediction, rows.s, metric), first_score=_score(rows['first'], rows.s, metric)
+    ).drop(columns='s')
+
+# %% ../nbs/11_study.ipynb #refined
 def _refined(mllm, seen, s, m, candidates, review, ask=True):
     "One method's answer, and what it went by"
     from fusion_notebooks import baselines, contrast
+
     how, by = METHODS[m]
     if how == 'rival':
-        suffix = getattr(s, 'prompt', '').rsplit('}', 1)[-1]           # a benchmark's instruction ends the general prompt, too
-        return vars(baselines.answer(mllm, seen, method=m, **dict(ask=ask) if m in CROPPING else {}, **dict(general=baselines.GENERAL + suffix) if m in ('vicrop-rel', 'vicrop-pure', 'carve') else {}))
-    r = contrast.refine(mllm, seen, how=how, by=by, candidates=candidates, review=review, box=s.box, seed=zlib.crc32(s.id.encode()), ask=ask)
+        suffix = getattr(s, 'prompt', '').rsplit('}', 1)[-1]  # a benchmark's instruction ends the general prompt, too
+        return vars(
+            baselines.answer(
+                mllm,
+                seen,
+                method=m,
+                **dict(ask=ask) if m in CROPPING else {},
+                **dict(general=baselines.GENERAL + suffix) if m in ('vicrop-rel', 'vicrop-pure', 'carve') else {},
+            )
+        )
+    r = contrast.refine(
+        mllm,
+        seen,
+        how=how,
+        by=by,
+        candidates=candidates,
+        review=review,
+        box=s.box,
+        seed=zlib.crc32(s.id.encode()),
+        ask=ask,
+    )
     return vars(r) | dict(pre=r.contrast.pre, post=r.contrast.post, distance=r.contrast.distance)
 
+# %% ../nbs/11_study.ipynb #later
 def _later(mllm, seen, review, found):
     "Answer what waits among the findings of some methods: all crops in one batch, all masks in another; gives (answer, rows read for it), or the reason why not, by method"
     from fusion_notebooks import contrast
+
     n = seen.prompt.length
-    asks = dict(crop=lambda xs: [(a, read) for a, _, read in contrast.beside(mllm, seen.seen, xs)],
-                tokens=lambda xs: [(a, n) for a in contrast.masked(mllm, seen.prompt, xs, mllm.n_layers - 1 if review is None else review)])
+    asks = dict(
+        crop=lambda xs: [(a, read) for a, _, read in contrast.beside(mllm, seen.seen, xs)],
+        tokens=lambda xs: [
+            (a, n) for a in contrast.masked(mllm, seen.prompt, xs, mllm.n_layers - 1 if review is None else review)
+        ],
+    )
+
     def each(ask, xs):
-        try: return ask(xs) if xs else []
-        except ValueError as e: return [str(e)] if len(xs) == 1 else [a for x in xs for a in each(ask, [x])]
+        try:
+            return ask(xs) if xs else []
+        except ValueError as e:
+            return [str(e)] if len(xs) == 1 else [a for x in xs for a in each(ask, [x])]
+
     out = {}
     for what, ask in asks.items():
-        some = {m: got[what] for m, got in found.items() if 'answer' in got and got['answer'] is None and got.get(what) is not None}
+        some = {
+            m: got[what]
+            for m, got in found.items()
+            if 'answer' in got and got['answer'] is None and got.get(what) is not None
+        }
         out |= zip(some, each(ask, list(some.values())))
     return out
 
+# %% ../nbs/11_study.ipynb #refine_rows
 def refine_rows(mllm, samples, metric, methods, candidates, review, **_):
     "The answer of every method, all from one look at the picture, with what it would cost alone. Crops and masks are answered in batches, but for the first sample, whose methods are timed one by one. What a model cannot do has the reason in `why`"
     from fusion_notebooks import baselines, contrast, fusion, masking
+
     def timed(f, *a):
         start = time.perf_counter()
-        with baselines.counting(mllm) as cost: got = f(*a)
+        with baselines.counting(mllm) as cost:
+            got = f(*a)
         return got, cost, time.perf_counter() - start
+
     def tried(*a):
-        try: return timed(_refined, mllm, *a)
-        except ValueError as e: return dict(why=str(e)), None, np.nan
+        try:
+            return timed(_refined, mllm, *a)
+        except ValueError as e:
+            return dict(why=str(e)), None, np.nan
+
     rows = []
-    masking.facts(mllm, mllm.prompt(samples[0].image, samples[0].question)) # probed once, at nobody's expense
+    masking.facts(mllm, mllm.prompt(samples[0].image, samples[0].question))  # probed once, at nobody's expense
     for s in samples:
         seen, looked, first = timed(contrast.look, mllm, s.image, s.question)
-        found = {m: timed(lambda: dict(answer=seen.base)) if m == 'base' else tried(seen, s, m, candidates, review, s is samples[0]) for m in methods if s.box is not None or 'oracle' not in m}
+        found = {
+            m: timed(lambda: dict(answer=seen.base))
+            if m == 'base'
+            else tried(seen, s, m, candidates, review, s is samples[0])
+            for m in methods
+            if s.box is not None or 'oracle' not in m
+        }
         for m, a in _later(mllm, seen, review, {m: got for m, (got, *_) in found.items()}).items():
             got, cost, _ = found[m]
-            found[m] = (dict(why=a), None, np.nan) if isinstance(a, str) else (got | dict(answer=a[0]), cost + baselines.Cost(len(a[0].ids), a[1] + len(a[0].ids) - 1), np.nan)
+            found[m] = (
+                (dict(why=a), None, np.nan)
+                if isinstance(a, str)
+                else (got | dict(answer=a[0]), cost + baselines.Cost(len(a[0].ids), a[1] + len(a[0].ids) - 1), np.nan)
+            )
         for m, (got, cost, seconds) in found.items():
-            row = dict(sample=s.id, method=m, before=seen.base.text, prediction='', logp=np.nan, why=got.get('why', ''), answers=json.dumps(s.answers), s=s)
-            if row['why']: rows.append(row); continue
-            if METHODS[m][0] in ('base', 'crop') or m in CROPPING or m == 'opera': cost, seconds = cost + looked, seconds + first
+            row = dict(
+                sample=s.id,
+                method=m,
+                before=seen.base.text,
+                prediction='',
+                logp=np.nan,
+                why=got.get('why', ''),
+                answers=json.dumps(s.answers),
+                s=s,
+            )
+            if row['why']:
+                rows.append(row)
+                continue
+            if METHODS[m][0] in ('base', 'crop') or m in CROPPING or m == 'opera':
+                cost, seconds = cost + looked, seconds + first
             box = got.get('box')
-            rows.append(row | dict(prediction=got['answer'].text, logp=got['answer'].logp, box=None if box is None else [float(v) for v in box],
-                                   hit=np.nan if box is None or s.box is None else float(fusion.evidence_share(s.box, box)[0]), **{k: got.get(k) for k in ('pre', 'post', 'distance')},
-                                   forwards=cost.forwards, rows=cost.rows, flops=float(cost.flops(mllm)), seconds=seconds))
+            rows.append(
+                row
+                | dict(
+                    prediction=got['answer'].text,
+                    logp=got['answer'].logp,
+                    box=None if box is None else [float(v) for v in box],
+                    hit=np.nan if box is None or s.box is None else float(fusion.evidence_share(s.box, box)[0]),
+                    **{k: got.get(k) for k in ('pre', 'post', 'distance')},
+                    forwards=cost.forwards,
+                    rows=cost.rows,
+                    flops=float(cost.flops(mllm)),
+                    seconds=seconds,
+                )
+            )
     return _scored(rows, metric)
 
+# %% ../nbs/11_study.ipynb #scored
 def _scored(rows, metric):
     "Official and lenient scores of rows that answer, as a table"
     rows = pd.DataFrame(rows)
-    scores = {c: np.where(rows.why == '', _score(rows.prediction, rows.s, name), np.nan) for c, name in (('score', metric), ('lenient', 'lenient'))}
+    scores = {
+        c: np.where(rows.why == '', _score(rows.prediction, rows.s, name), np.nan)
+        for c, name in (('score', metric), ('lenient', 'lenient'))
+    }
     return rows.assign(**scores).drop(columns='s')
 
+# %% ../nbs/11_study.ipynb #candidates_rows
 def candidates_rows(mllm, samples, metric, choices, candidates, review, **_):
     "Mask and crop with one thing chosen differently: candidate layers, ρ, λ, soft, distance, box rule, order; value 'default' is what `refine` does"
     from fusion_notebooks import contrast
-    rows, fixed = [], (candidates or [mllm.n_layers//4])[-1]
+
+    rows, fixed = [], (candidates or [mllm.n_layers // 4])[-1]
     for s in samples:
         seen = contrast.look(mllm, s.image, s.question)
         found = {('base', 'default', 'default'): dict(answer=seen.base)}
-        for key in [(how, c, v) for how, some in choices.items() for c, vs in dict(default=('default',), **some).items() for v in vs]:
+        for key in [
+            (how, c, v)
+            for how, some in choices.items()
+            for c, vs in dict(default=('default',), **some).items()
+            for v in vs
+        ]:
             how, choice, value = key
-            given = dict(candidates=fixed if value == 'fixed' else candidates) | {'default': {}, 'soft': dict(soft=True, strength=value), 'candidates': dict(candidates=fixed if value == 'fixed' else value)}.get(choice, {choice: value})
-            try: r = contrast.refine(mllm, seen, how=how, review=review, seed=zlib.crc32(s.id.encode()), ask=choice in ('soft', 'strength', 'order'), **given) # the others are answered in batches
-            except ValueError as e: found[key] = dict(why=str(e)); continue
+            given = dict(candidates=fixed if value == 'fixed' else candidates) | {
+                'default': {},
+                'soft': dict(soft=True, strength=value),
+                'candidates': dict(candidates=fixed if value == 'fixed' else value),
+            }.get(choice, {choice: value})
+            try:
+                r = contrast.refine(
+                    mllm,
+                    seen,
+                    how=how,
+                    review=review,
+                    seed=zlib.crc32(s.id.encode()),
+                    ask=choice in ('soft', 'strength', 'order'),
+                    **given,
+                )  # the others are answered in batches
+            except ValueError as e:
+                found[key] = dict(why=str(e))
+                continue
             found[key] = vars(r) | dict(pre=r.contrast.pre, post=r.contrast.post, distance=r.contrast.distance)
-        for key, a in _later(mllm, seen, review, found).items(): found[key] = dict(why=a) if isinstance(a, str) else found[key] | dict(answer=a[0])
+        for key, a in _later(mllm, seen, review, found).items():
+            found[key] = dict(why=a) if isinstance(a, str) else found[key] | dict(answer=a[0])
         for (how, choice, value), got in found.items():
-            said = dict(prediction='', logp=np.nan) if 'why' in got else dict(prediction=got['answer'].text, logp=got['answer'].logp)
-            rows.append(dict(sample=s.id, method=how, choice=choice, value=str(value), why=got.get('why', ''), s=s) | said | {k: got[k] for k in ('pre', 'post', 'distance') if k in got})
+            said = (
+                dict(prediction='', logp=np.nan)
+                if 'why' in got
+                else dict(prediction=got['answer'].text, logp=got['answer'].logp)
+            )
+            rows.append(
+                dict(sample=s.id, method=how, choice=choice, value=str(value), why=got.get('why', ''), s=s)
+                | said
+                | {k: got[k] for k in ('pre', 'post', 'distance') if k in got}
+            )
     return _scored(rows, metric)
 
 # %% ../nbs/11_study.ipynb #c020
@@ -383,90 +664,170 @@ def _refine_options(job, s, compute):
     "What calibration found; kept beside the rows, for finding it takes longer than reading it"
     first, store = job._replace(analysis='masking', split='calibration'), Store(s.results)
     keys = units(first, s)
-    if compute: fill(first, s, keys)
+    if compute:
+        fill(first, s, keys)
     if store.missing(keys):
-        if compute: raise ValueError(f'{job.analysis} waits for the calibration of {job.model}: {failure(first, s)}')
+        if compute:
+            raise ValueError(f'{job.analysis} waits for the calibration of {job.model}: {failure(first, s)}')
         candidates = review = None
     else:
-        def found(): c = calibrate(job.model, job.benchmark, s); return c.candidates, c.review
-        candidates, review = store.note(dict(calibrated=[digest(k) for k in keys], code=code_of('fusion metrics', Calibration)), found)
+
+        def found():
+            c = calibrate(job.model, job.benchmark, s)
+            return c.candidates, c.review
+
+        candidates, review = store.note(
+            dict(calibrated=[digest(k) for k in keys], code=code_of('fusion metrics', Calibration)), found
+        )
     return dict(methods=list(METHODS), candidates=candidates, review=review)
 
-def _candidates_options(job, s, compute): found = _refine_options(job, s, compute); found.pop('methods'); return dict(choices=CHOICES, **found)
-def _masking_options(*_): return dict(hows=list(HOWS), strength=SOFT)
-def _scope_options(*_): return dict(scopes=['from', 'window'], strength=SOFT)
-def _no_options(*_): return {}
+# %% ../nbs/11_study.ipynb #candidates_options
+def _candidates_options(job, s, compute):
+    found = _refine_options(job, s, compute)
+    found.pop('methods')
+    return dict(choices=CHOICES, **found)
 
-Analysis = namedtuple('Analysis', 'rows options modules forwards split', defaults=['evaluation']) # (mllm, samples, options) → rows; (job, s, compute) → options; names; layers → passes through the decoder per sample
+# %% ../nbs/11_study.ipynb #masking_options
+def _masking_options(*_):
+    return dict(hows=list(HOWS), strength=SOFT)
+
+# %% ../nbs/11_study.ipynb #scope_options
+def _scope_options(*_):
+    return dict(scopes=['from', 'window'], strength=SOFT)
+
+# %% ../nbs/11_study.ipynb #no_options
+def _no_options(*_):
+    return {}
+
+# %% ../nbs/11_study.ipynb #Analysis
+Analysis = namedtuple(
+    'Analysis', 'rows options modules forwards split', defaults=['evaluation']
+)  # (mllm, samples, options) → rows; (job, s, compute) → options; names; layers → passes through the decoder per sample
 ANALYSES = dict(
-    masking=Analysis(masking_rows, _masking_options, 'hooks masking', lambda L: 2 + len(HOWS)*L),
+    masking=Analysis(masking_rows, _masking_options, 'hooks masking', lambda L: 2 + len(HOWS) * L),
     attention=Analysis(attention_rows, _no_options, 'hooks fusion', lambda L: 2),
     early_exit=Analysis(early_exit_rows, _no_options, 'hooks', lambda L: L),
-    known_answers=Analysis(known_answers_rows, _scope_options, 'hooks masking', lambda L: 2 + 4*L), # beside the rows of masking
-    refine=Analysis(refine_rows, _refine_options, 'hooks masking fusion contrast baselines', lambda L: len(METHODS) - len(RIVALS) + sum(RIVALS.values())),
-    candidates=Analysis(candidates_rows, _candidates_options, 'hooks masking fusion contrast', lambda L: 3 + sum(len(vs) for some in CHOICES.values() for vs in some.values()), 'calibration'))
-CALIBRATED = ('refine', 'candidates') # these read what masking found
+    known_answers=Analysis(
+        known_answers_rows, _scope_options, 'hooks masking', lambda L: 2 + 4 * L
+    ),  # beside the rows of masking
+    refine=Analysis(
+        refine_rows,
+        _refine_options,
+        'hooks masking fusion contrast baselines',
+        lambda L: len(METHODS) - len(RIVALS) + sum(RIVALS.values()),
+    ),
+    candidates=Analysis(
+        candidates_rows,
+        _candidates_options,
+        'hooks masking fusion contrast',
+        lambda L: 3 + sum(len(vs) for some in CHOICES.values() for vs in some.values()),
+        'calibration',
+    ),
+)
+CALIBRATED = ('refine', 'candidates')  # these read what masking found
 
 # %% ../nbs/11_study.ipynb #c022
 def jobs(
-    s:Settings, # the study
-)->list: # of `Job`; those of one model stand together, and calibration first
+    s: Settings,  # the study
+) -> list:  # of `Job`; those of one model stand together, and calibration first
     "All that a study computes"
     out = []
     for model, benchmark in ((m, b) for m in s.models for b in s.benchmarks):
-        if {'masking', *CALIBRATED} & set(s.analyses): out.append(Job('masking', model, benchmark, 'calibration'))
+        if {'masking', *CALIBRATED} & set(s.analyses):
+            out.append(Job('masking', model, benchmark, 'calibration'))
         out += [Job(a, model, benchmark, ANALYSES[a].split) for a in s.analyses if a in ANALYSES]
     return out
 
+# %% ../nbs/11_study.ipynb #units
 def units(
-    job:Job, # what to compute
-    s:Settings, # the study
-    compute:bool=False, # True: calibrate first, where the options depend on it
-)->list: # of keys
+    job: Job,  # what to compute
+    s: Settings,  # the study
+    compute: bool = False,  # True: calibrate first, where the options depend on it
+) -> list:  # of keys
     "The keys of a job's units of work. Raises `ValueError` for models and benchmarks that are not there."
     where, name = find_model(job.model, s)
     a = ANALYSES[job.analysis]
-    common = dict(analysis=job.analysis, model=name, revision=revision(where), dataset=job.benchmark, split=job.split, seed=s.seed, metric=BENCHMARKS[job.benchmark], code=code_of(f'mllm metrics {a.modules}', a.rows),
-                  package=version('fusion_notebooks'), transformers=version('transformers'), torch=version('torch')) | a.options(job, s, compute)
+    common = dict(
+        analysis=job.analysis,
+        model=name,
+        revision=revision(where),
+        dataset=job.benchmark,
+        split=job.split,
+        seed=s.seed,
+        metric=BENCHMARKS[job.benchmark],
+        code=code_of(f'mllm metrics {a.modules}', a.rows),
+        package=version('fusion_notebooks'),
+        transformers=version('transformers'),
+        torch=version('torch'),
+    ) | a.options(job, s, compute)
     common |= dict(settings=digest(common)[:8])
     asked = listing(job, s)
-    parts = [asked[i:i + s.unit] for i in range(0, len(asked), s.unit)]
-    return [common | dict(samples=[i for i, *_ in p], content=hashlib.sha256(''.join(c for *_, c in p).encode()).hexdigest()[:16]) for p in parts]
+    parts = [asked[i : i + s.unit] for i in range(0, len(asked), s.unit)]
+    return [
+        common
+        | dict(samples=[i for i, *_ in p], content=hashlib.sha256(''.join(c for *_, c in p).encode()).hexdigest()[:16])
+        for p in parts
+    ]
 
+# %% ../nbs/11_study.ipynb #compute
 def compute(
-    job:Job, # what to compute
-    s:Settings, # the study
-    key:dict, # of one unit; its `samples` may be a choice of them
-)->pd.DataFrame: # rows with their stamp
+    job: Job,  # what to compute
+    s: Settings,  # the study
+    key: dict,  # of one unit; its `samples` may be a choice of them
+) -> pd.DataFrame:  # rows with their stamp
     "Do one unit of work. Raises `ValueError` where the model's numbers are no numbers, and whatever the model raises."
     mllm = load(find_model(job.model, s)[0])
     asked = {x.id: x for x in draw(*_asked(job, s))}
-    reference = _asked(job._replace(split='calibration'), replace(s, calibration=16 if job.benchmark == 'glyph' else 64)) # 64 samples
-    rows = ANALYSES[job.analysis].rows(mllm, [asked[i] for i in key['samples']], reference=reference, **{k: v for k, v in key.items() if k != 'samples'})
+    reference = _asked(
+        job._replace(split='calibration'), replace(s, calibration=16 if job.benchmark == 'glyph' else 64)
+    )  # 64 samples
+    rows = ANALYSES[job.analysis].rows(
+        mllm,
+        [asked[i] for i in key['samples']],
+        reference=reference,
+        **{k: v for k, v in key.items() if k != 'samples'},
+    )
     for c in {'logp', 'mass', 'hellinger'} & set(rows):
-        wanted = rows.why.eq('') if 'why' in rows else rows.mass > 0 if c == 'hellinger' else True # a layer that does not look has no map
-        if (bad := rows[~np.isfinite(rows[c].astype(float)) & wanted]).size: raise ValueError(f"The model returned no number for sample {bad['sample'].iloc[0]} ({c} = {bad[c].iloc[0]}).")
-    said = {c: [getattr(asked[i], a) for i in rows['sample']] for c, a in dict(kind='kind', image='picture', group='group').items() if hasattr(asked[key['samples'][0]], a)}
+        wanted = (
+            rows.why.eq('') if 'why' in rows else rows.mass > 0 if c == 'hellinger' else True
+        )  # a layer that does not look has no map
+        if (bad := rows[~np.isfinite(rows[c].astype(float)) & wanted]).size:
+            raise ValueError(
+                f"The model returned no number for sample {bad['sample'].iloc[0]} ({c} = {bad[c].iloc[0]})."
+            )
+    said = {
+        c: [getattr(asked[i], a) for i in rows['sample']]
+        for c, a in dict(kind='kind', image='picture', group='group').items()
+        if hasattr(asked[key['samples'][0]], a)
+    }
     return rows.assign(**said, **{k: v for k, v in mllm.stamp().items() if k not in key})
 
 # %% ../nbs/11_study.ipynb #c024
-STOP, ONE = threading.Event(), threading.Lock() # stop after the unit in hand; a process computes one unit at a time
+STOP, ONE = threading.Event(), threading.Lock()  # stop after the unit in hand; a process computes one unit at a time
 
+# %% ../nbs/11_study.ipynb #gently
 @contextmanager
 def gently(
-    signals=(signal.SIGINT, signal.SIGTERM), # which
+    signals=(signal.SIGINT, signal.SIGTERM),  # which
 ):
     "Let a signal finish the unit in hand; the second one stops at once"
+
     def on(number, frame):
-        if STOP.is_set(): raise KeyboardInterrupt
+        if STOP.is_set():
+            raise KeyboardInterrupt
         STOP.set()
         print('\nThe unit in hand is being finished; once more stops at once.', file=sys.stderr, flush=True)
-    before = {n: signal.signal(n, on) for n in signals} if threading.current_thread() is threading.main_thread() else {}
-    try: yield
-    finally:
-        for n, f in before.items(): signal.signal(n, f)
-        if before: STOP.clear()
 
+    before = {n: signal.signal(n, on) for n in signals} if threading.current_thread() is threading.main_thread() else {}
+    try:
+        yield
+    finally:
+        for n, f in before.items():
+            signal.signal(n, f)
+        if before:
+            STOP.clear()
+
+# %% ../nbs/11_study.ipynb #cause
 def _cause(e):
     "One sentence for an exception, and whether the input is to blame"
     name, text = (e.ename, e.evalue) if hasattr(e, 'evalue') else (type(e).__name__, str(e))
@@ -474,345 +835,564 @@ def _cause(e):
     ours = name in ('ValueError', 'OSError', 'FileNotFoundError')
     return (text if ours else f'{name}: {text}'.rstrip(': '))[:400], ours
 
+# %% ../nbs/11_study.ipynb #teller
 def teller(
-    todo:dict, # job → keys; may change
-    s:Settings, # the study
-): # (job) → None
+    todo: dict,  # job → keys; may change
+    s: Settings,  # the study
+):  # (job) → None
     "What to call after each unit: one line in a terminal that renews itself, a line every half minute in a log"
     store, start, last, first = Store(s.results), time.monotonic(), [-math.inf], []
+
     def tell(job=None):
         now, tty = time.monotonic(), sys.stderr.isatty()
-        if now - last[0] < (1 if tty else 30): return
+        if now - last[0] < (1 if tty else 30):
+            return
         last[0] = now
         n, left = sum(map(len, todo.values())), sum(len(store.missing(keys)) for keys in todo.values())
         first.append(left)
-        rate = (first[0] - left)/(now - start + 1e-9)
-        text = (f'{Path(job.model).name if Path(job.model).is_absolute() else job.model} · {job.analysis}, {job.split}: ' if job else '') + f'{n - left} of {n} units' + (f', about {left/rate/60:.0f} min left' if rate else '')
+        rate = (first[0] - left) / (now - start + 1e-9)
+        text = (
+            (
+                f'{Path(job.model).name if Path(job.model).is_absolute() else job.model} · {job.analysis}, {job.split}: '
+                if job
+                else ''
+            )
+            + f'{n - left} of {n} units'
+            + (f', about {left / rate / 60:.0f} min left' if rate else '')
+        )
         print(f'\r\x1b[K{text}' if tty else text, end='' if tty and left else '\n', file=sys.stderr, flush=True)
+
     return tell
 
+# %% ../nbs/11_study.ipynb #fill
 def fill(
-    job:Job, # what to compute
-    s:Settings, # the study
-    keys:list, # of its units
-    wait:bool=True, # stay until others have done what they claimed, or do it for them
-    old=(), # ids of failures to try again
-    tell=None, # called after each unit
+    job: Job,  # what to compute
+    s: Settings,  # the study
+    keys: list,  # of its units
+    wait: bool = True,  # stay until others have done what they claimed, or do it for them
+    old=(),  # ids of failures to try again
+    tell=None,  # called after each unit
 ):
     "Compute the units that are missing and that nobody else works on. Raises `OSError` where rows cannot be kept."
     store, todo = Store(s.results), keys
     while todo := [k for k in store.missing(todo) if store.failure(k).get('id') in (None, *old)]:
-        mine, turn = 0, int(os.environ.get('SLURM_ARRAY_TASK_ID') or os.environ.get('PBS_ARRAY_INDEX') or 0)*7919 % len(todo)
-        for key in todo[turn:] + todo[:turn]:                      # nodes without common locks begin at different ends
+        mine, turn = (
+            0,
+            int(os.environ.get('SLURM_ARRAY_TASK_ID') or os.environ.get('PBS_ARRAY_INDEX') or 0) * 7919 % len(todo),
+        )
+        for key in todo[turn:] + todo[:turn]:  # nodes without common locks begin at different ends
             with store.claim(key) as died, ONE:
-                if died is None or store.has(key) or store.failure(key).get('id') not in (None, *old): continue
+                if died is None or store.has(key) or store.failure(key).get('id') not in (None, *old):
+                    continue
                 mine += 1
                 try:
-                    if died > 2: raise MemoryError(f'{died} processes died over this unit, most likely for want of memory.')
-                    try: load(find_model(job.model, s)[0])
-                    except Exception as e:                         # then no other unit of this model can be done
-                        for k in todo: store.fail(k, *_cause(e))
+                    if died > 2:
+                        raise MemoryError(f'{died} processes died over this unit, most likely for want of memory.')
+                    try:
+                        load(find_model(job.model, s)[0])
+                    except Exception as e:  # then no other unit of this model can be done
+                        for k in todo:
+                            store.fail(k, *_cause(e))
                         return
                     rows = compute(job, s, key)
-                except Exception as e: store.fail(key, *_cause(e))
-                else: store.add(rows, key)
-            if tell: tell(job)
-            if STOP.is_set(): raise KeyboardInterrupt
-        if not wait: return
-        if not mine: STOP.wait(.2)
-        if STOP.is_set(): raise KeyboardInterrupt
+                except Exception as e:
+                    store.fail(key, *_cause(e))
+                else:
+                    store.add(rows, key)
+            if tell:
+                tell(job)
+            if STOP.is_set():
+                raise KeyboardInterrupt
+        if not wait:
+            return
+        if not mine:
+            STOP.wait(0.2)
+        if STOP.is_set():
+            raise KeyboardInterrupt
 
+# %% ../nbs/11_study.ipynb #failure
 def failure(
-    job:Job, # of a study
-    s:Settings, # the study
-)->str: # '' where nothing is missing
+    job: Job,  # of a study
+    s: Settings,  # the study
+) -> str:  # '' where nothing is missing
     "Why a job is not done, in one sentence"
     store, keys = Store(s.results), units(job, s)
-    if not (left := store.missing(keys)): return ''
+    if not (left := store.missing(keys)):
+        return ''
     cause = next((f['cause'] for k in left if (f := store.failure(k))), 'not computed yet.')
     return f'{len(left)} of {len(keys)} units of {job.analysis} ({job.split}) are missing: {cause}'
 
 # %% ../nbs/11_study.ipynb #c026
 def require(
-    analysis:str, # a key of `ANALYSES`
-    model:str, # demo name, local folder or Hub id
-    benchmark:str='', # one of `BENCHMARKS`; default: the first in the settings
-    split:str='', # calibration or evaluation; default: that of the analysis
-    limit:int|None=None, # samples per kind; default: as the settings say
-    settings='settings.ini', # path or `Settings`
-    compute:bool|None=None, # False: only what is there; default: as the settings say
-)->pd.DataFrame: # tidy rows, see the README; where rotations of a question count together (MMBench) the first of them, with the score of all
+    analysis: str,  # a key of `ANALYSES`
+    model: str,  # demo name, local folder or Hub id
+    benchmark: str = '',  # one of `BENCHMARKS`; default: the first in the settings
+    split: str = '',  # calibration or evaluation; default: that of the analysis
+    limit: int | None = None,  # samples per kind; default: as the settings say
+    settings='settings.ini',  # path or `Settings`
+    compute: bool | None = None,  # False: only what is there; default: as the settings say
+) -> pd.DataFrame:  # tidy rows, see the README; where rotations of a question count together (MMBench) the first of them, with the score of all
     "The rows of an analysis, computing only those that the store lacks. Raises `ValueError` for unknown names, and where units fail."
     s = settings if isinstance(settings, Settings) else read_settings(settings)
-    if analysis not in ANALYSES: raise ValueError(f"No analysis '{analysis}'; known: {', '.join(ANALYSES)}.")
+    if analysis not in ANALYSES:
+        raise ValueError(f"No analysis '{analysis}'; known: {', '.join(ANALYSES)}.")
     split = split or ANALYSES[analysis].split
-    if split not in ('calibration', 'evaluation'): raise ValueError(f"No split '{split}'; known: calibration, evaluation.")
+    if split not in ('calibration', 'evaluation'):
+        raise ValueError(f"No split '{split}'; known: calibration, evaluation.")
     benchmark = benchmark or s.benchmarks[0]
-    if benchmark not in BENCHMARKS: raise ValueError(f"No benchmark '{benchmark}'; known: {', '.join(BENCHMARKS)}.")
-    if limit: s = replace(s, **{split: limit})
-    job, store, compute = Job(analysis, model, benchmark, split), Store(s.results), s.compute if compute is None else compute
+    if benchmark not in BENCHMARKS:
+        raise ValueError(f"No benchmark '{benchmark}'; known: {', '.join(BENCHMARKS)}.")
+    if limit:
+        s = replace(s, **{split: limit})
+    job, store, compute = (
+        Job(analysis, model, benchmark, split),
+        Store(s.results),
+        s.compute if compute is None else compute,
+    )
     keys, old = units(job, s, compute), {f['id'] for f in store.failures().values()} if compute else ()
-    for _ in range(3 if compute else 1):                           # a part may turn out to be damaged when it is read
-        if compute: fill(job, s, keys, old=old, tell=teller({job: keys}, s))
+    for _ in range(3 if compute else 1):  # a part may turn out to be damaged when it is read
+        if compute:
+            fill(job, s, keys, old=old, tell=teller({job: keys}, s))
         rows = store.read(keys)
-        if not compute or not store.missing(keys): break
-    else: raise ValueError(failure(job, s))
+        if not compute or not store.missing(keys):
+            break
+    else:
+        raise ValueError(failure(job, s))
     return _one_origin(_circular(rows), analysis, s)
 
+# %% ../nbs/11_study.ipynb #circular
 def _circular(rows):
     "CircularEval: of the rotations of a question the first, right where all are"
-    if 'group' not in rows or rows.group.eq(rows['sample']).all(): return rows
+    if 'group' not in rows or rows.group.eq(rows['sample']).all():
+        return rows
     by = ['group', *(c for c in ('layer', 'how', 'scope', 'method') if c in rows)]
-    rows = rows.assign(**{c: rows.groupby(by, dropna=False)[c].transform('min') for c in ('score', 'first_score', 'lenient') if c in rows})
+    rows = rows.assign(
+        **{
+            c: rows.groupby(by, dropna=False)[c].transform('min')
+            for c in ('score', 'first_score', 'lenient')
+            if c in rows
+        }
+    )
     return rows.groupby(by, sort=False, dropna=False).head(1).reset_index(drop=True)
 
+# %% ../nbs/11_study.ipynb #one_origin
 def _one_origin(rows, analysis, s):
     "Refuse rows that were made in different ways. What the key holds cannot differ; where it was computed can"
     for c in ('dtype', 'attention', 'pixels', 'device'):
         if not s.mixed and c in rows and rows[c].nunique() > 1:
-            raise ValueError(f"The rows of {analysis} do not belong together, their {c} is {' and '.join(map(str, rows[c].unique()))}: set mixed = yes in settings.ini to have them in one table, or compute them again in an empty results folder.")
+            raise ValueError(
+                f"The rows of {analysis} do not belong together, their {c} is {' and '.join(map(str, rows[c].unique()))}: set mixed = yes in settings.ini to have them in one table, or compute them again in an empty results folder."
+            )
     return rows
 
 # %% ../nbs/11_study.ipynb #c029
 @dataclass
 class Calibration:
     "Where vision meets language, found on the calibration split"
-    fusion:dict # semantic → `Layers`
-    reviews:dict # semantic → `Layers`, the deepest late dip first
-    n:int # samples
-    n_layers:int # decoder layers
+
+    fusion: dict  # semantic → `Layers`
+    reviews: dict  # semantic → `Layers`, the deepest late dip first
+    n: int  # samples
+    n_layers: int  # decoder layers
 
     @property
-    def review(self): "The review layer of the paper's semantic, or None"; return next(iter(self.reviews['zero'].layers), None)
+    def review(self):
+        "The review layer of the paper's semantic, or None"
+        return next(iter(self.reviews['zero'].layers), None)
+
     @property
     def candidates(self):
         "Pre-fusion candidates of `refine`: the knockout fusion layers below the post-fusion layer, or None (all) where there is none"
         return [i for i in self.fusion['knockout'].layers if i < (self.review or self.n_layers - 1) - 1] or None
 
+# %% ../nbs/11_study.ipynb #calibrate
 def calibrate(
-    model:str, # demo name, local folder or Hub id
-    benchmark:str='', # one of `BENCHMARKS`; default: the first in the settings
-    settings='settings.ini', # path or `Settings`
-    compute:bool|None=None, # False: only from rows that are there; default: as the settings say
-)->Calibration: # None where there are no rows
+    model: str,  # demo name, local folder or Hub id
+    benchmark: str = '',  # one of `BENCHMARKS`; default: the first in the settings
+    settings='settings.ini',  # path or `Settings`
+    compute: bool | None = None,  # False: only from rows that are there; default: as the settings say
+) -> Calibration:  # None where there are no rows
     "Fusion layers of every semantic and the review layer"
     rows = require('masking', model, benchmark, 'calibration', settings=settings, compute=compute)
-    if rows.empty: return None
+    if rows.empty:
+        return None
     from fusion_notebooks import fusion
-    curves = {how: fusion.masked(rows, how) for how in HOWS}
-    return Calibration({how: fusion.fusion_layers(*c, how=how) for how, c in curves.items()},
-                       {how: fusion.review_layer(*fusion.masked(rows, {how, 'knockout', 'swap'}), how=how) for how in HOWS}, rows['sample'].nunique(), int(rows.layer.max()) + 1)
 
+    curves = {how: fusion.masked(rows, how) for how in HOWS}
+    return Calibration(
+        {how: fusion.fusion_layers(*c, how=how) for how, c in curves.items()},
+        {how: fusion.review_layer(*fusion.masked(rows, {how, 'knockout', 'swap'}), how=how) for how in HOWS},
+        rows['sample'].nunique(),
+        int(rows.layer.max()) + 1,
+    )
+
+# %% ../nbs/11_study.ipynb #calibrations
 def calibrations(
-    model:str, # demo name, local folder or Hub id
-): # pairs: `Settings`, and the `Calibration` or None where there are no rows
+    model: str,  # demo name, local folder or Hub id
+):  # pairs: `Settings`, and the `Calibration` or None where there are no rows
     "What the study here found out about a model, and what its quick slice did; nothing where there are no settings, or none for this model"
     for quick in (False, True):
-        try: yield (s := read_settings(quick=quick)), calibrate(model, settings=s, compute=False)
-        except (ValueError, FileNotFoundError): pass
+        try:
+            yield (s := read_settings(quick=quick)), calibrate(model, settings=s, compute=False)
+        except (ValueError, FileNotFoundError):
+            pass
 
 # %% ../nbs/11_study.ipynb #c032
 def findings(
-    model:str, # demo name, local folder or Hub id
-    analyses=tuple(FINDINGS), # keys of `results.FINDINGS`
-    benchmark:str='', # one of `BENCHMARKS`; default: the first in the settings
-    settings='settings.ini', # path or `Settings`
-    compute:bool=False, # True: compute rows that are missing
-)->pd.DataFrame: # analysis, finding, kind, value, low, high, p, layers, n
+    model: str,  # demo name, local folder or Hub id
+    analyses=tuple(FINDINGS),  # keys of `results.FINDINGS`
+    benchmark: str = '',  # one of `BENCHMARKS`; default: the first in the settings
+    settings='settings.ini',  # path or `Settings`
+    compute: bool = False,  # True: compute rows that are missing
+) -> pd.DataFrame:  # analysis, finding, kind, value, low, high, p, layers, n
     "What the rows say, on the evaluation split"
     s = settings if isinstance(settings, Settings) else read_settings(settings)
     out = []
     for a in analyses:
         rows = require(a, model, benchmark, settings=s, compute=compute)
-        if len(rows): out += [dict(analysis=a) | r for r in FINDINGS[a](rows, calibrate(model, benchmark, s, compute) if a == 'masking' else None)]
+        if len(rows):
+            out += [
+                dict(analysis=a) | r
+                for r in FINDINGS[a](rows, calibrate(model, benchmark, s, compute) if a == 'masking' else None)
+            ]
     return pd.DataFrame(out, columns=['analysis', 'finding', 'kind', 'value', 'low', 'high', 'p', 'layers', 'n'])
 
+# %% ../nbs/11_study.ipynb #place
 def place(
-    rows:pd.DataFrame, # from `require`
-    s:Settings, # the study
-)->Path: # figures/model for the demo, figures/model/benchmark for others
+    rows: pd.DataFrame,  # from `require`
+    s: Settings,  # the study
+) -> Path:  # figures/model for the demo, figures/model/benchmark for others
     "Where the figures of some rows go"
-    return s.figures/_place(rows.model[0], rows.dataset[0])
+    return s.figures / _place(rows.model[0], rows.dataset[0])
 
-def _place(name, benchmark): return name if benchmark == 'glyph' else f'{name}/{benchmark}'
+# %% ../nbs/11_study.ipynb #place-2
+def _place(name, benchmark):
+    return name if benchmark == 'glyph' else f'{name}/{benchmark}'
 
+# %% ../nbs/11_study.ipynb #stamp
 def stamp(
-    rows:pd.DataFrame, # from `require`
-)->dict: # name → value, several values joined
+    rows: pd.DataFrame,  # from `require`
+) -> dict:  # name → value, several values joined
     "What produced the rows: goes into the figure's files"
-    known = ('model', 'revision', 'dataset', 'split', 'seed', 'package', 'transformers', 'torch', 'code', 'settings', 'dtype', 'attention', 'pixels', 'device', 'commit')
-    return {c: ', '.join(map(str, rows[c].unique())) for c in known if c in rows} | dict(n=int(rows['sample'].nunique()))
+    known = (
+        'model',
+        'revision',
+        'dataset',
+        'split',
+        'seed',
+        'package',
+        'transformers',
+        'torch',
+        'code',
+        'settings',
+        'dtype',
+        'attention',
+        'pixels',
+        'device',
+        'commit',
+    )
+    return {c: ', '.join(map(str, rows[c].unique())) for c in known if c in rows} | dict(
+        n=int(rows['sample'].nunique())
+    )
 
 # %% ../nbs/11_study.ipynb #card1
 def card(
-    model:str, # demo name, local folder or Hub id
-    benchmark:str='', # one of `BENCHMARKS`; default: the first in the settings
-    settings='settings.ini', # path or `Settings`
-)->dict: # rows, found, stamp: what `plots.card` takes
+    model: str,  # demo name, local folder or Hub id
+    benchmark: str = '',  # one of `BENCHMARKS`; default: the first in the settings
+    settings='settings.ini',  # path or `Settings`
+) -> dict:  # rows, found, stamp: what `plots.card` takes
     "What a model's fusion card says, from rows that are there. Raises `ValueError` where there are none."
     s = settings if isinstance(settings, Settings) else read_settings(settings)
-    there = any(s.results.glob('*.parquet'))                       # or the samples would be drawn to look for nothing
-    rows = {a: r for a in FINDINGS if there and a in ANALYSES and len(r := require(a, model, benchmark, settings=s, compute=False))}
-    if not rows: raise ValueError(f'No rows of {model} on {benchmark or s.benchmarks[0]} in {s.results}: run fusion study --models {model} first.')
+    there = any(s.results.glob('*.parquet'))  # or the samples would be drawn to look for nothing
+    rows = {
+        a: r
+        for a in FINDINGS
+        if there and a in ANALYSES and len(r := require(a, model, benchmark, settings=s, compute=False))
+    }
+    if not rows:
+        raise ValueError(
+            f'No rows of {model} on {benchmark or s.benchmarks[0]} in {s.results}: run fusion study --models {model} first.'
+        )
     return dict(rows=rows, found=findings(model, list(rows), benchmark, s), stamp=stamp(next(iter(rows.values()))))
 
 # %% ../nbs/11_study.ipynb #c035
-def _failed_before(s): return {f['id'] for f in Store(s.results).failures().values()}
+def _failed_before(s):
+    return {f['id'] for f in Store(s.results).failures().values()}
 
+# %% ../nbs/11_study.ipynb #work
 def work(
-    s:Settings, # the study
-    wait:bool=True, # stay until the units that other processes claimed are done, too
-    old=None, # ids of failures to try again; default: all there are
+    s: Settings,  # the study
+    wait: bool = True,  # stay until the units that other processes claimed are done, too
+    old=None,  # ids of failures to try again; default: all there are
 ):
     "Compute all rows of a study in this process, model after model"
     old, todo = _failed_before(s) if old is None else old, {job: units(job, s) for job in jobs(s)}
     tell = teller(todo, s)
     for last in (False, True) if wait else (False,):
         for job in todo:
-            try: todo[job] = units(job, s, compute=True)
-            except ValueError: continue                            # refine without its calibration, which has its own record
+            try:
+                todo[job] = units(job, s, compute=True)
+            except ValueError:
+                continue  # refine without its calibration, which has its own record
             fill(job, s, todo[job], last, old, tell)
 
+# %% ../nbs/11_study.ipynb #worker
 def _worker(s, parent, old):
     "One local worker: it ends with its parent, and finishes its unit when asked to stop"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                   # Ctrl-C reaches the whole group; the parent passes it on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent passes it on
+
     def watch():
-        while os.getppid() == parent: time.sleep(.5)
+        while os.getppid() == parent:
+            time.sleep(0.5)
         STOP.set()
+
     threading.Thread(target=watch, daemon=True).start()
     try:
-        with gently([signal.SIGTERM]): work(s, old=old)
-    except KeyboardInterrupt: pass
-    except OSError as e: print(f'worker: {_cause(e)[0]}', file=sys.stderr, flush=True); sys.exit(2)
+        with gently([signal.SIGTERM]):
+            work(s, old=old)
+    except KeyboardInterrupt:
+        pass
+    except OSError as e:
+        print(f'worker: {_cause(e)[0]}', file=sys.stderr, flush=True)
+        sys.exit(2)
 
+# %% ../nbs/11_study.ipynb #gpus
 def _gpus():
     "Names of the graphics cards that this process may use"
     given = os.environ.get('CUDA_VISIBLE_DEVICES')
-    return [g for g in given.split(',') if g] if given is not None else [str(i) for i, _ in enumerate(Path('/proc/driver/nvidia/gpus').glob('*'))]
+    return (
+        [g for g in given.split(',') if g]
+        if given is not None
+        else [str(i) for i, _ in enumerate(Path('/proc/driver/nvidia/gpus').glob('*'))]
+    )
 
+# %% ../nbs/11_study.ipynb #pinned
 def _pinned(i, n, gpus):
     "Environment of the i-th of n processes: its share of the cores, and its graphics card"
-    threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, (os.cpu_count() or 1)//n))
-    return dict(OMP_NUM_THREADS=threads, OMP_WAIT_POLICY='passive', TOKENIZERS_PARALLELISM='false') | (dict(CUDA_VISIBLE_DEVICES=gpus[i % len(gpus)]) if gpus else {})
+    threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, (os.cpu_count() or 1) // n))
+    return dict(OMP_NUM_THREADS=threads, OMP_WAIT_POLICY='passive', TOKENIZERS_PARALLELISM='false') | (
+        dict(CUDA_VISIBLE_DEVICES=gpus[i % len(gpus)]) if gpus else {}
+    )
 
+# %% ../nbs/11_study.ipynb #on_workers
 def on_workers(
-    s:Settings, # the study
-    n:int, # processes
+    s: Settings,  # the study
+    n: int,  # processes
 ):
     "Compute all rows of a study in local processes, each on its own graphics card where there are any. Raises `OSError` where they cannot go on."
-    spawn, store, gpus, old, alive, deaths = multiprocessing.get_context('spawn'), Store(s.results), _gpus(), _failed_before(s), {}, 0
+    spawn, store, gpus, old, alive, deaths = (
+        multiprocessing.get_context('spawn'),
+        Store(s.results),
+        _gpus(),
+        _failed_before(s),
+        {},
+        0,
+    )
     todo = {job: units(job, s) for job in jobs(s)}
     tell, before = teller(todo, s), None
+
     def start(i):
         with patch.dict(os.environ, _pinned(i, n, gpus)):
             alive[i] = spawn.Process(target=_worker, args=(s, os.getpid(), old), name=f'worker {i}')
             alive[i].start()
+
     try:
-        for i in range(n): start(i)
+        for i in range(n):
+            start(i)
         while alive:
-            STOP.wait(.5); tell()
-            if STOP.is_set(): raise KeyboardInterrupt
+            STOP.wait(0.5)
+            tell()
+            if STOP.is_set():
+                raise KeyboardInterrupt
             for i, p in [(i, p) for i, p in alive.items() if not p.is_alive()]:
                 del alive[i]
-                if p.exitcode == 0: continue
-                if p.exitcode == 2: raise OSError('A worker could not go on; its reason stands above.')
+                if p.exitcode == 0:
+                    continue
+                if p.exitcode == 2:
+                    raise OSError('A worker could not go on; its reason stands above.')
                 now = (len(store.parts()), len(store.failures()))
                 deaths, before = (0 if now != before else deaths + 1), now
-                if deaths > 3*n: raise OSError(f'Workers die (exit code {p.exitcode}) without finishing a unit: try fewer of them, or none.')
+                if deaths > 3 * n:
+                    raise OSError(
+                        f'Workers die (exit code {p.exitcode}) without finishing a unit: try fewer of them, or none.'
+                    )
                 print(f'worker {i} died (exit code {p.exitcode}); another one takes over', file=sys.stderr, flush=True)
                 start(i)
     finally:
-        for p in alive.values(): p.terminate()
-        for p in alive.values(): p.join()
+        for p in alive.values():
+            p.terminate()
+        for p in alive.values():
+            p.join()
 
-def _on_cluster(job, s, key, old): fill(job, s, [key], False, old)
+# %% ../nbs/11_study.ipynb #on_cluster
+def _on_cluster(job, s, key, old):
+    fill(job, s, [key], False, old)
 
+# %% ../nbs/11_study.ipynb #on_cluster-2
 def on_cluster(
-    s:Settings, # the study
-    address:str, # of a Dask scheduler, tls://host:port, or tcp:// on this machine; all must see the same folders
+    s: Settings,  # the study
+    address: str,  # of a Dask scheduler, tls://host:port, or tcp:// on this machine; all must see the same folders
 ):
     "Compute all rows of a study on a Dask cluster. Raises `ValueError` for an address that is not encrypted, `OSError` where nobody answers."
     if not re.fullmatch(r'tls://.+|(tcp|inproc)://(127(\.\d+){3}|localhost|\[::1\])(:\d+)?/?', address):
-        raise ValueError(f'{address} is another machine without encryption: give a tls:// address, see nbs/guides/clusters.ipynb.')
-    try: from distributed import Client, as_completed
-    except ImportError: raise ValueError("--scheduler needs Dask: python -m pip install 'fusion_notebooks[cluster]'.") from None
+        raise ValueError(
+            f'{address} is another machine without encryption: give a tls:// address, see nbs/guides/clusters.ipynb.'
+        )
+    try:
+        from distributed import Client, as_completed
+    except ImportError:
+        raise ValueError("--scheduler needs Dask: python -m pip install 'fusion_notebooks[cluster]'.") from None
     store, old = Store(s.results), _failed_before(s)
     with Client(address, set_as_default=False) as client:
         for late in (False, True):
             todo = {job: units(job, s) for job in jobs(s) if (job.analysis in CALIBRATED) == late}
             tell = teller(todo, s)
-            for _ in range(3):                                     # what another study had claimed is asked for again
-                asked = {client.submit(_on_cluster, job, s, k, old, pure=False): (job, k) for job, keys in todo.items() for k in store.missing(keys) if store.failure(k).get('id') in (None, *old)}
+            for _ in range(3):  # what another study had claimed is asked for again
+                asked = {
+                    client.submit(_on_cluster, job, s, k, old, pure=False): (job, k)
+                    for job, keys in todo.items()
+                    for k in store.missing(keys)
+                    if store.failure(k).get('id') in (None, *old)
+                }
                 try:
                     for f in as_completed(asked, loop=client.loop):
                         job, key = asked[f]
                         if f.status == 'error':
-                            if isinstance(e := f.exception(), OSError): raise e
+                            if isinstance(e := f.exception(), OSError):
+                                raise e
                             store.fail(key, *_cause(e))
                         tell(job)
-                        if STOP.is_set(): raise KeyboardInterrupt
-                finally: client.cancel(list(asked))
+                        if STOP.is_set():
+                            raise KeyboardInterrupt
+                finally:
+                    client.cancel(list(asked))
 
 # %% ../nbs/11_study.ipynb #c037
 def parameters(
-    nb:Path, # the notebook
-    given:dict, # name → value
-)->dict: # the same
+    nb: Path,  # the notebook
+    given: dict,  # name → value
+) -> dict:  # the same
     "Check what a notebook is given. Raises `ValueError` for names that it does not list and for values that are not JSON."
     import papermill as pm
+
     known = pm.inspect_notebook(str(nb))
-    if not known: raise ValueError(f"{nb.name} has no cell tagged 'parameters', so it would ignore the model it is given: tag its first code cell 'parameters'.")
+    if not known:
+        raise ValueError(
+            f"{nb.name} has no cell tagged 'parameters', so it would ignore the model it is given: tag its first code cell 'parameters'."
+        )
     for name, value in given.items():
-        if name not in known: raise ValueError(f"{nb.name} has no parameter '{name}'; it has {', '.join(known)}.")
-        try: same = json.loads(json.dumps(value, allow_nan=False)) == value
-        except (TypeError, ValueError): same = False
-        if not same: raise ValueError(f'{nb.name}: the value of {name} is a {type(value).__name__}, which JSON cannot hold: give text, numbers, lists or dicts of them.')
+        if name not in known:
+            raise ValueError(f"{nb.name} has no parameter '{name}'; it has {', '.join(known)}.")
+        try:
+            same = json.loads(json.dumps(value, allow_nan=False)) == value
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            raise ValueError(
+                f'{nb.name}: the value of {name} is a {type(value).__name__}, which JSON cannot hold: give text, numbers, lists or dicts of them.'
+            )
     return given
 
+# %% ../nbs/11_study.ipynb #of_all
 def of_all(
-    nb:Path, # a notebook
-)->bool: # True where its parameter is `models`, not `model`
+    nb: Path,  # a notebook
+) -> bool:  # True where its parameter is `models`, not `model`
     "Is a notebook about all models of a study?"
-    return any('parameters' in c['metadata'].get('tags', ()) and re.search(r'^models *=', ''.join(c['source']), re.M) for c in json.loads(nb.read_text())['cells'])
+    return any(
+        'parameters' in c['metadata'].get('tags', ()) and re.search(r'^models *=', ''.join(c['source']), re.M)
+        for c in json.loads(nb.read_text())['cells']
+    )
 
+# %% ../nbs/11_study.ipynb #inputs
 def _inputs(nb, where, s, analysis):
     cells = [c['source'] for c in json.loads(nb.read_text())['cells']]
     mine = jobs(s) if isinstance(where, list) else jobs(replace(s, models=(where,), analyses=(analysis,)))
     rows = [digest(k) for job in mine for k in units(job, s)]
-    what = [cells, where, rows, repr(replace(s, models=(), analyses=())), code_of(), version('torch'), version('transformers')]
+    what = [
+        cells,
+        where,
+        rows,
+        repr(replace(s, models=(), analyses=())),
+        code_of(),
+        version('torch'),
+        version('transformers'),
+    ]
     return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()
 
-def _outputs(analysis, name, s): return {f.name: f.stat().st_size for f in (s.figures/name).glob(f'{analysis}*.p*')} # figures are named after the notebook
+# %% ../nbs/11_study.ipynb #outputs
+def _outputs(analysis, name, s):
+    return {
+        f.name: f.stat().st_size for f in (s.figures / name).glob(f'{analysis}*.p*')
+    }  # figures are named after the notebook
 
+# %% ../nbs/11_study.ipynb #stands
 def _stands(analysis, where, name, s, **more):
     "Is what a notebook made still there, and would the same come of it? And the hash of what goes into it"
-    out, inputs = s.runs/name/f'{analysis}.ipynb', _inputs(notebooks(s)[analysis], where, s, analysis) + canonical(more)
-    try: before, now = json.loads(out.with_suffix('.json').read_text()), _outputs(analysis, name, s)
-    except (OSError, ValueError): return False, inputs             # no record, or none that can be read
-    return s.compute and out.exists() and before['inputs'] == inputs and all(now.get(k) == v for k, v in before['outputs'].items()), inputs
+    out, inputs = (
+        s.runs / name / f'{analysis}.ipynb',
+        _inputs(notebooks(s)[analysis], where, s, analysis) + canonical(more),
+    )
+    try:
+        before, now = json.loads(out.with_suffix('.json').read_text()), _outputs(analysis, name, s)
+    except (OSError, ValueError):
+        return False, inputs  # no record, or none that can be read
+    return s.compute and out.exists() and before['inputs'] == inputs and all(
+        now.get(k) == v for k, v in before['outputs'].items()
+    ), inputs
 
+# %% ../nbs/11_study.ipynb #execute
 def execute(
-    analysis:str, # name of a notebook
-    where, # model: folder or Hub id; the list of them for a notebook about all
-    name:str, # of its folders: the model's, and the benchmark's
-    s:Settings, # the study
-    **more, # further parameters of the notebook
-)->bool: # False where nothing had to be done
+    analysis: str,  # name of a notebook
+    where,  # model: folder or Hub id; the list of them for a notebook about all
+    name: str,  # of its folders: the model's, and the benchmark's
+    s: Settings,  # the study
+    **more,  # further parameters of the notebook
+) -> bool:  # False where nothing had to be done
     "Run one notebook for one model. Raises `ValueError` for wrong parameters, `PapermillExecutionError` where a cell fails, `CellTimeoutError` where it hangs."
-    nb, out, (stands, inputs) = notebooks(s)[analysis], s.runs/name/f'{analysis}.ipynb', _stands(analysis, where, name, s, **more)
-    if stands: return False
+    nb, out, (stands, inputs) = (
+        notebooks(s)[analysis],
+        s.runs / name / f'{analysis}.ipynb',
+        _stands(analysis, where, name, s, **more),
+    )
+    if stands:
+        return False
     import papermill as pm
+
     done = out.with_suffix('.json')
-    over = {k: getattr(s, k) for k in ('calibration', 'evaluation', 'compute', 'benchmarks')} | {k: str(getattr(s, k)) for k in ('runs', 'figures')}
+    over = {k: getattr(s, k) for k in ('calibration', 'evaluation', 'compute', 'benchmarks')} | {
+        k: str(getattr(s, k)) for k in ('runs', 'figures')
+    }
     plain = read_settings(s.file, s.quick)
     over = {k: list(v) if isinstance(v, tuple) else v for k, v in over.items() if str(v) != str(getattr(plain, k))}
-    given = parameters(nb, dict(settings=over | dict(file=str(s.file)) if over else str(s.file), quick=s.quick) | ({'models' if isinstance(where, list) else 'model': where} | more))
+    given = parameters(
+        nb,
+        dict(settings=over | dict(file=str(s.file)) if over else str(s.file), quick=s.quick)
+        | ({'models' if isinstance(where, list) else 'model': where} | more),
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    for old in (done, s.figures/name/'summary.csv'): old.unlink(missing_ok=True)      # who dies from here on leaves nothing that looks finished
-    offline = dict(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1') if all(Path(w).is_dir() for w in ([where] if isinstance(where, str) else where)) else {}
+    for old in (done, s.figures / name / 'summary.csv'):
+        old.unlink(missing_ok=True)  # who dies from here on leaves nothing that looks finished
+    offline = (
+        dict(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1')
+        if all(Path(w).is_dir() for w in ([where] if isinstance(where, str) else where))
+        else {}
+    )
     # waiting threads that spin make a small model ten times slower on a busy machine (measured on 2 cores)
-    with patch.dict(os.environ, offline | dict(OMP_WAIT_POLICY='passive', TOKENIZERS_PARALLELISM='false', PYTHONWARNINGS='ignore:IProgress')):
-        pm.execute_notebook(str(nb), str(out), given, cwd=str(nb.parent), kernel_name='python3', progress_bar=False, execution_timeout=s.timeout, stderr_file=sys.stderr, extra_arguments=['--log-level=CRITICAL'])
+    with patch.dict(
+        os.environ,
+        offline | dict(OMP_WAIT_POLICY='passive', TOKENIZERS_PARALLELISM='false', PYTHONWARNINGS='ignore:IProgress'),
+    ):
+        pm.execute_notebook(
+            str(nb),
+            str(out),
+            given,
+            cwd=str(nb.parent),
+            kernel_name='python3',
+            progress_bar=False,
+            execution_timeout=s.timeout,
+            stderr_file=sys.stderr,
+            extra_arguments=['--log-level=CRITICAL'],
+        )
     write_whole(done, lambda f: f.write(json.dumps(dict(inputs=inputs, outputs=_outputs(analysis, name, s))).encode()))
     return True
 
@@ -820,120 +1400,197 @@ def execute(
 @dataclass
 class Report:
     "What `run` did"
-    done:list # (model, analysis) that stand now
-    failed:dict # (model, analysis) → cause, one sentence
-    bad_input:bool=True # every failure was the input's, not the program's
-    fresh:set=field(default_factory=set) # models of which a notebook was run
-    @property
-    def code(self): "Exit code: 0 all stand, 1 something failed, 2 nothing could be run on this input"; return 0 if not self.failed else 2 if self.bad_input and not self.done else 1
 
+    done: list  # (model, analysis) that stand now
+    failed: dict  # (model, analysis) → cause, one sentence
+    bad_input: bool = True  # every failure was the input's, not the program's
+    fresh: set = field(default_factory=set)  # models of which a notebook was run
+
+    @property
+    def code(self):
+        "Exit code: 0 all stand, 1 something failed, 2 nothing could be run on this input"
+        return 0 if not self.failed else 2 if self.bad_input and not self.done else 1
+
+# %% ../nbs/11_study.ipynb #choose
 def choose(
-    settings='settings.ini', # path
-    quick:bool=False, # the quick slice: [quick] overrides the other sections
-    models=None, # instead of those in the settings
-    benchmarks=None, # instead of those in the settings
-    analyses=None, # instead of those in the settings
-    limit:int|None=None, # so many samples per kind (of a benchmark: in all), and no more to calibrate on; notebooks and figures then go to a folder of their own
-)->Settings:
+    settings='settings.ini',  # path
+    quick: bool = False,  # the quick slice: [quick] overrides the other sections
+    models=None,  # instead of those in the settings
+    benchmarks=None,  # instead of those in the settings
+    analyses=None,  # instead of those in the settings
+    limit: int
+    | None = None,  # so many samples per kind (of a benchmark: in all), and no more to calibrate on; notebooks and figures then go to a folder of their own
+) -> Settings:
     "The settings of a run. Raises `ValueError` for unknown names."
     s = read_settings(settings, quick)
-    s = replace(s, models=tuple(models or s.models), benchmarks=tuple(benchmarks or s.benchmarks), analyses=tuple(analyses or s.analyses))
-    if limit: s = replace(s, calibration=min(limit, s.calibration), evaluation=limit, runs=s.runs/f'limit-{limit}', figures=s.runs/f'limit-{limit}/figures')
+    s = replace(
+        s,
+        models=tuple(models or s.models),
+        benchmarks=tuple(benchmarks or s.benchmarks),
+        analyses=tuple(analyses or s.analyses),
+    )
+    if limit:
+        s = replace(
+            s,
+            calibration=min(limit, s.calibration),
+            evaluation=limit,
+            runs=s.runs / f'limit-{limit}',
+            figures=s.runs / f'limit-{limit}/figures',
+        )
     for what, some, known in (('analysis', s.analyses, notebooks(s)), ('benchmark', s.benchmarks, BENCHMARKS)):
-        if bad := [x for x in some if x not in known]: raise ValueError(f"No {what} '{bad[0]}'; known: {', '.join(known)}.")
+        if bad := [x for x in some if x not in known]:
+            raise ValueError(f"No {what} '{bad[0]}'; known: {', '.join(known)}.")
     return s
 
+# %% ../nbs/11_study.ipynb #notebook
 def _notebook(analysis, where, name, s):
     "Run one notebook: (what went wrong and whether the input is to blame, or None; what is said of it)"
     start = time.time()
-    try: execute(analysis, where, name, s)
-    except Exception as e: return _cause(e), ''                    # whatever breaks in one notebook, the others still run
+    try:
+        execute(analysis, where, name, s)
+    except Exception as e:
+        return _cause(e), ''  # whatever breaks in one notebook, the others still run
     return None, f'{time.time() - start:.0f} s'
 
-def _pin(pins): os.environ.update(pins.get())
+# %% ../nbs/11_study.ipynb #pin
+def _pin(pins):
+    os.environ.update(pins.get())
 
+# %% ../nbs/11_study.ipynb #side_by_side
 @contextmanager
 def _side_by_side(n):
     "How to start a notebook in one of n processes, each on its own graphics card where there are any: `_notebook`, arguments → what waits for its result; with one, it runs when it is waited for"
-    if n < 2: yield partial; return
+    if n < 2:
+        yield partial
+        return
     spawn, gpus = multiprocessing.get_context('spawn'), _gpus()
     pins = spawn.SimpleQueue()
-    for i in range(n): pins.put(_pinned(i, n, gpus))
+    for i in range(n):
+        pins.put(_pinned(i, n, gpus))
     pool = ProcessPoolExecutor(n, spawn, _pin, (pins,))
-    def waits(future):
-        try: return future.result()
-        except BrokenExecutor: return ('The process that ran it died: try fewer workers, or one.', False), ''
-    try: yield lambda *call: partial(waits, pool.submit(*call))
-    finally: pool.shutdown(cancel_futures=True)
 
+    def waits(future):
+        try:
+            return future.result()
+        except BrokenExecutor:
+            return ('The process that ran it died: try fewer workers, or one.', False), ''
+
+    try:
+        yield lambda *call: partial(waits, pool.submit(*call))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+# %% ../nbs/11_study.ipynb #run
 def run(
-    settings='settings.ini', # path, or `Settings` from `choose`
-    quick:bool=False, # the quick slice: [quick] overrides the other sections
-    models=None, # instead of those in the settings
-    analyses=None, # instead of those in the settings
-    workers:int=1, # local processes
-    scheduler:str|None=None, # address of a Dask scheduler instead
-    rows:bool=True, # compute rows; False draws the figures of those that are there
-    figures:bool=True, # run the notebooks; False is for the tasks of an array, of which each does what the others leave
-)->Report:
+    settings='settings.ini',  # path, or `Settings` from `choose`
+    quick: bool = False,  # the quick slice: [quick] overrides the other sections
+    models=None,  # instead of those in the settings
+    analyses=None,  # instead of those in the settings
+    workers: int = 1,  # local processes
+    scheduler: str | None = None,  # address of a Dask scheduler instead
+    rows: bool = True,  # compute rows; False draws the figures of those that are there
+    figures: bool = True,  # run the notebooks; False is for the tasks of an array, of which each does what the others leave
+) -> Report:
     "The whole study, with a one-screen summary per model. Raises `ValueError` for bad settings, `OSError` where rows cannot be kept."
     s = settings if isinstance(settings, Settings) else choose(settings, quick, models, None, analyses)
     report, names = Report([], {}), {}
+
     def fail(model, analysis, cause, ours):
         report.failed[model, analysis] = cause
         report.bad_input &= ours
         print(f'{analysis} failed: {cause}', file=sys.stderr)
+
     for model in s.models:
-        try: where, name = find_model(model, s); revision(where); names[where] = name
-        except (ValueError, OSError) as e: fail(model, model, *_cause(e))
+        try:
+            where, name = find_model(model, s)
+            revision(where)
+            names[where] = name
+        except (ValueError, OSError) as e:
+            fail(model, model, *_cause(e))
     s = replace(s, models=tuple(names), compute=rows)
     if rows and any(Store(s.results).missing(units(job, s)) for job in jobs(s)):
-        with gently(): on_cluster(s, scheduler) if scheduler else on_workers(s, workers) if workers > 1 else work(s, wait=figures)
+        with gently():
+            on_cluster(s, scheduler) if scheduler else on_workers(s, workers) if workers > 1 else work(s, wait=figures)
     whole = [a for a in s.analyses if of_all(notebooks(s)[a])]
-    places = [(w, _place(names[w], b), replace(s, benchmarks=(b,))) for w in names for b in s.benchmarks] if figures else []
+    places = (
+        [(w, _place(names[w], b), replace(s, benchmarks=(b,))) for w in names for b in s.benchmarks] if figures else []
+    )
     with _side_by_side(workers) as start:
+
         def begun(analysis, where, name, one):
-            missing = [text for job in jobs(replace(one, models=(where,), analyses=(analysis,))) if (text := failure(job, s))]
-            try: stands = _stands(analysis, where, name, one)[0]
-            except Exception: stands = False                       # to run it says what is wrong
+            missing = [
+                text for job in jobs(replace(one, models=(where,), analyses=(analysis,))) if (text := failure(job, s))
+            ]
+            try:
+                stands = _stands(analysis, where, name, one)[0]
+            except Exception:
+                stands = False  # to run it says what is wrong
             return analysis, missing, None if missing or stands else start(_notebook, analysis, where, name, one)
+
         for (where, name, one), mine in [(p, [begun(a, *p) for a in s.analyses if a not in whole]) for p in places]:
             for analysis, missing, result in mine:
-                if missing: print(f'{name} · {missing[0]}', file=sys.stderr)
-                wrong, said = ((missing[0], False) if rows else None, '') if missing else result() if result else (None, 'done before, unchanged')
-                if wrong: fail(name, analysis, *wrong)
-                if wrong or missing: continue
+                if missing:
+                    print(f'{name} · {missing[0]}', file=sys.stderr)
+                wrong, said = (
+                    ((missing[0], False) if rows else None, '')
+                    if missing
+                    else result()
+                    if result
+                    else (None, 'done before, unchanged')
+                )
+                if wrong:
+                    fail(name, analysis, *wrong)
+                if wrong or missing:
+                    continue
                 report.done.append((name, analysis))
-                if result: report.fresh.add(names[where])
+                if result:
+                    report.fresh.add(names[where])
                 print(f'{name} · {analysis}: {said}', file=sys.stderr, flush=True)
-            if any(m == name for m, _ in report.done): _summarise(where, name, one)
+            if any(m == name for m, _ in report.done):
+                _summarise(where, name, one)
     for analysis in whole if figures and names else ():
-        try: execute(analysis, list(names), 'study', s)
-        except Exception as e: fail('study', analysis, *_cause(e)); continue
+        try:
+            execute(analysis, list(names), 'study', s)
+        except Exception as e:
+            fail('study', analysis, *_cause(e))
+            continue
         report.done.append(('study', analysis))
-        print(f'tables of all models: {os.path.relpath(s.figures/"study")}', flush=True)
-    for (model, analysis), cause in report.failed.items(): print(f'FAILED {model} · {analysis}: {cause}', file=sys.stderr)
+        print(f'tables of all models: {os.path.relpath(s.figures / "study")}', flush=True)
+    for (model, analysis), cause in report.failed.items():
+        print(f'FAILED {model} · {analysis}: {cause}', file=sys.stderr)
     return report
 
+# %% ../nbs/11_study.ipynb #summarise
 def _summarise(where, name, s):
     "Print what was found; it stands in `summary.csv` beside the figures, until a notebook runs again"
-    file = s.figures/name/'summary.csv'
+    file = s.figures / name / 'summary.csv'
     if not file.exists():
         found = findings(where, [a for a in FINDINGS if a in ANALYSES], settings=s)
         write_whole(file, lambda f: found.to_csv(f, index=False, float_format='%.6g'))
-    found, nothing = pd.read_csv(file, dtype=dict(layers=str)), f'No rows of {", ".join(FINDINGS)} yet: what was computed stands in its tables and its notebook.'
-    print(f"\n{Path(name).name if s.benchmarks == ('glyph',) else name.removesuffix('/' + s.benchmarks[0])} on {s.benchmarks[0]}{' (quick slice)' if s.quick else ''}\n{say(found) if len(found) else nothing}\n\nfigures and summary.csv: {os.path.relpath(file.parent)}\nexecuted notebooks: {os.path.relpath(s.runs/name)}")
+    found, nothing = (
+        pd.read_csv(file, dtype=dict(layers=str)),
+        f'No rows of {", ".join(FINDINGS)} yet: what was computed stands in its tables and its notebook.',
+    )
+    print(
+        f"\n{Path(name).name if s.benchmarks == ('glyph',) else name.removesuffix('/' + s.benchmarks[0])} on {s.benchmarks[0]}{' (quick slice)' if s.quick else ''}\n{say(found) if len(found) else nothing}\n\nfigures and summary.csv: {os.path.relpath(file.parent)}\nexecuted notebooks: {os.path.relpath(s.runs / name)}"
+    )
 
 # %% ../nbs/11_study.ipynb #c043
 def _size(where):
     "Decoder layers and gigabytes of a model's weights, from its files alone"
     config = _config(where)
-    layers = next((c['num_hidden_layers'] for c in (config.get('text_config') or {}, config) if 'num_hidden_layers' in c), math.nan)
-    return layers, config.get('weights', math.nan)/1e9
+    layers = next(
+        (c['num_hidden_layers'] for c in (config.get('text_config') or {}, config) if 'num_hidden_layers' in c),
+        math.nan,
+    )
+    return layers, config.get('weights', math.nan) / 1e9
 
+# %% ../nbs/11_study.ipynb #status
 def status(
-    s:Settings, # the study
-)->pd.DataFrame: # one row per job: units, done, running, failed; forwards and hours still to do, gigabytes of weights; cause
+    s: Settings,  # the study
+) -> (
+    pd.DataFrame
+):  # one row per job: units, done, running, failed; forwards and hours still to do, gigabytes of weights; cause
     "How far a study is"
     store, out = Store(s.results), []
     failed, running = store.failures(), store.running()
@@ -943,33 +1600,64 @@ def status(
         ids = {digest(k) for k in todo}
         times = sorted(p.stat().st_mtime for k in keys if (p := store.path(k)).exists())
         pace = np.median(np.diff(times)) if len(times) > 2 else math.nan
-        forwards = sum(len(k['samples']) for k in todo)*ANALYSES[job.analysis].forwards(layers)
-        out.append(job._asdict() | dict(units=len(keys), done=len(keys) - len(todo), running=len(ids & running), failed=len(ids & failed.keys()), forwards=forwards, gigabytes=gigabytes,
-                                        hours=len(todo) and len(todo)*pace/3600, cause=next((failed[i]['cause'] for i in ids if i in failed), '')))
+        forwards = sum(len(k['samples']) for k in todo) * ANALYSES[job.analysis].forwards(layers)
+        out.append(
+            job._asdict()
+            | dict(
+                units=len(keys),
+                done=len(keys) - len(todo),
+                running=len(ids & running),
+                failed=len(ids & failed.keys()),
+                forwards=forwards,
+                gigabytes=gigabytes,
+                hours=len(todo) and len(todo) * pace / 3600,
+                cause=next((failed[i]['cause'] for i in ids if i in failed), ''),
+            )
+        )
     return pd.DataFrame(out)
 
+# %% ../nbs/11_study.ipynb #verify
 def verify(
-    s:Settings, # the study
-    share:float=.01, # of the samples of each job
-    seed:int|None=None, # which; default: others every time
-)->pd.DataFrame: # analysis, model, dataset, split, sample, rows, same (as before, to the bit), difference (largest, of any number; inf where a text differs)
+    s: Settings,  # the study
+    share: float = 0.01,  # of the samples of each job
+    seed: int | None = None,  # which; default: others every time
+) -> pd.DataFrame:  # analysis, model, dataset, split, sample, rows, same (as before, to the bit), difference (largest, of any number; inf where a text differs)
     "Compute some samples again and compare. Raises `ValueError` where there is nothing to compare with."
     store, choice, out = Store(s.results), random.Random(seed), []
     for job in jobs(s):
-        there = [(i, k) for k in set(map(canonical, units(job, s))) - set(map(canonical, store.missing(units(job, s)))) for i in json.loads(k)['samples']]
-        for i, text in choice.sample(sorted(there), math.ceil(share*len(there))):
+        there = [
+            (i, k)
+            for k in set(map(canonical, units(job, s))) - set(map(canonical, store.missing(units(job, s))))
+            for i in json.loads(k)['samples']
+        ]
+        for i, text in choice.sample(sorted(there), math.ceil(share * len(there))):
             key = json.loads(text)
             old = store.read([key], sample=i)
             new = compute(job, s, key | dict(samples=[i])).reset_index(drop=True)
-            differ = [_difference(old[c], new[c]) for c in new if c not in ('commit', 'seconds')] if len(old) == len(new) else [math.inf]
-            out.append({k: key[k] for k in ('analysis', 'model', 'dataset', 'split')} | dict(sample=i, rows=len(old), same=not any(differ), difference=max(differ)))
-    if not out: raise ValueError(f'No rows of this study in {s.results}: run fusion study first.')
+            differ = (
+                [_difference(old[c], new[c]) for c in new if c not in ('commit', 'seconds')]
+                if len(old) == len(new)
+                else [math.inf]
+            )
+            out.append(
+                {k: key[k] for k in ('analysis', 'model', 'dataset', 'split')}
+                | dict(sample=i, rows=len(old), same=not any(differ), difference=max(differ))
+            )
+    if not out:
+        raise ValueError(f'No rows of this study in {s.results}: run fusion study first.')
     return pd.DataFrame(out)
 
+# %% ../nbs/11_study.ipynb #difference
 def _difference(a, b):
     "The largest difference of two columns; inf where they differ in something else than numbers"
-    if pd.api.types.is_numeric_dtype(b): a, b = a.to_numpy(float), b.to_numpy(float)
-    elif b.map(np.ndim).any(): a, b = (np.array([x for row in c for x in np.ravel(list(row) if np.ndim(row) else np.nan)], float) for c in (a, b))
-    else: return 0. if [str(x) for x in a.fillna('')] == [str(x) for x in b.fillna('')] else math.inf
-    if a.shape != b.shape or (np.isnan(a) != np.isnan(b)).any(): return math.inf
+    if pd.api.types.is_numeric_dtype(b):
+        a, b = a.to_numpy(float), b.to_numpy(float)
+    elif b.map(np.ndim).any():
+        a, b = (
+            np.array([x for row in c for x in np.ravel(list(row) if np.ndim(row) else np.nan)], float) for c in (a, b)
+        )
+    else:
+        return 0.0 if [str(x) for x in a.fillna('')] == [str(x) for x in b.fillna('')] else math.inf
+    if a.shape != b.shape or (np.isnan(a) != np.isnan(b)).any():
+        return math.inf
     return float(np.nanmax(np.abs(a - b), initial=0))

@@ -19,160 +19,368 @@ from PIL.ImageFile import ImageFile
 @dataclass
 class Sample:
     "One question about one picture"
-    image:object # path or PIL image
-    question:str # as put to the model, without its chat template
-    answers:tuple=() # accepted answers; MMBench: the right letter, then the options
-    box:tuple|None=None # evidence box (left, top, right, bottom), pixels of the picture
-    kind:str='' # kind of question
-    id:str='' # stable across runs and machines
-    picture:str='' # identity of the picture
-    group:str='' # the question whose rotations are scored together (MMBench), else the id
-    prompt:str='' # template of `question`
-    source:str='' # file and row
+
+    image: object  # path or PIL image
+    question: str  # as put to the model, without its chat template
+    answers: tuple = ()  # accepted answers; MMBench: the right letter, then the options
+    box: tuple | None = None  # evidence box (left, top, right, bottom), pixels of the picture
+    kind: str = ''  # kind of question
+    id: str = ''  # stable across runs and machines
+    picture: str = ''  # identity of the picture
+    group: str = ''  # the question whose rotations are scored together (MMBench), else the id
+    prompt: str = ''  # template of `question`
+    source: str = ''  # file and row
 
 # %% ../nbs/06_vqa.ipynb #c007
 SHORT = '\nAnswer the question using a single word or phrase.'
 UNSURE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT
 CHOICE = "{hint}\n{question}\n{options}\nAnswer with the option's letter from the given choices directly."
-_QWEN = dict(mmbench='Hint: {hint}\nQuestion: {question}\nOptions:\n{options}\nPlease select the correct answer from the options above.',
-             pope='{question} Please answer yes or no.', other='{question}\nPlease try to answer the question with short words or phrases if possible.')
-PROMPTS = dict(qwen2_vl=_QWEN, qwen2_5_vl=_QWEN, instructblip=dict(mmbench=CHOICE, other='Question: {question} Short Answer:')) # config.model_type → template; others take the benchmark's
+_QWEN = dict(
+    mmbench='Hint: {hint}\nQuestion: {question}\nOptions:\n{options}\nPlease select the correct answer from the options above.',
+    pope='{question} Please answer yes or no.',
+    other='{question}\nPlease try to answer the question with short words or phrases if possible.',
+)
+PROMPTS = dict(
+    qwen2_vl=_QWEN, qwen2_5_vl=_QWEN, instructblip=dict(mmbench=CHOICE, other='Question: {question} Short Answer:')
+)  # config.model_type → template; others take the benchmark's
 
-def _said(answers): return [a['answer'] if isinstance(a, dict) else a for a in answers]
-def _number(text): return int(text) if str(text).isdigit() else text
+# %% ../nbs/06_vqa.ipynb #said
+def _said(answers):
+    return [a['answer'] if isinstance(a, dict) else a for a in answers]
 
-def _gqa(r, part): return dict(key=r['id'], image=r.get('image') or f"{r['imageId']}.jpg", picture=r['imageId'], question=r['question'], answers=[r['answer']], kind=(r.get('types') or {}).get('structural', ''))
+# %% ../nbs/06_vqa.ipynb #number
+def _number(text):
+    return int(text) if str(text).isdigit() else text
 
+# %% ../nbs/06_vqa.ipynb #gqa
+def _gqa(r, part):
+    return dict(
+        key=r['id'],
+        image=r.get('image') or f"{r['imageId']}.jpg",
+        picture=r['imageId'],
+        question=r['question'],
+        answers=[r['answer']],
+        kind=(r.get('types') or {}).get('structural', ''),
+    )
+
+# %% ../nbs/06_vqa.ipynb #coco
 def _coco(r, part, per=1000):
     "VQAv2 and OKVQA; question ids are the picture's number times 1000 or 10, plus a count"
-    number = int(r.get('image_id', int(r['question_id'])//per))
+    number = int(r.get('image_id', int(r['question_id']) // per))
     name, kind = f'COCO_val2014_{number:012d}', r['answer_type'] if per == 1000 else r['question_type']
-    return dict(key=r['question_id'], image=r.get('image') or f'{name}.jpg', picture=name, question=r['question'], answers=_said(r['answers']), kind=kind)
+    return dict(
+        key=r['question_id'],
+        image=r.get('image') or f'{name}.jpg',
+        picture=name,
+        question=r['question'],
+        answers=_said(r['answers']),
+        kind=kind,
+    )
 
-def _okvqa(r, part): return _coco(r, part, 10)
+# %% ../nbs/06_vqa.ipynb #okvqa
+def _okvqa(r, part):
+    return _coco(r, part, 10)
 
+# %% ../nbs/06_vqa.ipynb #vizwiz
 def _vizwiz(r, part):
     key = Path(r.get('question_id') or r['image']).stem
-    return dict(key=key, image=r['image'], picture=key, question=r['question'], answers=_said(r['answers']), kind=r.get('answer_type') or r.get('category') or '')
+    return dict(
+        key=key,
+        image=r['image'],
+        picture=key,
+        question=r['question'],
+        answers=_said(r['answers']),
+        kind=r.get('answer_type') or r.get('category') or '',
+    )
 
-def _textvqa(r, part): return dict(key=r['question_id'], image=r.get('image') or f"{r['image_id']}.jpg", picture=r['image_id'], question=r['question'], answers=r['answers'])
+# %% ../nbs/06_vqa.ipynb #textvqa
+def _textvqa(r, part):
+    return dict(
+        key=r['question_id'],
+        image=r.get('image') or f"{r['image_id']}.jpg",
+        picture=r['image_id'],
+        question=r['question'],
+        answers=r['answers'],
+    )
 
+# %% ../nbs/06_vqa.ipynb #docvqa
 def _docvqa(r, part):
     kinds = r.get('question_types') or []
-    return dict(key=r['questionId'], image=r['image'], picture=f"{r['ucsf_document_id']}_{r['ucsf_document_page_no']}", question=r['question'], answers=r['answers'], kind=kinds[0] if kinds else '')
+    return dict(
+        key=r['questionId'],
+        image=r['image'],
+        picture=f"{r['ucsf_document_id']}_{r['ucsf_document_page_no']}",
+        question=r['question'],
+        answers=r['answers'],
+        kind=kinds[0] if kinds else '',
+    )
 
+# %% ../nbs/06_vqa.ipynb #mmbench
 def _mmbench(r, part):
-    there = lambda c: r.get(c) not in (None, '', 'nan') and r[c] == r[c]                       # NaN is not itself
+    there = lambda c: r.get(c) not in (None, '', 'nan') and r[c] == r[c]  # NaN is not itself
     options = [str(r[c]) for c in 'ABCDE' if there(c)]
-    turn, group = divmod(int(r['index']), 10**6)                                               # rotations repeat the question at index + n·10⁶
-    return dict(key=f'{group}.{turn}', group=group, image=r['image'], question=r['question'], hint=r['hint'] if there('hint') else '', options=options, answers=[r['answer'], *options], kind=r['category'])
+    turn, group = divmod(int(r['index']), 10**6)  # rotations repeat the question at index + n·10⁶
+    return dict(
+        key=f'{group}.{turn}',
+        group=group,
+        image=r['image'],
+        question=r['question'],
+        hint=r['hint'] if there('hint') else '',
+        options=options,
+        answers=[r['answer'], *options],
+        kind=r['category'],
+    )
 
+# %% ../nbs/06_vqa.ipynb #pope
 def _pope(r, part):
     kind, name = part.rsplit('_')[-1], r.get('image_source') or r['image']
-    return dict(key=f"{kind}-{_number(r['question_id'])}", image=r['image'], picture=Path(name).stem, question=r.get('text') or r['question'], answers=[r.get('label') or r['answer']], kind=kind)
+    return dict(
+        key=f"{kind}-{_number(r['question_id'])}",
+        image=r['image'],
+        picture=Path(name).stem,
+        question=r.get('text') or r['question'],
+        answers=[r.get('label') or r['answer']],
+        kind=kind,
+    )
 
+# %% ../nbs/06_vqa.ipynb #own
 def _own(r, part):
     listed = lambda v: json.loads(v) if isinstance(v, str) and v.lstrip().startswith('[') else v
-    answers, box, image = listed(r['answers'] if 'answers' in r else r['answer']), listed(r.get('box') or None), r['image']
+    answers, box, image = (
+        listed(r['answers'] if 'answers' in r else r['answer']),
+        listed(r.get('box') or None),
+        r['image'],
+    )
     image = image.get('bytes') or image['path'] if isinstance(image, dict) else image
     name = hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else image
-    return dict(key=r['id'] if r.get('id') not in (None, '') else hashlib.sha256(f"{name}\n{r['question']}".encode()).hexdigest()[:12], image=image, question=r['question'],
-                answers=[answers] if isinstance(answers, str) else answers, box=box, kind=r.get('kind') or '')
+    return dict(
+        key=r['id']
+        if r.get('id') not in (None, '')
+        else hashlib.sha256(f"{name}\n{r['question']}".encode()).hexdigest()[:12],
+        image=image,
+        question=r['question'],
+        answers=[answers] if isinstance(answers, str) else answers,
+        box=box,
+        kind=r.get('kind') or '',
+    )
 
 # %% ../nbs/06_vqa.ipynb #c008
 @dataclass(frozen=True)
 class Benchmark:
     "Where a benchmark lies and how it is asked and scored"
-    metric:str # key of `metrics.METRICS`
-    prompt:str # template of the question
-    fields:object # (row, name of its file or split) → key, image, picture, question, answers, kind, …
-    files:tuple # official annotation files; '|' separates names that it goes by
-    images:str='' # folder of the pictures beside them; '' where the annotations name it
-    people:int=0 # answers per question, where that is fixed
-    join:bool=False # two files, questions and annotations, belong together by question_id
-    circular:bool=False # rotations of a question are scored together, see `metrics.circular`
-    hub:str='' # dataset on the Hub
-    revision:str='' # its commit
-    config:str|None=None # its configuration
-    splits:tuple=() # its splits
-    pictures:str='' # configuration that holds the pictures, where they are apart
-    @property
-    def suffix(self): "What follows the question"; return self.prompt.rsplit('}', 1)[-1]
 
+    metric: str  # key of `metrics.METRICS`
+    prompt: str  # template of the question
+    fields: object  # (row, name of its file or split) → key, image, picture, question, answers, kind, …
+    files: tuple  # official annotation files; '|' separates names that it goes by
+    images: str = ''  # folder of the pictures beside them; '' where the annotations name it
+    people: int = 0  # answers per question, where that is fixed
+    join: bool = False  # two files, questions and annotations, belong together by question_id
+    circular: bool = False  # rotations of a question are scored together, see `metrics.circular`
+    hub: str = ''  # dataset on the Hub
+    revision: str = ''  # its commit
+    config: str | None = None  # its configuration
+    splits: tuple = ()  # its splits
+    pictures: str = ''  # configuration that holds the pictures, where they are apart
+
+    @property
+    def suffix(self):
+        "What follows the question"
+        return self.prompt.rsplit('}', 1)[-1]
+
+# %% ../nbs/06_vqa.ipynb #BENCHMARKS
 BENCHMARKS = dict(
-    gqa=Benchmark('gqa', '{question}' + SHORT, _gqa, ('testdev_balanced_questions.json',), 'images', hub='lmms-lab/GQA', revision='78e9ec37481de666feb0180c7b5a773741cb47ca',
-                  config='testdev_balanced_instructions', splits=('testdev',), pictures='testdev_balanced_images'),
-    vqav2=Benchmark('vqa', '{question}' + SHORT, _coco, ('v2_OpenEnded_mscoco_val2014_questions.json', 'v2_mscoco_val2014_annotations.json'), 'val2014', 10, join=True,
-                    hub='lmms-lab/VQAv2', revision='32665d35052eb4a6d4414851c3c829a72754915a', splits=('validation',)),
-    okvqa=Benchmark('vqa', '{question}' + UNSURE, _okvqa, ('OpenEnded_mscoco_val2014_questions.json', 'mscoco_val2014_annotations.json'), 'val2014', 10, join=True,
-                    hub='lmms-lab/OK-VQA', revision='c9f858961f4095a9aeef615057b0822cce967096', splits=('val2014',)),
-    vizwiz=Benchmark('vqa-evalai', '{Question}' + UNSURE, _vizwiz, ('val.json',), 'val', 10, hub='lmms-lab/VizWiz-VQA', revision='953efc2d9481069d770ed231ee1ffac2ed10c723', splits=('val',)),
-    textvqa=Benchmark('vqa-evalai', '{Question}' + SHORT, _textvqa, ('TextVQA_0.5.1_val.json',), 'train_images', 10, hub='lmms-lab/textvqa', revision='9c0699cd19768ac5ab97568f6b3cbac4c0062884', splits=('validation',)),
-    docvqa=Benchmark('anls', '{question}' + SHORT, _docvqa, ('val_v1.0_withQT.json|val_v1.0.json',), hub='lmms-lab/DocVQA', revision='539088ef8a8ada01ac8e2e6d4e372586748a265e', config='DocVQA', splits=('validation',)),
-    mmbench=Benchmark('mmbench', CHOICE, _mmbench, ('mmbench_dev_20230712.tsv|MMBench_DEV_EN.tsv',), circular=True, hub='lmms-lab/MMBench', revision='56ba1af8954932c4804bd3f522e05ed96e63b654', config='en', splits=('dev',)),
-    pope=Benchmark('pope', '{question}' + SHORT, _pope, ('coco_pope_random.json', 'coco_pope_popular.json', 'coco_pope_adversarial.json'), 'val2014',
-                   hub='lmms-lab/POPE', revision='4db1276663dfa5eb8ad16a52d24c31a09e470896', config='Full', splits=('random', 'popular', 'adversarial')))
+    gqa=Benchmark(
+        'gqa',
+        '{question}' + SHORT,
+        _gqa,
+        ('testdev_balanced_questions.json',),
+        'images',
+        hub='lmms-lab/GQA',
+        revision='78e9ec37481de666feb0180c7b5a773741cb47ca',
+        config='testdev_balanced_instructions',
+        splits=('testdev',),
+        pictures='testdev_balanced_images',
+    ),
+    vqav2=Benchmark(
+        'vqa',
+        '{question}' + SHORT,
+        _coco,
+        ('v2_OpenEnded_mscoco_val2014_questions.json', 'v2_mscoco_val2014_annotations.json'),
+        'val2014',
+        10,
+        join=True,
+        hub='lmms-lab/VQAv2',
+        revision='32665d35052eb4a6d4414851c3c829a72754915a',
+        splits=('validation',),
+    ),
+    okvqa=Benchmark(
+        'vqa',
+        '{question}' + UNSURE,
+        _okvqa,
+        ('OpenEnded_mscoco_val2014_questions.json', 'mscoco_val2014_annotations.json'),
+        'val2014',
+        10,
+        join=True,
+        hub='lmms-lab/OK-VQA',
+        revision='c9f858961f4095a9aeef615057b0822cce967096',
+        splits=('val2014',),
+    ),
+    vizwiz=Benchmark(
+        'vqa-evalai',
+        '{Question}' + UNSURE,
+        _vizwiz,
+        ('val.json',),
+        'val',
+        10,
+        hub='lmms-lab/VizWiz-VQA',
+        revision='953efc2d9481069d770ed231ee1ffac2ed10c723',
+        splits=('val',),
+    ),
+    textvqa=Benchmark(
+        'vqa-evalai',
+        '{Question}' + SHORT,
+        _textvqa,
+        ('TextVQA_0.5.1_val.json',),
+        'train_images',
+        10,
+        hub='lmms-lab/textvqa',
+        revision='9c0699cd19768ac5ab97568f6b3cbac4c0062884',
+        splits=('validation',),
+    ),
+    docvqa=Benchmark(
+        'anls',
+        '{question}' + SHORT,
+        _docvqa,
+        ('val_v1.0_withQT.json|val_v1.0.json',),
+        hub='lmms-lab/DocVQA',
+        revision='539088ef8a8ada01ac8e2e6d4e372586748a265e',
+        config='DocVQA',
+        splits=('validation',),
+    ),
+    mmbench=Benchmark(
+        'mmbench',
+        CHOICE,
+        _mmbench,
+        ('mmbench_dev_20230712.tsv|MMBench_DEV_EN.tsv',),
+        circular=True,
+        hub='lmms-lab/MMBench',
+        revision='56ba1af8954932c4804bd3f522e05ed96e63b654',
+        config='en',
+        splits=('dev',),
+    ),
+    pope=Benchmark(
+        'pope',
+        '{question}' + SHORT,
+        _pope,
+        ('coco_pope_random.json', 'coco_pope_popular.json', 'coco_pope_adversarial.json'),
+        'val2014',
+        hub='lmms-lab/POPE',
+        revision='4db1276663dfa5eb8ad16a52d24c31a09e470896',
+        config='Full',
+        splits=('random', 'popular', 'adversarial'),
+    ),
+)
 TABLES = ('.json', '.jsonl', '.csv', '.tsv', '.parquet')
 
+# %% ../nbs/06_vqa.ipynb #benchmark
 def benchmark(
-    name:str, # a key of `BENCHMARKS`, or a table of your own
-    metric:str='gqa', # for a table of your own
-)->Benchmark:
+    name: str,  # a key of `BENCHMARKS`, or a table of your own
+    metric: str = 'gqa',  # for a table of your own
+) -> Benchmark:
     "The record of a benchmark. Raises `ValueError` for a name that is neither."
-    if Path(name).suffix.lower() in TABLES: return Benchmark(metric, '{question}', _own, (Path(name).name,))
-    if name not in BENCHMARKS: raise ValueError(f"No benchmark '{name}'; known: {', '.join(BENCHMARKS)}, or a table of your own ({', '.join(TABLES)}).")
+    if Path(name).suffix.lower() in TABLES:
+        return Benchmark(metric, '{question}', _own, (Path(name).name,))
+    if name not in BENCHMARKS:
+        raise ValueError(
+            f"No benchmark '{name}'; known: {', '.join(BENCHMARKS)}, or a table of your own ({', '.join(TABLES)})."
+        )
     return BENCHMARKS[name]
 
 # %% ../nbs/06_vqa.ipynb #c011
 def _objects(path):
     "The rows of a JSON file, with what names them"
     text, data = path.read_text('utf-8-sig'), None
-    try: data = None if path.suffix.lower() == '.jsonl' else json.loads(text)
+    try:
+        data = None if path.suffix.lower() == '.jsonl' else json.loads(text)
     except (json.JSONDecodeError, RecursionError) as e:
-        if not str(e).startswith('Extra data'): raise ValueError(f'{path.name} is not JSON ({e}): download it again.') from None
+        if not str(e).startswith('Extra data'):
+            raise ValueError(f'{path.name} is not JSON ({e}): download it again.') from None
     if data is None:
         for i, line in enumerate(l for l in text.split('\n') if l.strip()):
-            try: yield i, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as e: raise ValueError(f'{path.name}, row {i}: not JSON ({e}); download it again.') from None
+            try:
+                yield i, json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as e:
+                raise ValueError(f'{path.name}, row {i}: not JSON ({e}); download it again.') from None
         return
     for key in ('data', 'questions', 'annotations'):
-        if isinstance(data, dict) and isinstance(data.get(key), list): data = data[key]
-    if not isinstance(data, (list, dict)): raise ValueError(f'{path.name} holds no list of rows.')
-    yield from ([(k, r | dict(id=k) if isinstance(r, dict) else r) for k, r in data.items()] if isinstance(data, dict) else enumerate(data))
+        if isinstance(data, dict) and isinstance(data.get(key), list):
+            data = data[key]
+    if not isinstance(data, (list, dict)):
+        raise ValueError(f'{path.name} holds no list of rows.')
+    yield from (
+        [(k, r | dict(id=k) if isinstance(r, dict) else r) for k, r in data.items()]
+        if isinstance(data, dict)
+        else enumerate(data)
+    )
 
+# %% ../nbs/06_vqa.ipynb #table
 def _table(path):
     "(where, row) of an annotation file"
     suffix = path.suffix.lower()
     try:
         if suffix in ('.csv', '.tsv'):
-            csv.field_size_limit(sys.maxsize)                                                  # pictures in base64
-            rows = enumerate(csv.DictReader(io.StringIO(path.read_text('utf-8-sig'), newline=''), delimiter='\t' if suffix == '.tsv' else ','))
-        elif suffix == '.parquet': rows = enumerate(pq.read_table(path).to_pylist())
-        else: rows = _objects(path)
+            csv.field_size_limit(sys.maxsize)  # pictures in base64
+            rows = enumerate(
+                csv.DictReader(
+                    io.StringIO(path.read_text('utf-8-sig'), newline=''), delimiter='\t' if suffix == '.tsv' else ','
+                )
+            )
+        elif suffix == '.parquet':
+            rows = enumerate(pq.read_table(path).to_pylist())
+        else:
+            rows = _objects(path)
         for i, row in rows:
-            if not isinstance(row, dict): raise ValueError(f'{path.name}, row {i}: {str(row)[:60]!r} is not a row with named columns.')
+            if not isinstance(row, dict):
+                raise ValueError(f'{path.name}, row {i}: {str(row)[:60]!r} is not a row with named columns.')
             yield f'{path.name}, row {i}', row
-    except (UnicodeDecodeError, csv.Error, ArrowException, OSError) as e: raise ValueError(f'{path.name} cannot be read as {suffix[1:]} ({str(e).splitlines()[0][:100]}).') from None
+    except (UnicodeDecodeError, csv.Error, ArrowException, OSError) as e:
+        raise ValueError(f'{path.name} cannot be read as {suffix[1:]} ({str(e).splitlines()[0][:100]}).') from None
 
+# %% ../nbs/06_vqa.ipynb #inside
 def _inside(folder, name, where):
     "The path of a file in a folder; a name or a link that leads out of it is refused"
-    if not isinstance(name, str) or not name: raise ValueError(f'{where}: {name!r} is not the name of a file.')
-    try: inside, there = (folder/name).resolve().is_relative_to(folder.resolve()), (folder/name).is_file()
-    except (OSError, ValueError, RuntimeError) as e: raise ValueError(f'{where}: {name[:60]!r} is not the name of a file ({str(getattr(e, "strerror", None) or e)[:60]}).') from None # too long, a null, a loop of links
-    if not inside: raise ValueError(f'{where}: {name} leads out of {folder}; put the file itself there.')
-    if not there: raise FileNotFoundError(f'{where}: no file {name} in {folder}.')
-    return folder/name
+    if not isinstance(name, str) or not name:
+        raise ValueError(f'{where}: {name!r} is not the name of a file.')
+    try:
+        inside, there = (folder / name).resolve().is_relative_to(folder.resolve()), (folder / name).is_file()
+    except (OSError, ValueError, RuntimeError) as e:
+        raise ValueError(
+            f'{where}: {name[:60]!r} is not the name of a file ({str(getattr(e, "strerror", None) or e)[:60]}).'
+        ) from None  # too long, a null, a loop of links
+    if not inside:
+        raise ValueError(f'{where}: {name} leads out of {folder}; put the file itself there.')
+    if not there:
+        raise FileNotFoundError(f'{where}: no file {name} in {folder}.')
+    return folder / name
 
+# %% ../nbs/06_vqa.ipynb #joined
 def _joined(questions, annotations):
     "Official questions with their annotations"
     known, key = {}, lambda r: str(r.get('question_id'))[:40]
     for where, r in annotations:
-        if known.setdefault(key(r), r) is not r: raise ValueError(f'{where}: question_id {key(r)} is there twice.')
+        if known.setdefault(key(r), r) is not r:
+            raise ValueError(f'{where}: question_id {key(r)} is there twice.')
     for where, q in questions:
-        if (a := known.get(key(q))) is None: raise ValueError(f'{where}: no annotation has its question_id {key(q)}.')
-        if q.get('image_id') != a.get('image_id'): raise ValueError(f"{where}: image_id {str(q.get('image_id'))[:40]}, but its annotation says {str(a.get('image_id'))[:40]}.")
+        if (a := known.get(key(q))) is None:
+            raise ValueError(f'{where}: no annotation has its question_id {key(q)}.')
+        if q.get('image_id') != a.get('image_id'):
+            raise ValueError(
+                f"{where}: image_id {str(q.get('image_id'))[:40]}, but its annotation says {str(a.get('image_id'))[:40]}."
+            )
         yield where, a | q
 
+# %% ../nbs/06_vqa.ipynb #decoded
 def _decoded(rows):
     "MMBench's pictures are base64 text, or the index of the row that holds it"
     rows, done = list(rows), {}
@@ -181,71 +389,106 @@ def _decoded(rows):
         text = r.get('image') or ''
         text = texts.get(text, text)
         if text not in done:
-            try: done[text] = base64.b64decode(text, validate=True)
-            except ValueError: raise ValueError(f'{where}: the picture is not base64 text.') from None
+            try:
+                done[text] = base64.b64decode(text, validate=True)
+            except ValueError:
+                raise ValueError(f'{where}: the picture is not base64 text.') from None
         yield where, r | dict(image=done[text])
 
+# %% ../nbs/06_vqa.ipynb #file_rows
 def _file_rows(b, root, images):
     "(where, name of the file, row, folder of the pictures) from official files"
     root = Path(root)
-    files = [next((root/f for f in names.split('|') if (root/f).exists()), None) or root/names.split('|')[0] for names in b.files]
+    files = [
+        next((root / f for f in names.split('|') if (root / f).exists()), None) or root / names.split('|')[0]
+        for names in b.files
+    ]
     files = [_inside(root, f.name, f'{root.name or root}') if b.hub or not f.is_file() else f for f in files]
-    folder = Path(images) if images else root/b.images
-    if not images and not folder.resolve().is_relative_to(root.resolve()): raise ValueError(f'{folder} leads out of {root}; give the folder of the pictures as images=.')
-    if not folder.is_dir(): raise FileNotFoundError(f'No folder of pictures at {folder}; give it as images=.')
-    tables = [_joined(*map(_table, files))] if b.join else [_decoded(_table(f)) if b.circular else _table(f) for f in files]
+    folder = Path(images) if images else root / b.images
+    if not images and not folder.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f'{folder} leads out of {root}; give the folder of the pictures as images=.')
+    if not folder.is_dir():
+        raise FileNotFoundError(f'No folder of pictures at {folder}; give it as images=.')
+    tables = (
+        [_joined(*map(_table, files))] if b.join else [_decoded(_table(f)) if b.circular else _table(f) for f in files]
+    )
     for f, table in zip(files, tables):
-        for where, row in table: yield where, f.stem, row, folder
+        for where, row in table:
+            yield where, f.stem, row, folder
 
 # %% ../nbs/06_vqa.ipynb #c013
 def _keep(row, images):
     "A row as JSON values, its pictures written to files"
     for k, v in row.items():
-        if not (isinstance(v, dict) and isinstance(v.get('bytes'), bytes)): continue
+        if not (isinstance(v, dict) and isinstance(v.get('bytes'), bytes)):
+            continue
         row[k] = hashlib.sha256(v['bytes']).hexdigest()
-        (tmp := images/f'{row[k]}.{os.getpid()}.tmp').write_bytes(v['bytes'])
-        tmp.replace(images/row[k])
+        (tmp := images / f'{row[k]}.{os.getpid()}.tmp').write_bytes(v['bytes'])
+        tmp.replace(images / row[k])
     return row
 
+# %% ../nbs/06_vqa.ipynb #stream
 def _stream(hub, config, split, revision, cache):
     "The rows of a split, each downloaded once"
-    from filelock import FileLock                                                              # comes with datasets and huggingface_hub
-    folder = cache/hub.replace('/', '--')/revision/f'{config or "default"}-{split}'
-    images = cache/hub.replace('/', '--')/'images'
-    for d in (folder, images): d.mkdir(parents=True, exist_ok=True)
-    known, complete = folder/'rows.jsonl', folder/'complete'
-    with FileLock(folder/'lock'): yield from _continued(hub, config, split, revision, known, complete, images)
+    from filelock import FileLock  # comes with datasets and huggingface_hub
 
+    folder = cache / hub.replace('/', '--') / revision / f'{config or "default"}-{split}'
+    images = cache / hub.replace('/', '--') / 'images'
+    for d in (folder, images):
+        d.mkdir(parents=True, exist_ok=True)
+    known, complete = folder / 'rows.jsonl', folder / 'complete'
+    with FileLock(folder / 'lock'):
+        yield from _continued(hub, config, split, revision, known, complete, images)
+
+# %% ../nbs/06_vqa.ipynb #continued
 def _continued(hub, config, split, revision, known, complete, images):
     "Rows that are known, then the rest of the stream"
     lines = known.read_bytes().splitlines(keepends=True) if known.exists() else []
-    if lines and not lines[-1].endswith(b'\n'): known.write_bytes(b''.join(lines := lines[:-1])) # killed while writing
-    for line in lines: yield json.loads(line)
-    if complete.exists(): return
-    try: import datasets
-    except ImportError: raise ValueError(f"Reading {hub} from the Hub needs the package datasets: pip install 'fusion_notebooks[benchmarks]', or give the folder of the official files as root=.") from None
+    if lines and not lines[-1].endswith(b'\n'):
+        known.write_bytes(b''.join(lines := lines[:-1]))  # killed while writing
+    for line in lines:
+        yield json.loads(line)
+    if complete.exists():
+        return
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"Reading {hub} from the Hub needs the package datasets: pip install 'fusion_notebooks[benchmarks]', or give the folder of the official files as root=."
+        ) from None
     try:
         stream = datasets.load_dataset(hub, config, split=split, revision=revision, streaming=True)
         for k, v in (stream.features or {}).items():
-            if isinstance(v, datasets.Image): stream = stream.cast_column(k, datasets.Image(decode=False))
+            if isinstance(v, datasets.Image):
+                stream = stream.cast_column(k, datasets.Image(decode=False))
         with known.open('a') as f:
             for row in stream.skip(len(lines)) if lines else stream:
                 row = _keep(dict(row), images)
-                f.write(json.dumps(row, default=str) + '\n'); f.flush()
+                f.write(json.dumps(row, default=str) + '\n')
+                f.flush()
                 yield row
         complete.touch()
-    except Exception as e: raise OSError(f'{hub} could not be read from the Hub ({" ".join(str(e).split())[:160]}): check the connection, or give the folder of the official files as root=.') from e
+    except Exception as e:
+        raise OSError(
+            f'{hub} could not be read from the Hub ({" ".join(str(e).split())[:160]}): check the connection, or give the folder of the official files as root=.'
+        ) from e
 
+# %% ../nbs/06_vqa.ipynb #hub_rows
 def _hub_rows(b, cache):
     "(where, split, row, folder of the pictures) from the Hub"
-    cache = Path(cache or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'fusion_notebooks')
-    images, pictures, seen = cache/b.hub.replace('/', '--')/'images', b.pictures and _stream(b.hub, b.pictures, b.splits[0], b.revision, cache), {}
+    cache = Path(cache or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'fusion_notebooks')
+    images, pictures, seen = (
+        cache / b.hub.replace('/', '--') / 'images',
+        b.pictures and _stream(b.hub, b.pictures, b.splits[0], b.revision, cache),
+        {},
+    )
     for split in b.splits:
         for i, row in enumerate(_stream(b.hub, b.config, split, b.revision, cache)):
             where = f'{b.hub}@{b.revision[:7]} {split}, row {i}'
             if pictures:
                 while row.get('imageId') not in seen:
-                    if (p := next(pictures, None)) is None: raise ValueError(f"{where}: no picture {row.get('imageId')} in {b.pictures}.")
+                    if (p := next(pictures, None)) is None:
+                        raise ValueError(f"{where}: no picture {row.get('imageId')} in {b.pictures}.")
                     seen[p['id']] = p['image']
                 row['image'] = seen[row['imageId']]
             yield where, split, row, images
@@ -253,99 +496,177 @@ def _hub_rows(b, cache):
 # %% ../nbs/06_vqa.ipynb #c015
 def _checked(b, where, part, row):
     "The fields of a row, or one sentence about what is wrong with it"
-    try: f = dict(kind='', group=None, picture=None, hint='', options=(), box=None) | b.fields(row, part)
-    except KeyError as e: raise ValueError(f'{where}: column {e} is missing; it has {", ".join(map(str, row))[:120]}.') from None
-    except (TypeError, AttributeError, ValueError, IndexError) as e: raise ValueError(f'{where}: not a row of this benchmark ({str(e)[:100]}).') from None
+    try:
+        f = dict(kind='', group=None, picture=None, hint='', options=(), box=None) | b.fields(row, part)
+    except KeyError as e:
+        raise ValueError(f'{where}: column {e} is missing; it has {", ".join(map(str, row))[:120]}.') from None
+    except (TypeError, AttributeError, ValueError, IndexError) as e:
+        raise ValueError(f'{where}: not a row of this benchmark ({str(e)[:100]}).') from None
     a, options = f['answers'], f['options']
-    if wrong := [k for k in ('key', 'picture') if type(f[k]) not in (str, int, type(None))]: raise ValueError(f'{where}: {wrong[0]} {str(f[wrong[0]])[:60]!r} is neither a text nor a number.')
-    if not isinstance(f['question'], str) or not f['question'].strip(): raise ValueError(f"{where}: the question is {str(f['question'])[:60]!r}; it must be a text.")
-    if not isinstance(a, (list, tuple)) or not a or not all(isinstance(x, str) for x in a): raise ValueError(f'{where}: the answers are {str(a)[:60]!r}; a list of texts is needed (a split without answers cannot be scored).')
-    if b.people and len(a) != b.people: raise ValueError(f'{where}: {len(a)} answers; every question has {b.people}.')
-    if options and a[0] not in list('ABCDE'[:len(options)]) or b.circular and (len(options) < 2 or len({*options}) == 1): raise ValueError(f'{where}: answer {a[0]!r} with {len(options)} options; the letter of one of at least two is needed.')
-    if b.metric == 'pope' and a[0] not in ('yes', 'no'): raise ValueError(f'{where}: the label is {a[0]!r}; yes or no is needed.')
-    if f['box'] is not None and not (isinstance(f['box'], (list, tuple)) and len(f['box']) == 4 and all(type(v) in (int, float) and math.isfinite(v) for v in f['box'])):
-        raise ValueError(f"{where}: the box is {str(f['box'])[:60]!r}; four numbers (left, top, right, bottom) are needed.")
-    return f | dict(where=where, kind=str(f['kind'] or ''), key=str(f['key']), group=str(f['key'] if f['group'] is None else f['group']))
+    if wrong := [k for k in ('key', 'picture') if type(f[k]) not in (str, int, type(None))]:
+        raise ValueError(f'{where}: {wrong[0]} {str(f[wrong[0]])[:60]!r} is neither a text nor a number.')
+    if not isinstance(f['question'], str) or not f['question'].strip():
+        raise ValueError(f"{where}: the question is {str(f['question'])[:60]!r}; it must be a text.")
+    if not isinstance(a, (list, tuple)) or not a or not all(isinstance(x, str) for x in a):
+        raise ValueError(
+            f'{where}: the answers are {str(a)[:60]!r}; a list of texts is needed (a split without answers cannot be scored).'
+        )
+    if b.people and len(a) != b.people:
+        raise ValueError(f'{where}: {len(a)} answers; every question has {b.people}.')
+    if (
+        options
+        and a[0] not in list('ABCDE'[: len(options)])
+        or b.circular
+        and (len(options) < 2 or len({*options}) == 1)
+    ):
+        raise ValueError(
+            f'{where}: answer {a[0]!r} with {len(options)} options; the letter of one of at least two is needed.'
+        )
+    if b.metric == 'pope' and a[0] not in ('yes', 'no'):
+        raise ValueError(f'{where}: the label is {a[0]!r}; yes or no is needed.')
+    if f['box'] is not None and not (
+        isinstance(f['box'], (list, tuple))
+        and len(f['box']) == 4
+        and all(type(v) in (int, float) and math.isfinite(v) for v in f['box'])
+    ):
+        raise ValueError(
+            f"{where}: the box is {str(f['box'])[:60]!r}; four numbers (left, top, right, bottom) are needed."
+        )
+    return f | dict(
+        where=where,
+        kind=str(f['kind'] or ''),
+        key=str(f['key']),
+        group=str(f['key'] if f['group'] is None else f['group']),
+    )
 
+# %% ../nbs/06_vqa.ipynb #picture
 def _picture(f, folder):
     "Whose picture a row asks about: its name in the benchmark, else a hash of the file"
-    if f['picture'] is not None: return str(f['picture'])
-    return hashlib.sha256(f['image'] if isinstance(f['image'], bytes) else _inside(folder, f['image'], f['where']).read_bytes()).hexdigest()
+    if f['picture'] is not None:
+        return str(f['picture'])
+    return hashlib.sha256(
+        f['image'] if isinstance(f['image'], bytes) else _inside(folder, f['image'], f['where']).read_bytes()
+    ).hexdigest()
 
+# %% ../nbs/06_vqa.ipynb #opened
 def _opened(data, where):
     "A picture, not yet decoded, or converted to RGB as the references do where its mode is unusual"
     try:
         image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
         return image if image.mode in ('RGB', 'RGBA', 'L') else image.convert('RGB')
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e: raise ValueError(f'{where}: the picture cannot be read ({str(e)[:80]}).') from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(f'{where}: the picture cannot be read ({str(e)[:80]}).') from None
 
+# %% ../nbs/06_vqa.ipynb #part
 def part(
-    picture:str, # identity of a picture
-    share:float=.2, # of the pictures that calibrate
-)->str: # calibration or evaluation
+    picture: str,  # identity of a picture
+    share: float = 0.2,  # of the pictures that calibrate
+) -> str:  # calibration or evaluation
     "The split that a picture belongs to, by a hash: the same everywhere, and for every question about it"
-    return 'calibration' if int(hashlib.sha256(f'split {picture}'.encode()).hexdigest()[:12], 16) < share*16**12 else 'evaluation'
+    return (
+        'calibration'
+        if int(hashlib.sha256(f'split {picture}'.encode()).hexdigest()[:12], 16) < share * 16**12
+        else 'evaluation'
+    )
 
+# %% ../nbs/06_vqa.ipynb #asked
 def _asked(b, name, family, f):
     "Template and text of a question"
     known = PROMPTS.get(family, {}) if b.hub else {}
     template = known.get(name, known.get('other', b.prompt))
-    if not f['hint']: template = re.sub(r'.*\{hint\}.*\n', '', template)
+    if not f['hint']:
+        template = re.sub(r'.*\{hint\}.*\n', '', template)
     options = '\n'.join(f'{c}. {o}' for c, o in zip('ABCDE', f['options']))
-    return template, template.format(question=f['question'], Question=f['question'].capitalize(), hint=f['hint'], options=options)
+    return template, template.format(
+        question=f['question'], Question=f['question'].capitalize(), hint=f['hint'], options=options
+    )
 
+# %% ../nbs/06_vqa.ipynb #sample
 def _sample(b, name, family, f, folder, picture):
     box, image = f['box'], f['image'] if isinstance(f['image'], bytes) else _inside(folder, f['image'], f['where'])
     opened = _opened(image, f['where'])
-    if isinstance(image, bytes) or not isinstance(opened, ImageFile): image = opened # bytes, or converted
-    else: opened.close()
+    if isinstance(image, bytes) or not isinstance(opened, ImageFile):
+        image = opened  # bytes, or converted
+    else:
+        opened.close()
     if box is not None:
         w, h = opened.size
-        if not (0 <= box[0] < box[2] <= w and 0 <= box[1] < box[3] <= h): raise ValueError(f"{f['where']}: the box {tuple(box)} does not lie in its picture of {w} × {h} pixels.")
+        if not (0 <= box[0] < box[2] <= w and 0 <= box[1] < box[3] <= h):
+            raise ValueError(f"{f['where']}: the box {tuple(box)} does not lie in its picture of {w} × {h} pixels.")
     template, question = _asked(b, name, family, f)
     label = name if b.hub else Path(name).stem
-    return Sample(image, question, tuple(f['answers']), box and tuple(box), f['kind'], f"{label}-{f['key']}", picture, f"{label}-{f['group']}", template, f['where'])
+    return Sample(
+        image,
+        question,
+        tuple(f['answers']),
+        box and tuple(box),
+        f['kind'],
+        f"{label}-{f['key']}",
+        picture,
+        f"{label}-{f['group']}",
+        template,
+        f['where'],
+    )
 
 # %% ../nbs/06_vqa.ipynb #c016
 def load(
-    name:str, # a key of `BENCHMARKS`, or a table of your own: columns image, question, answers and where known box, kind, id
-    split:str='evaluation', # calibration, evaluation or all; the first two share no picture
-    limit:int|None=None, # questions at most; the rotations of MMBench count as one
-    order:str='first', # first: as in the files; random: by a hash of seed and id
-    seed:int=0, # of the random order
-    root=None, # folder of the official files, or above it (root/name); None: the Hub. Own table: folder of its pictures
-    images=None, # folder of the pictures, if it is not where the benchmark has it
-    family:str='', # config.model_type: how the question is put, see `PROMPTS`
-    share:float=.2, # of the pictures that calibrate
-    cache=None, # what came from the Hub; default ~/.cache/fusion_notebooks
-)->list: # of `Sample`
+    name: str,  # a key of `BENCHMARKS`, or a table of your own: columns image, question, answers and where known box, kind, id
+    split: str = 'evaluation',  # calibration, evaluation or all; the first two share no picture
+    limit: int | None = None,  # questions at most; the rotations of MMBench count as one
+    order: str = 'first',  # first: as in the files; random: by a hash of seed and id
+    seed: int = 0,  # of the random order
+    root=None,  # folder of the official files, or above it (root/name); None: the Hub. Own table: folder of its pictures
+    images=None,  # folder of the pictures, if it is not where the benchmark has it
+    family: str = '',  # config.model_type: how the question is put, see `PROMPTS`
+    share: float = 0.2,  # of the pictures that calibrate
+    cache=None,  # what came from the Hub; default ~/.cache/fusion_notebooks
+) -> list:  # of `Sample`
     "The samples of a benchmark. Raises `ValueError` and `OSError` with file and row."
     b = benchmark(name)
-    for what, value, known in (('split', split, ('calibration', 'evaluation', 'all')), ('order', order, ('first', 'random'))):
-        if value not in known: raise ValueError(f"No {what} '{value}'; known: {', '.join(known)}.")
-    if limit is not None and (type(limit) is not int or limit < 1): raise ValueError(f'limit is {limit}; a whole number above 0, or None for all.')
-    if not b.hub: rows = _file_rows(b, Path(name).parent, images or root or Path(name).parent)
-    elif root is None: rows = _hub_rows(b, cache)
-    else: rows = _file_rows(b, Path(root)/name if (Path(root)/name).is_dir() else root, images)
+    for what, value, known in (
+        ('split', split, ('calibration', 'evaluation', 'all')),
+        ('order', order, ('first', 'random')),
+    ):
+        if value not in known:
+            raise ValueError(f"No {what} '{value}'; known: {', '.join(known)}.")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ValueError(f'limit is {limit}; a whole number above 0, or None for all.')
+    if not b.hub:
+        rows = _file_rows(b, Path(name).parent, images or root or Path(name).parent)
+    elif root is None:
+        rows = _hub_rows(b, cache)
+    else:
+        rows = _file_rows(b, Path(root) / name if (Path(root) / name).is_dir() else root, images)
     seen = {}
+
     def fields():
         for where, of, row, folder in rows:
             f = _checked(b, where, of, row)
-            if (first := seen.setdefault(f['key'], where)) != where: raise ValueError(f"{where}: its id {f['key']} is that of {first} too.")
+            if (first := seen.setdefault(f['key'], where)) != where:
+                raise ValueError(f"{where}: its id {f['key']} is that of {first} too.")
             yield f, folder
+
     with closing(rows):
-        if order == 'first' and not b.circular: groups = ([f] for f in fields())
+        if order == 'first' and not b.circular:
+            groups = ([f] for f in fields())
         else:
             together = {}
-            for f in fields(): together.setdefault(f[0]['group'], []).append(f)
+            for f in fields():
+                together.setdefault(f[0]['group'], []).append(f)
             groups = list(together.values())
-            if order == 'random': groups.sort(key=lambda g: hashlib.sha256(f"{seed} {name if b.hub else ''} {g[0][0]['group']}".encode()).digest())
+            if order == 'random':
+                groups.sort(
+                    key=lambda g: hashlib.sha256(f"{seed} {name if b.hub else ''} {g[0][0]['group']}".encode()).digest()
+                )
         out, n = [], 0
         for g in groups:
             picture = _picture(*g[0])
-            if split not in ('all', part(picture, share)): continue
+            if split not in ('all', part(picture, share)):
+                continue
             out += [_sample(b, name, family, f, folder, picture) for f, folder in g]
             n += 1
-            if n == limit: break
-    if not out: raise ValueError(f'{name}: no question in the {split} split; it has {len(seen)} in all.')
+            if n == limit:
+                break
+    if not out:
+        raise ValueError(f'{name}: no question in the {split} split; it has {len(seen)} in all.')
     return out

@@ -1,4 +1,5 @@
 "Baselines against references written out by hand, in several families; costs and traces"
+
 import math
 import numpy as np, pytest, torch
 from PIL import Image
@@ -15,127 +16,194 @@ from twins import family
 ASK = 'What color is the circle?'
 NAMES = ('tiny', 'llava_next', 'qwen2_5_vl', 'gemma3')
 CONTRASTS = ('cd', 'vcd', 'dola')
-N = 4                                                                            # tokens: the prompt's and a few decoded ones
+N = 4  # tokens: the prompt's and a few decoded ones
+
 
 @pytest.fixture(params=NAMES)
-def any_mllm(request): return request.getfixturevalue('tiny') if request.param == 'tiny' else family(request.param)
+def any_mllm(request):
+    return request.getfixturevalue('tiny') if request.param == 'tiny' else family(request.param)
 
-def close(a, b): return a.ids == b.ids and abs(a.logp - b.logp) < 1e-3*max(1, abs(b.logp))     # the second picture is put behind the keys and values of the first
 
-def picture(mllm): return noise_image(0, (96, 48) if mllm.name == 'llava_next' else (96, 96) if mllm.name != 'tiny' else (384, 384))
+def close(a, b):
+    return a.ids == b.ids and abs(a.logp - b.logp) < 1e-3 * max(
+        1, abs(b.logp)
+    )  # the second picture is put behind the keys and values of the first
+
+
+def picture(mllm):
+    return noise_image(0, (96, 48) if mllm.name == 'llava_next' else (96, 96) if mllm.name != 'tiny' else (384, 384))
+
 
 class eager:
     "The text decoder writes its attention out"
-    def __init__(self, mllm): self.text = mllm.model.config.get_text_config()
-    def __enter__(self): self.was, self.text._attn_implementation = self.text._attn_implementation, 'eager'
-    def __exit__(self, *_): self.text._attn_implementation = self.was
+
+    def __init__(self, mllm):
+        self.text = mllm.model.config.get_text_config()
+
+    def __enter__(self):
+        self.was, self.text._attn_implementation = self.text._attn_implementation, 'eager'
+
+    def __exit__(self, *_):
+        self.text._attn_implementation = self.was
+
 
 def attentions(mllm, inputs):
     "Per layer (batch, heads, rows, keys)"
-    with eager(mllm): return mllm.model(**inputs, use_cache=False, output_attentions=True).attentions
+    with eager(mllm):
+        return mllm.model(**inputs, use_cache=False, output_attentions=True).attentions
+
 
 def after(mllm, p, ids):
     "Logits of the next token, without a cache; the image token is never said"
-    with torch.no_grad(): l = mllm.model(**mllm.copies(p, 1, list(ids)), use_cache=False).logits[0, -1].float().clone()
+    with torch.no_grad():
+        l = mllm.model(**mllm.copies(p, 1, list(ids)), use_cache=False).logits[0, -1].float().clone()
     l[mllm.image_token_id] = -torch.inf
     return l.double().numpy()
 
-def log_softmax(l): m = l.max(); return l - m - np.log(np.exp(l - m).sum())
+
+def log_softmax(l):
+    m = l.max()
+    return l - m - np.log(np.exp(l - m).sum())
+
 
 def greedy(mllm, p, scores, n):
     "Token by token, each from forwards of its own"
     ids = []
-    while len(ids) < n and 1 not in ids: ids.append(int(np.argmax(scores(ids))))
+    while len(ids) < n and 1 not in ids:
+        ids.append(int(np.argmax(scores(ids))))
     return ids
 
-def plausible(s, expert, beta=.1): return np.where(np.exp(expert) >= beta*np.exp(expert.max()), s, -np.inf)
+
+def plausible(s, expert, beta=0.1):
+    return np.where(np.exp(expert) >= beta * np.exp(expert.max()), s, -np.inf)
+
 
 def test_relative_attention(any_mllm):
     mllm, im = any_mllm, picture(any_mllm)
     r = answer(mllm, im, ASK, 'vicrop-rel', max_new_tokens=3)
     p, g = mllm.prompt(im, ASK), mllm.prompt(im, GENERAL)
-    l = dict(tiny=4).get(mllm.name, 2)                                           # 14/32 of 8 and of 4 layers
-    with torch.no_grad(): a, b = (attentions(mllm, q.inputs)[l][0, :, -1, q.visual].mean(0).double().numpy() for q in (p, g))
+    l = dict(tiny=4).get(mllm.name, 2)  # 14/32 of 8 and of 4 layers
+    with torch.no_grad():
+        a, b = (attentions(mllm, q.inputs)[l][0, :, -1, q.visual].mean(0).double().numpy() for q in (p, g))
     grid = p.grids[0]
     want = np.divide(a, b, out=np.zeros_like(a), where=b > 1e-30)[grid.index]
     assert np.allclose(r.map, want, rtol=1e-4) and r.box == window_box(want, grid, view_side(mllm))
     assert close(r.answer, mllm.answer([im, im.crop(r.box)], ASK, 3))
+
 
 def test_gradient_attention(any_mllm):
     mllm, im = any_mllm, picture(any_mllm)
     p, l = mllm.prompt(im, ASK), dict(tiny=4).get(any_mllm.name, 2)
     with eager(mllm), torch.enable_grad():
         out = mllm.model(**p.inputs, use_cache=False, output_attentions=True)
-        g, = torch.autograd.grad(out.logits[0, -1].log_softmax(-1).max(), out.attentions[l])
-    want = (out.attentions[l]*g.relu())[0, :, -1, p.visual].mean(0).detach().double().numpy()
+        (g,) = torch.autograd.grad(out.logits[0, -1].log_softmax(-1).max(), out.attentions[l])
+    want = (out.attentions[l] * g.relu())[0, :, -1, p.visual].mean(0).detach().double().numpy()
     r = answer(mllm, im, ASK, 'vicrop-grad', max_new_tokens=3)
-    assert np.abs(r.map - want[p.grids[0].index]).max() < 1e-4*want.max() and want.max() > 0
+    assert np.abs(r.map - want[p.grids[0].index]).max() < 1e-4 * want.max() and want.max() > 0
     assert r.cost.backwards == 1
-    with eager(mllm): again = answer(mllm, im, ASK, 'vicrop-grad', max_new_tokens=3)
-    assert np.abs(again.map - r.map).max() < 1e-4*r.map.max() and again.cost == r.cost
+    with eager(mllm):
+        again = answer(mllm, im, ASK, 'vicrop-grad', max_new_tokens=3)
+    assert np.abs(again.map - r.map).max() < 1e-4 * r.map.max() and again.cost == r.cost
+
 
 def test_pixel_gradient_by_hand(tiny):
     "A square picture in one view of 96 pixels: cells are blocks of 12 × 12"
     im = noise_image(3)
+
     def slope(q):
         p = tiny.prompt(im, q)
         x = p.inputs['pixel_values'].clone().requires_grad_()
         tiny.model(**p.inputs | dict(pixel_values=x)).logits[0, -1].log_softmax(-1).max().backward(inputs=[x])
         return x.grad[0].double().norm(dim=0).numpy()
-    x = torch.tensor(np.asarray(im.resize((96, 96), Image.Resampling.BILINEAR))/255).permute(2, 0, 1)
-    w = torch.exp(-torch.tensor([-1., 0, 1], dtype=torch.float64)**2/(2*.8**2))
-    kernel = torch.outer(w, w)/w.sum()**2
-    blur = torch.nn.functional.conv2d(torch.nn.functional.pad(x[:, None], (1, 1, 1, 1), mode='reflect'), kernel[None, None])[:, 0]
+
+    x = torch.tensor(np.asarray(im.resize((96, 96), Image.Resampling.BILINEAR)) / 255).permute(2, 0, 1)
+    w = torch.exp(-(torch.tensor([-1.0, 0, 1], dtype=torch.float64) ** 2) / (2 * 0.8**2))
+    kernel = torch.outer(w, w) / w.sum() ** 2
+    blur = torch.nn.functional.conv2d(
+        torch.nn.functional.pad(x[:, None], (1, 1, 1, 1), mode='reflect'), kernel[None, None]
+    )[:, 0]
     high = ndimage.median_filter((x - blur).pow(2).sum(0).sqrt().numpy(), 7)
-    want = (slope(ASK)/slope(GENERAL)*(high > np.median(high))).reshape(8, 12, 8, 12).mean((1, 3)).ravel()
+    want = (slope(ASK) / slope(GENERAL) * (high > np.median(high))).reshape(8, 12, 8, 12).mean((1, 3)).ravel()
     r = answer(tiny, im, ASK, 'vicrop-pure', max_new_tokens=3)
-    assert np.allclose(r.map, want, rtol=1e-3, atol=1e-6*want.max()) and r.cost.backwards == 2
+    assert np.allclose(r.map, want, rtol=1e-3, atol=1e-6 * want.max()) and r.cost.backwards == 2
+
 
 def test_pixel_gradient_of_patches():
     "Qwen hands out patches of 3 × 2 × 4 × 4 values, four in a row for each token"
     mllm, im = family('qwen2_5_vl'), noise_image(3, (96, 96))
     p, g = mllm.prompt(im, ASK), mllm.prompt(im, GENERAL)
+
     def slope(q):
         x = q.inputs['pixel_values'].clone().requires_grad_()
         mllm.model(**q.inputs | dict(pixel_values=x)).logits[0, -1].log_softmax(-1).max().backward(inputs=[x])
         return x.grad.double().reshape(-1, 3, 2, 4, 4).norm(dim=1).numpy()
-    ratio = (slope(p)/slope(g)).reshape(len(p.visual), 4*2*4*4)
-    assert p.inputs['pixel_values'].shape == (4*len(p.visual), 96)
+
+    ratio = (slope(p) / slope(g)).reshape(len(p.visual), 4 * 2 * 4 * 4)
+    assert p.inputs['pixel_values'].shape == (4 * len(p.visual), 96)
     apart = baselines._apart(mllm, p)
-    kept = (baselines._seen_as(mllm, p, baselines._detail(im, view_side(mllm)), apart) > .5).reshape(len(p.visual), -1)
-    assert .2 < kept.mean() < .8
+    kept = (baselines._seen_as(mllm, p, baselines._detail(im, view_side(mllm)), apart) > 0.5).reshape(len(p.visual), -1)
+    assert 0.2 < kept.mean() < 0.8
     r = answer(mllm, im, ASK, 'vicrop-pure', max_new_tokens=2)
-    assert np.allclose(r.map, (ratio*kept).mean(1), rtol=1e-3)
+    assert np.allclose(r.map, (ratio * kept).mean(1), rtol=1e-3)
+
 
 def test_colours_are_told_apart(tiny, monkeypatch):
     "Patches with colours first, last, and one patch of padding"
-    def pixels(order): return lambda mllm, p, images: np.concatenate([np.stack([np.moveaxis(np.asarray(images[0], float).reshape(4, 4, 3)[k], -1, 0 if order == 'first' else -1).ravel() for k in range(4)]), np.full((1, 12), 9.)])
+
+    def pixels(order):
+        return lambda mllm, p, images: np.concatenate(
+            [
+                np.stack(
+                    [
+                        np.moveaxis(
+                            np.asarray(images[0], float).reshape(4, 4, 3)[k], -1, 0 if order == 'first' else -1
+                        ).ravel()
+                        for k in range(4)
+                    ]
+                ),
+                np.full((1, 12), 9.0),
+            ]
+        )
+
     im = noise_image(0, (32, 32)).resize((4, 4))
     want = np.moveaxis(np.asarray(im, float).reshape(4, 4, 3), -1, 1)
     p = type('P', (), dict(images=[im]))
     for order in ('first', 'last'):
-        monkeypatch.setattr(baselines, '_pixels', pixels(order)); monkeypatch.setitem(tiny.__dict__, '_measured', {})
+        monkeypatch.setattr(baselines, '_pixels', pixels(order))
+        monkeypatch.setitem(tiny.__dict__, '_measured', {})
         assert np.array_equal(baselines._apart(tiny, p)(baselines._pixels(tiny, p, [im])), want)
+
 
 def test_what_is_kept_by_size_is_that_of_the_size():
     mllm = family('llava_next')
     p = [mllm.prompt(noise_image(0, size), ASK) for size in ((96, 96), (120, 60), (96, 96))]
     for q in p:
         assert str(baselines._places(mllm, q)) == str(baselines._tiles(mllm, q))
-        assert all(map(np.array_equal, baselines._ends(mllm, q), [baselines._pixels(mllm, q, [Image.new('RGB', q.images[0].size, c)]) for c in ('black', 'white')]))
+        assert all(
+            map(
+                np.array_equal,
+                baselines._ends(mllm, q),
+                [baselines._pixels(mllm, q, [Image.new('RGB', q.images[0].size, c)]) for c in ('black', 'white')],
+            )
+        )
     assert str(baselines._places(mllm, p[0])) != str(baselines._places(mllm, p[1]))
+
 
 @pytest.mark.parametrize('name', ['llava_next', 'qwen2_5_vl', 'instructblip', 'smolvlm'])
 def test_pixels_land_in_their_cells(name):
     "Where the picture is brighter, so are the cells that the processor's pixels are gathered in"
     mllm = family(name)
-    im = Image.new('RGB', (96, 96), 'black'); im.paste('white', (48, 0, 96, 48))
+    im = Image.new('RGB', (96, 96), 'black')
+    im.paste('white', (48, 0, 96, 48))
     p = mllm.prompt(im, ASK)
     grid = p.grids[0]
-    got = baselines._on_grid(mllm, p, grid, baselines._seen_as(mllm, p, im, baselines._apart(mllm, p))).reshape(grid.h, grid.w)
-    centre = (grid.boxes[:, :2] + grid.boxes[:, 2:]).reshape(grid.h, grid.w, 2)/2
+    got = baselines._on_grid(mllm, p, grid, baselines._seen_as(mllm, p, im, baselines._apart(mllm, p))).reshape(
+        grid.h, grid.w
+    )
+    centre = (grid.boxes[:, :2] + grid.boxes[:, 2:]).reshape(grid.h, grid.w, 2) / 2
     inside = (centre[..., 0] > 60) & (centre[..., 1] < 36), (centre[..., 0] < 36) | (centre[..., 1] > 60)
-    assert inside[0].any() and got[inside[0]].min() > .6 > .4 > got[inside[1]].max()
+    assert inside[0].any() and got[inside[0]].min() > 0.6 > 0.4 > got[inside[1]].max()
+
 
 def test_carve_by_hand(tiny):
     im = noise_image(1)
@@ -144,94 +212,140 @@ def test_carve_by_hand(tiny):
     for q in (ASK, GENERAL):
         p, steps = tiny.prompt(im, q), []
         ids = tiny.answer(p, max_new_tokens=4).ids
-        for t in range(len(ids)):                                                # one forward per step
-            with torch.no_grad(): a = attentions(tiny, tiny.copies(p, 1, ids[:t]))
+        for t in range(len(ids)):  # one forward per step
+            with torch.no_grad():
+                a = attentions(tiny, tiny.copies(p, 1, ids[:t]))
             steps.append([a[l][0, :, -1, p.visual].mean(0).double().numpy() for l in (3, 4)])
         maps.append(steps)
-    want = sum((t + 1)*q/(g + 1e-8) for t, (qs, gs) in enumerate(zip(*maps)) for q, g in zip(qs, gs))
+    want = sum((t + 1) * q / (g + 1e-8) for t, (qs, gs) in enumerate(zip(*maps)) for q, g in zip(qs, gs))
     assert np.allclose(r.map, want, rtol=1e-4)
-    over = np.asarray(Image.fromarray(want.reshape(8, 8).astype('float32')).resize((384, 384), Image.Resampling.BILINEAR), float)
-    parts, n = ndimage.label(over >= np.sort(over.ravel())[int(.8*over.size)])
+    over = np.asarray(
+        Image.fromarray(want.reshape(8, 8).astype('float32')).resize((384, 384), Image.Resampling.BILINEAR), float
+    )
+    parts, n = ndimage.label(over >= np.sort(over.ravel())[int(0.8 * over.size)])
     order = sorted(range(1, n + 1), key=lambda k: -over[parts == k].sum())[:3]
     kept = np.isin(parts, order)
     ys, xs = kept.any(1).nonzero()[0], kept.any(0).nonzero()[0]
     box = (xs[0], ys[0], xs[-1] + 1, ys[-1] + 1)
     assert np.abs(np.subtract(r.box, box)).max() <= 1
-    black = np.asarray(im)*kept[..., None].astype('uint8')
+    black = np.asarray(im) * kept[..., None].astype('uint8')
     if r.box == tuple(box):
-        scale = max(384/(box[2] - box[0]), 384/(box[3] - box[1]))
-        if scale**2*(box[2] - box[0])*(box[3] - box[1]) <= 4*384**2:
-            crop = Image.fromarray(black).crop(r.box).resize((int((box[2] - box[0])*scale), int((box[3] - box[1])*scale)), Image.Resampling.LANCZOS)
+        scale = max(384 / (box[2] - box[0]), 384 / (box[3] - box[1]))
+        if scale**2 * (box[2] - box[0]) * (box[3] - box[1]) <= 4 * 384**2:
+            crop = (
+                Image.fromarray(black)
+                .crop(r.box)
+                .resize((int((box[2] - box[0]) * scale), int((box[3] - box[1]) * scale)), Image.Resampling.LANCZOS)
+            )
             assert r.crop.size == crop.size and np.abs(np.asarray(crop, int) - np.asarray(r.crop, int)).mean() < 1
     assert close(r.answer, tiny.answer([im, r.crop], ASK, 4))
+
 
 def test_contrastive_decoding_by_hand(any_mllm):
     mllm, im = any_mllm, picture(any_mllm)
     p, n = mllm.prompt(im, ASK), N
+
     def amateur(ids):
-        with edit(mllm, None, p.visual, 'knockout'): return log_softmax(after(mllm, p, ids))
-    def scores(ids): e = log_softmax(after(mllm, p, ids)); return plausible(e - np.where(np.isinf(e), 0, amateur(ids)), e)
+        with edit(mllm, None, p.visual, 'knockout'):
+            return log_softmax(after(mllm, p, ids))
+
+    def scores(ids):
+        e = log_softmax(after(mllm, p, ids))
+        return plausible(e - np.where(np.isinf(e), 0, amateur(ids)), e)
+
     r = answer(mllm, im, ASK, 'cd', max_new_tokens=n)
     ids = greedy(mllm, p, scores, n)
     assert r.answer.ids == ids
     assert abs(r.answer.logp - sum(log_softmax(after_plain(mllm, p, ids[:k]))[i] for k, i in enumerate(ids))) < 1e-3
 
-def after_plain(mllm, p, ids):
-    with torch.no_grad(): return mllm.model(**mllm.copies(p, 1, list(ids)), use_cache=False).logits[0, -1].double().numpy()
 
-@pytest.mark.parametrize('name', ['tiny', 'llava_next', 'qwen2_5_vl', 'idefics3', 'smolvlm', 'instructblip', 'paligemma', 'mllama'])
+def after_plain(mllm, p, ids):
+    with torch.no_grad():
+        return mllm.model(**mllm.copies(p, 1, list(ids)), use_cache=False).logits[0, -1].double().numpy()
+
+
+@pytest.mark.parametrize(
+    'name', ['tiny', 'llava_next', 'qwen2_5_vl', 'idefics3', 'smolvlm', 'instructblip', 'paligemma', 'mllama']
+)
 def test_the_amateur_sees_nothing(name, request, monkeypatch):
     "Another picture leaves the second branch as it is, and changes the first"
     mllm = request.getfixturevalue('tiny') if name == 'tiny' else family(name)
     seen = []
+
     def decode(mllm, inputs, rule, n):
-        with torch.no_grad(): seen.append(mllm.model(**inputs, use_cache=False).logits[:, -1].float())
-        return Answer('', [1], 0.)
+        with torch.no_grad():
+            seen.append(mllm.model(**inputs, use_cache=False).logits[:, -1].float())
+        return Answer('', [1], 0.0)
+
     monkeypatch.setattr(baselines, '_decode', decode)
-    for k in range(2): baselines.cd(mllm, noise_image(k, (96, 96)), ASK)
+    for k in range(2):
+        baselines.cd(mllm, noise_image(k, (96, 96)), ASK)
     (e, a), (f, b) = seen
-    assert (a - b).abs().max() < 1e-4*a.abs().max() and (e - f).abs().max() > 1e-3*e.abs().max()
+    assert (a - b).abs().max() < 1e-4 * a.abs().max() and (e - f).abs().max() > 1e-3 * e.abs().max()
+
 
 def test_visual_contrastive_decoding_by_hand(any_mllm):
     mllm, im = any_mllm, picture(any_mllm)
     p, noisy, n = mllm.prompt(im, ASK), mllm.prompt(im, ASK), N
-    kept = 1.
-    for k in range(501): kept *= 1 - (1/(1 + math.exp(6 - 12*k/999))*(.5e-2 - 1e-5) + 1e-5)
+    kept = 1.0
+    for k in range(501):
+        kept *= 1 - (1 / (1 + math.exp(6 - 12 * k / 999)) * (0.5e-2 - 1e-5) + 1e-5)
     x = p.inputs['pixel_values']
-    noisy.inputs['pixel_values'] = kept**.5*x + (1 - kept)**.5*torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
-    assert .5 < (noisy.inputs['pixel_values'] - x).std()
-    def scores(ids): e, a = after(mllm, p, ids), after(mllm, noisy, ids); return plausible(2*e - np.where(np.isinf(a), 0, a), log_softmax(e))
+    noisy.inputs['pixel_values'] = kept**0.5 * x + (1 - kept) ** 0.5 * torch.randn(
+        x.shape, generator=torch.Generator().manual_seed(7)
+    )
+    assert 0.5 < (noisy.inputs['pixel_values'] - x).std()
+
+    def scores(ids):
+        e, a = after(mllm, p, ids), after(mllm, noisy, ids)
+        return plausible(2 * e - np.where(np.isinf(a), 0, a), log_softmax(e))
+
     assert answer(mllm, im, ASK, 'vcd', seed=7, max_new_tokens=n).answer.ids == greedy(mllm, p, scores, n)
+
 
 @pytest.mark.parametrize('layers', ['high', [1, 2, 3]])
 def test_dola_by_an_explicit_loop_over_early_exits(any_mllm, layers):
     mllm, im = any_mllm, picture(any_mllm)
     p, n = mllm.prompt(im, ASK), N
     inner = dict(tiny=[4, 6]).get(mllm.name, [2]) if layers == 'high' else layers
+
     def scores(ids):
         last = log_softmax(after_plain(mllm, p, ids))
         early = []
         for l in inner:
-            with early_exit(mllm, l - 1): early.append(log_softmax(after_plain(mllm, p, ids)))
-        def js(q): m = (np.exp(last) + np.exp(q))/2; return (np.exp(last)*(last - np.log(m)) + np.exp(q)*(q - np.log(m))).sum()/2
+            with early_exit(mllm, l - 1):
+                early.append(log_softmax(after_plain(mllm, p, ids)))
+
+        def js(q):
+            m = (np.exp(last) + np.exp(q)) / 2
+            return (np.exp(last) * (last - np.log(m)) + np.exp(q) * (q - np.log(m))).sum() / 2
+
         s = last - max(early, key=js)
         s[mllm.image_token_id] = -np.inf
         return plausible(s, log_softmax(after(mllm, p, ids)))
+
     assert answer(mllm, im, ASK, 'dola', layers=layers, max_new_tokens=n).answer.ids == greedy(mllm, p, scores, n)
 
+
 def test_divergence_by_hand():
-    p, q = np.array([.5, .5, 0.]), np.array([.25, .25, .5])
-    m = (p + q)/2
-    want = .5*sum(a*np.log(a/c) for a, c in zip(p, m) if a) + .5*sum(a*np.log(a/c) for a, c in zip(q, m) if a)
+    p, q = np.array([0.5, 0.5, 0.0]), np.array([0.25, 0.25, 0.5])
+    m = (p + q) / 2
+    want = 0.5 * sum(a * np.log(a / c) for a, c in zip(p, m) if a) + 0.5 * sum(
+        a * np.log(a / c) for a, c in zip(q, m) if a
+    )
     got = baselines._divergence(torch.tensor(p + 1e-30).log(), torch.tensor(q).log())
     assert abs(got.item() - want) < 1e-12
 
-def over_trust(mllm, p, ids, scale=50.):
+
+def over_trust(mllm, p, ids, scale=50.0):
     "The penalty of one answer so far, from the written-out attention of the last layer"
-    with torch.no_grad(): a = attentions(mllm, mllm.copies(p, 1, ids))[-1][0].amax(0).double().numpy()
-    a = a/a.sum(-1, keepdims=True)
-    if len(ids) <= 10: return -a[-1, p.visual.numpy()].sum()
-    return max(1e-7*np.prod([scale*a[i, j] for i in range(j, len(a))]) for j in range(p.length, len(a)))
+    with torch.no_grad():
+        a = attentions(mllm, mllm.copies(p, 1, ids))[-1][0].amax(0).double().numpy()
+    a = a / a.sum(-1, keepdims=True)
+    if len(ids) <= 10:
+        return -a[-1, p.visual.numpy()].sum()
+    return max(1e-7 * np.prod([scale * a[i, j] for i in range(j, len(a))]) for j in range(p.length, len(a)))
+
 
 @pytest.mark.parametrize('n', [1, 3, 10, 11, 16])
 def test_over_trust_by_hand(any_mllm, n):
@@ -239,74 +353,117 @@ def test_over_trust_by_hand(any_mllm, n):
     tails = torch.from_numpy(np.random.default_rng(n).integers(10, 30, (3, n)))
     want = [over_trust(mllm, p, t.tolist()) for t in tails]
     first = look(mllm, p.images[0], ASK)
-    shared = baselines._over_trust(mllm, first, tails, 50.)
-    first.seen.stem = None                                                       # and every trial by itself
-    assert np.allclose(shared, want, rtol=1e-3) and np.allclose(baselines._over_trust(mllm, first, tails, 50.), want, rtol=1e-3) and np.ptp(want)
+    shared = baselines._over_trust(mllm, first, tails, 50.0)
+    first.seen.stem = None  # and every trial by itself
+    assert (
+        np.allclose(shared, want, rtol=1e-3)
+        and np.allclose(baselines._over_trust(mllm, first, tails, 50.0), want, rtol=1e-3)
+        and np.ptp(want)
+    )
 
-@pytest.mark.parametrize('weight', [0., 1., 30.])
+
+@pytest.mark.parametrize('weight', [0.0, 1.0, 30.0])
 def test_opera_by_hand(any_mllm, weight):
     "Two beams, two candidates, two tokens: all sixteen paths, kept by hand"
     mllm, im = any_mllm, picture(any_mllm)
     p, K = mllm.prompt(im, ASK), 2
-    beams, done = [(0., [])], []
+    beams, done = [(0.0, [])], []
     for step in range(2):
         more = []
         for total, ids in beams:
             l = log_softmax(after(mllm, p, ids))
             top = np.argsort(-l)[:K].tolist()
-            s = log_softmax(np.array([l[t] - weight*over_trust(mllm, p, ids + [t]) for t in top]))
+            s = log_softmax(np.array([l[t] - weight * over_trust(mllm, p, ids + [t]) for t in top]))
             more += [(total + v, ids + [t]) for t, v in zip(top, s)]
         more.sort(key=lambda m: -m[0])
-        done += [(t/len(ids), ids) for t, ids in more[:2] if ids[-1] == 1 or step == 1]
+        done += [(t / len(ids), ids) for t, ids in more[:2] if ids[-1] == 1 or step == 1]
         beams = [m for m in more if m[1][-1] != 1][:2]
     r = answer(mllm, im, ASK, 'opera', beams=2, candidates=K, weight=weight, max_new_tokens=2)
     assert r.answer.ids == max(done)[1]
-    assert abs(r.answer.logp - sum(log_softmax(after_plain(mllm, p, r.answer.ids[:k]))[i] for k, i in enumerate(r.answer.ids))) < 1e-3
+    assert (
+        abs(
+            r.answer.logp
+            - sum(log_softmax(after_plain(mllm, p, r.answer.ids[:k]))[i] for k, i in enumerate(r.answer.ids))
+        )
+        < 1e-3
+    )
+
 
 @pytest.mark.parametrize('method', ['cd', 'vcd'])
 def test_no_contrast_is_the_plain_answer(any_mllm, method):
     mllm, im = any_mllm, picture(any_mllm)
     base, r = mllm.answer(im, ASK, 5), answer(mllm, im, ASK, method, alpha=0, max_new_tokens=5)
     assert r.answer.ids == base.ids and abs(r.answer.logp - base.logp) < 1e-3
-    strong = answer(mllm, im, ASK, method, alpha=50., beta=1e-3, max_new_tokens=5)
-    assert strong.answer.ids != base.ids                                         # and there is something to contrast
+    strong = answer(mllm, im, ASK, method, alpha=50.0, beta=1e-3, max_new_tokens=5)
+    assert strong.answer.ids != base.ids  # and there is something to contrast
+
 
 def test_one_plausible_token_is_the_plain_answer(tiny):
     for method in CONTRASTS:
-        assert answer(tiny, noise_image(2), ASK, method, beta=1., max_new_tokens=5).answer.ids == tiny.answer(noise_image(2), ASK, 5).ids
+        assert (
+            answer(tiny, noise_image(2), ASK, method, beta=1.0, max_new_tokens=5).answer.ids
+            == tiny.answer(noise_image(2), ASK, 5).ids
+        )
+
 
 def test_costs_are_counted(tiny):
     im, n = noise_image(0), 3
     p, G = tiny.prompt(im, ASK), tiny.prompt(im, GENERAL).length
     S, cut = p.length, int(p.visual.max()) + 1
-    facts(tiny, p)                                                               # probed once per model
+    facts(tiny, p)  # probed once per model
     for method in METHODS:
         kw = dict(beams=2, candidates=2) if method == 'opera' else {}
         calls = []
-        handle = tiny.layers[2].self_attn.register_forward_pre_hook(lambda m, args, kw: calls.append(tuple((args[0] if args else kw['hidden_states']).shape[:2])), with_kwargs=True)
-        try: r = answer(tiny, im, ASK, method, max_new_tokens=n, **kw)
-        finally: handle.remove()
-        assert (r.cost.forwards, r.cost.rows) == (sum(b for b, _ in calls), sum(b*k for b, k in calls)), method
+        handle = tiny.layers[2].self_attn.register_forward_pre_hook(
+            lambda m, args, kw: calls.append(tuple((args[0] if args else kw['hidden_states']).shape[:2])),
+            with_kwargs=True,
+        )
+        try:
+            r = answer(tiny, im, ASK, method, max_new_tokens=n, **kw)
+        finally:
+            handle.remove()
+        assert (r.cost.forwards, r.cost.rows) == (sum(b for b, _ in calls), sum(b * k for b, k in calls)), method
         T = len(r.answer.ids)
-        two = tiny.prompt([im, r.crop], ASK).length - cut + T - 1 if r.crop else 0   # rows behind the first picture, and the answer's
-        if method in ('cd', 'vcd'): assert (r.cost.forwards, r.cost.rows) == (2*T, 2*(S + T - 1))
-        if method == 'dola': assert (r.cost.forwards, r.cost.rows) == (T, S + T - 1)
-        if method == 'vicrop-rel': assert (r.cost.forwards, r.cost.rows) == (2 + T, S + G + two)
-        if method == 'vicrop-grad': assert (r.cost.forwards, r.cost.rows, r.cost.backwards) == (2 + T, 2*S + two, 1)
-        if method == 'vicrop-pure': assert (r.cost.forwards, r.cost.rows, r.cost.backwards) == (3 + T, 2*S + G + two, 2)
+        two = (
+            tiny.prompt([im, r.crop], ASK).length - cut + T - 1 if r.crop else 0
+        )  # rows behind the first picture, and the answer's
+        if method in ('cd', 'vcd'):
+            assert (r.cost.forwards, r.cost.rows) == (2 * T, 2 * (S + T - 1))
+        if method == 'dola':
+            assert (r.cost.forwards, r.cost.rows) == (T, S + T - 1)
+        if method == 'vicrop-rel':
+            assert (r.cost.forwards, r.cost.rows) == (2 + T, S + G + two)
+        if method == 'vicrop-grad':
+            assert (r.cost.forwards, r.cost.rows, r.cost.backwards) == (2 + T, 2 * S + two, 1)
+        if method == 'vicrop-pure':
+            assert (r.cost.forwards, r.cost.rows, r.cost.backwards) == (3 + T, 2 * S + G + two, 2)
         assert r.cost.back == dict([('vicrop-grad', S), ('vicrop-pure', S + G)]).get(method, 0)
-        if method == 'opera': assert r.cost.forwards == 1 + 2*n + 2*(1 + 2*(n - 1))   # beams decode, candidates are tried; no answer ends before n here
+        if method == 'opera':
+            assert r.cost.forwards == 1 + 2 * n + 2 * (
+                1 + 2 * (n - 1)
+            )  # beams decode, candidates are tried; no answer ends before n here
+
 
 def test_every_method_starts_from_a_look(tiny):
     im = noise_image(1)
     first = look(tiny, im, ASK)
     for method in METHODS:
         kw = dict(beams=2, candidates=2) if method == 'opera' else {}
-        a, b = answer(tiny, im, ASK, method, max_new_tokens=2, **kw), answer(tiny, first, method=method, max_new_tokens=2, **kw)
+        a, b = (
+            answer(tiny, im, ASK, method, max_new_tokens=2, **kw),
+            answer(tiny, first, method=method, max_new_tokens=2, **kw),
+        )
         saved = a.cost.forwards - b.cost.forwards
-        assert a.answer == b.answer and a.box == b.box and saved == (method.startswith('vicrop') or method in ('carve', 'opera'))
+        assert (
+            a.answer == b.answer
+            and a.box == b.box
+            and saved == (method.startswith('vicrop') or method in ('carve', 'opera'))
+        )
     N = sum(v.numel() for k, v in tiny.model.named_parameters() if '.language_model.layers.' in k)
-    assert baselines.Cost(1, 10, 1, 3).flops(tiny) == 2*N*(10 + 2*3) and baselines.Cost(1, 10) + baselines.Cost(2, 5, 1, 3) == baselines.Cost(3, 15, 1, 3)
+    assert baselines.Cost(1, 10, 1, 3).flops(tiny) == 2 * N * (10 + 2 * 3) and baselines.Cost(1, 10) + baselines.Cost(
+        2, 5, 1, 3
+    ) == baselines.Cost(3, 15, 1, 3)
+
 
 def test_flow_by_hand(any_mllm):
     mllm, im = any_mllm, picture(any_mllm)
@@ -317,48 +474,98 @@ def test_flow_by_hand(any_mllm):
     first = mllm.answer(p, max_new_tokens=1).ids[0]
     prob = lambda: math.exp(log_softmax(after_plain(mllm, p, []))[first])
     base, last = prob(), torch.tensor([S - 1])
-    ends = {'image→question': (p.visual, rows), 'image→last': (p.visual, last), 'question→last': (rows, last), 'last→last': (last, last)}
+    ends = {
+        'image→question': (p.visual, rows),
+        'image→last': (p.visual, last),
+        'question→last': (rows, last),
+        'last→last': (last, last),
+    }
     assert set(t.flow) == set(FLOWS) and len(t) == 8 and np.allclose(t.base, base, rtol=1e-3)
     for r in t.itertuples():
         cols, rws = ends[r.flow]
+
         def close(module, args, kw):
             m, h = kw.get('attention_mask'), args[0] if args else kw['hidden_states']
-            full = torch.zeros(1, 1, S, S).masked_fill(~torch.ones(S, S, dtype=torch.bool).tril(), -1e9) if m is None else m.clone() if m.is_floating_point() else torch.zeros(m.shape).masked_fill(~m, -1e9)
+            full = (
+                torch.zeros(1, 1, S, S).masked_fill(~torch.ones(S, S, dtype=torch.bool).tril(), -1e9)
+                if m is None
+                else m.clone()
+                if m.is_floating_point()
+                else torch.zeros(m.shape).masked_fill(~m, -1e9)
+            )
             for i in rws:
-                for j in cols: full[0, 0, i, j] = -1e9
+                for j in cols:
+                    full[0, 0, i, j] = -1e9
             return args, kw | dict(attention_mask=full)
-        handles = [mllm.layers[i].register_forward_pre_hook(close, with_kwargs=True) for i in scoped(mllm, r.layer, 'window', 3)]
-        try: want = prob()
-        finally: [h.remove() for h in handles]
-        assert abs(r.p - want) < 1e-4*max(want, base) and abs(r.change - (r.p - base)/base) < 1e-3*abs(r.change) + 1e-4
+
+        handles = [
+            mllm.layers[i].register_forward_pre_hook(close, with_kwargs=True)
+            for i in scoped(mllm, r.layer, 'window', 3)
+        ]
+        try:
+            want = prob()
+        finally:
+            [h.remove() for h in handles]
+        assert (
+            abs(r.p - want) < 1e-4 * max(want, base)
+            and abs(r.change - (r.p - base) / base) < 1e-3 * abs(r.change) + 1e-4
+        )
     assert t.change.abs().max() > 1e-3
 
+
 def snapshot(mllm):
-    return (mllm.model.config.get_text_config()._attn_implementation, [q.requires_grad for q in mllm.model.parameters()], torch.is_grad_enabled(), not baselines._kept,
-            [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), len(m._backward_pre_hooks)) for m in mllm.model.modules()])
+    return (
+        mllm.model.config.get_text_config()._attn_implementation,
+        [q.requires_grad for q in mllm.model.parameters()],
+        torch.is_grad_enabled(),
+        not baselines._kept,
+        [
+            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), len(m._backward_pre_hooks))
+            for m in mllm.model.modules()
+        ],
+    )
+
 
 @pytest.mark.parametrize('method', METHODS)
 def test_the_model_stays_as_it_was(tiny, method, monkeypatch):
     im, kw = noise_image(0), dict(max_new_tokens=2) | (dict(beams=2, candidates=2) if method == 'opera' else {})
     p = tiny.prompt(im, ASK)
-    plain, weights, before = after_plain(tiny, p, []), {k: v.clone() for k, v in tiny.model.state_dict().items()}, snapshot(tiny)
+    plain, weights, before = (
+        after_plain(tiny, p, []),
+        {k: v.clone() for k, v in tiny.model.state_dict().items()},
+        snapshot(tiny),
+    )
     answer(tiny, im, ASK, method, **kw)
-    assert snapshot(tiny) == before and all(q.grad is None for q in tiny.model.parameters()) and np.array_equal(after_plain(tiny, p, []), plain)
-    def boom(*args): raise RuntimeError('boom')
+    assert (
+        snapshot(tiny) == before
+        and all(q.grad is None for q in tiny.model.parameters())
+        and np.array_equal(after_plain(tiny, p, []), plain)
+    )
+
+    def boom(*args):
+        raise RuntimeError('boom')
+
     for where in (tiny.layers[-1], tiny.head):
         handle = where.register_forward_pre_hook(boom)
         try:
-            with pytest.raises(RuntimeError, match='boom'): answer(tiny, im, ASK, method, **kw)
-        finally: handle.remove()
+            with pytest.raises(RuntimeError, match='boom'):
+                answer(tiny, im, ASK, method, **kw)
+        finally:
+            handle.remove()
         assert snapshot(tiny) == before
-    assert np.array_equal(after_plain(tiny, p, []), plain) and all(torch.equal(v, weights[k]) for k, v in tiny.model.state_dict().items())
+    assert np.array_equal(after_plain(tiny, p, []), plain) and all(
+        torch.equal(v, weights[k]) for k, v in tiny.model.state_dict().items()
+    )
+
 
 @pytest.mark.parametrize('around', [torch.no_grad, torch.inference_mode])
 def test_gradients_under_no_grad(tiny, around):
     for method in ('vicrop-grad', 'vicrop-pure'):
         want = answer(tiny, noise_image(0), ASK, method, max_new_tokens=2)
-        with around(): got = answer(tiny, noise_image(0), ASK, method, max_new_tokens=2)
+        with around():
+            got = answer(tiny, noise_image(0), ASK, method, max_new_tokens=2)
         assert np.array_equal(got.map, want.map) and got.answer == want.answer
+
 
 @pytest.mark.parametrize('name', ['instructblip', 'internvl', 'mllama'])
 @pytest.mark.parametrize('method', METHODS)
@@ -367,15 +574,31 @@ def test_other_families(name, method):
     mllm, kw = family(name), dict(beams=2, candidates=2) if method == 'opera' else {}
     run = lambda: answer(mllm, noise_image(0, (96, 96)), ASK, method, max_new_tokens=3, **kw)
     if name == 'mllama' and method == 'opera':
-        with pytest.raises(ValueError, match='cross-attention'): run()
+        with pytest.raises(ValueError, match='cross-attention'):
+            run()
     else:
         r = run()
-        assert isinstance(r, Rival) and 1 <= len(r.answer.ids) <= 3 and r.cost.forwards >= len(r.answer.ids) and (r.map is None or np.isfinite(r.map).all())
+        assert (
+            isinstance(r, Rival)
+            and 1 <= len(r.answer.ids) <= 3
+            and r.cost.forwards >= len(r.answer.ids)
+            and (r.map is None or np.isfinite(r.map).all())
+        )
+
 
 def test_refusals(tiny, samples):
-    for kw, word in ((dict(method='clip'), "No method 'clip'"), (dict(method='vicrop-rel', layer=99), 'no layer'), (dict(method='dola', layers='middle'), "layers is 'high'"),
-                     (dict(method='dola', layers=[77]), 'no layer'), (dict(method='opera', max_new_tokens=26), 'up to 25')):
-        with pytest.raises(ValueError, match=word): answer(tiny, noise_image(0), ASK, **kw)
-    with pytest.raises(ValueError, match='layer 0 shows no'): answer(family('mllama'), noise_image(0, (96, 96)), ASK, 'vicrop-rel', layer=0)
-    with pytest.raises(ValueError, match='No flow'): flow(tiny, samples[:1], flows=('image→mouth',))
-    with pytest.raises(ValueError, match='cross-attention'): flow(family('mllama'), samples[:1])
+    for kw, word in (
+        (dict(method='clip'), "No method 'clip'"),
+        (dict(method='vicrop-rel', layer=99), 'no layer'),
+        (dict(method='dola', layers='middle'), "layers is 'high'"),
+        (dict(method='dola', layers=[77]), 'no layer'),
+        (dict(method='opera', max_new_tokens=26), 'up to 25'),
+    ):
+        with pytest.raises(ValueError, match=word):
+            answer(tiny, noise_image(0), ASK, **kw)
+    with pytest.raises(ValueError, match='layer 0 shows no'):
+        answer(family('mllama'), noise_image(0, (96, 96)), ASK, 'vicrop-rel', layer=0)
+    with pytest.raises(ValueError, match='No flow'):
+        flow(tiny, samples[:1], flows=('image→mouth',))
+    with pytest.raises(ValueError, match='cross-attention'):
+        flow(family('mllama'), samples[:1])

@@ -1,21 +1,25 @@
 "The house: one truth in settings.ini and pyproject.toml, exact versions, notebooks that papermill and nbdev can both work with"
+
 import configparser, json, re, shutil, subprocess, tomllib
 from pathlib import Path
 import pytest
 import fusion_notebooks
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
-pyproject = lambda folder=ROOT: tomllib.loads((folder/'pyproject.toml').read_text())
+NOTEBOOKS = sorted((ROOT / 'nbs').rglob('*.ipynb'))
+pyproject = lambda folder=ROOT: tomllib.loads((folder / 'pyproject.toml').read_text())
+
 
 @pytest.fixture
 def migrated(tmp_path):
     "pyproject.toml as nbdev makes it of settings.ini, on a copy"
     from nbdev.migrate import nbdev_migrate_config
-    shutil.copy(ROOT/'settings.ini', tmp_path)
-    (tmp_path/'fusion_notebooks').mkdir()
+
+    shutil.copy(ROOT / 'settings.ini', tmp_path)
+    (tmp_path / 'fusion_notebooks').mkdir()
     nbdev_migrate_config(str(tmp_path))
-    return pyproject(tmp_path), (tmp_path/'fusion_notebooks/__init__.py').read_text()
+    return pyproject(tmp_path), (tmp_path / 'fusion_notebooks/__init__.py').read_text()
+
 
 def test_pyproject_says_what_settings_say(migrated):
     want, init = migrated
@@ -23,83 +27,135 @@ def test_pyproject_says_what_settings_say(migrated):
     tags = got['tool']['nbdev'].pop('allowed_cell_metadata_keys')
     assert tags == ['tags'] and got['tool']['nbdev'] == want['tool']['nbdev']
     want, got = want['project'], got['project']
-    assert got['optional-dependencies'].pop('benchmarks') == ['datasets>=4.0'] # nbdev's keys know no second extra
-    assert got['optional-dependencies'].pop('explore') == ['ipywidgets>=8.1', 'anywidget>=0.9'] and {'ipywidgets>=8.1', 'anywidget>=0.9'} <= {*got['optional-dependencies']['dev']}
+    assert got['optional-dependencies'].pop('benchmarks') == ['datasets>=4.0']  # nbdev's keys know no second extra
+    assert got['optional-dependencies'].pop('explore') == ['ipywidgets>=8.1', 'anywidget>=0.9'] and {
+        'ipywidgets>=8.1',
+        'anywidget>=0.9',
+    } <= {*got['optional-dependencies']['dev']}
     assert got['optional-dependencies'].pop('browser') == ['playwright>=1.50', 'notebook>=7.2']
-    assert got['optional-dependencies'].pop('cluster') == ['distributed>=2025.1', 'dask-jobqueue>=0.9'] == got['optional-dependencies']['dev'][-2:]
-    assert got['optional-dependencies'].pop('docs') == ['sphinx>=9.0', 'myst-nb>=1.4', 'furo>=2025.12', 'sphinx-mathjax-offline>=0.0.2']
+    assert (
+        got['optional-dependencies'].pop('cluster')
+        == ['distributed>=2025.1', 'dask-jobqueue>=0.9']
+        == got['optional-dependencies']['dev'][-2:]
+    )
+    assert got['optional-dependencies'].pop('docs') == [
+        'sphinx>=9.0',
+        'myst-nb>=1.4',
+        'furo>=2025.12',
+        'sphinx-mathjax-offline>=0.0.2',
+    ]
     assert got.pop('version') == fusion_notebooks.__version__ and f'"{fusion_notebooks.__version__}"' in init
     assert want.pop('dynamic') == ['version']
     want['authors'] = [{k: v for k, v in a.items() if v} for a in want['authors']]
     want['urls'] = {k: v for k, v in want['urls'].items() if v}
-    for p in (want, got): p['classifiers'] = sorted(p['classifiers'])
+    for p in (want, got):
+        p['classifiers'] = sorted(p['classifiers'])
     assert {k: v for k, v in want.items() if v} == got
 
+
 def test_constraints_are_exact_and_cover_the_requirements():
-    lines = [l for l in (ROOT/'constraints.txt').read_text().splitlines() if not l.startswith('#')]
+    lines = [l for l in (ROOT / 'constraints.txt').read_text().splitlines() if not l.startswith('#')]
     assert all(re.fullmatch(r'[A-Za-z0-9._-]+==[A-Za-z0-9.]+', l) for l in lines)
     names = {re.split('==', l)[0].lower().replace('_', '-') for l in lines}
     project = pyproject()['project']
-    asked = {re.split('[<>=]', r)[0].lower().replace('_', '-') for r in [*project['dependencies'], *sum(project['optional-dependencies'].values(), [])]}
+    asked = {
+        re.split('[<>=]', r)[0].lower().replace('_', '-')
+        for r in [*project['dependencies'], *sum(project['optional-dependencies'].values(), [])]
+    }
     assert asked <= names and 'fusion-notebooks' not in names
 
+
 def test_citation_and_licence():
-    text = (ROOT/'CITATION.cff').read_text()
+    text = (ROOT / 'CITATION.cff').read_text()
     assert f'version: {fusion_notebooks.__version__}' in text and '2601.08151' in text
-    assert 'Apache License' in (ROOT/'LICENSE').read_text() and 'END OF TERMS AND CONDITIONS' in (ROOT/'LICENSE').read_text()
+    assert (
+        'Apache License' in (ROOT / 'LICENSE').read_text()
+        and 'END OF TERMS AND CONDITIONS' in (ROOT / 'LICENSE').read_text()
+    )
+
 
 def test_no_module_imports_a_higher_number():
     numbers = {p.stem[3:]: int(p.stem[:2]) for p in NOTEBOOKS if p.stem[:2].isdigit()}
     for name, number in numbers.items():
-        code = (ROOT/f'fusion_notebooks/{name}.py').read_text()
+        code = (ROOT / f'fusion_notebooks/{name}.py').read_text()
         used = set(re.findall(r'^\s*from fusion_notebooks\.(\w+) import', code, re.M))
-        for names in re.findall(r'^\s*from fusion_notebooks import (.+)$', code, re.M): used |= set(re.findall(r'\w+', names))
+        for names in re.findall(r'^\s*from fusion_notebooks import (.+)$', code, re.M):
+            used |= set(re.findall(r'\w+', names))
         assert all(numbers[u] < number for u in used if u in numbers), f'{name} imports {used}'
+
 
 @pytest.mark.parametrize('name', ['fusion', 'vqa', 'metrics', 'results', 'plots', 'study'])
 def test_rooms_without_torch(name):
     import sys
+
     code = f'import sys, fusion_notebooks.{name}; sys.exit("torch" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
+
 def test_command_line_answers_without_torch():
     import sys
+
     code = 'import sys\nfrom fusion_notebooks.cli import main\ntry: main(["--help"])\nexcept SystemExit: sys.exit("torch" in sys.modules or "pandas" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code], stdout=subprocess.DEVNULL).returncode == 0
+
 
 @pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.parent.name == 'analyses'], ids=lambda p: p.stem)
 def test_parameters_tag_survives_cleaning(path, tmp_path, monkeypatch):
     import papermill as pm
     from nbdev.clean import nbdev_clean
-    shutil.copy(ROOT/'pyproject.toml', tmp_path); shutil.copy(path, tmp_path)
+
+    shutil.copy(ROOT / 'pyproject.toml', tmp_path)
+    shutil.copy(path, tmp_path)
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         assert {'settings', 'quick'} <= (known := set(pm.inspect_notebook(path.name))) and {'model', 'models'} & known
         nbdev_clean(path.name)
 
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_imports_stand_alone(path):
     "The documentation executes mixed cells, so an import shares its cell with nothing else"
     for cell in json.loads(path.read_text())['cells']:
-        lines = [l for l in ''.join(cell['source']).splitlines() if l.strip() and not l.startswith(('#', '%'))] if cell['cell_type'] == 'code' else []
+        lines = (
+            [l for l in ''.join(cell['source']).splitlines() if l.strip() and not l.startswith(('#', '%'))]
+            if cell['cell_type'] == 'code'
+            else []
+        )
         imports = [l for l in lines if re.match(r'(import|from \S+ import) ', l)]
         assert not imports or len(imports) == len(lines), f'{path.name}: {lines[:3]}'
 
+
 def test_settings_hold_the_study():
     ini = configparser.ConfigParser(default_section='', interpolation=None)
-    ini.read(ROOT/'settings.ini')
+    ini.read(ROOT / 'settings.ini')
     assert set(ini.sections()) == {'DEFAULT', 'study', 'limits', 'quick'}
+
 
 def test_workflows_run_what_the_readme_says():
     "The systems and versions that are promised, with commands that the Makefile has"
     import yaml
-    makefile, readme = (ROOT/'Makefile').read_text(), (ROOT/'README.md').read_text()
-    ci, docs = (yaml.safe_load((ROOT/f'.github/workflows/{name}.yml').read_text()) for name in ('ci', 'docs'))
-    assert ci['jobs']['test']['strategy']['matrix'] == dict(os=['ubuntu-latest', 'macos-latest'], python=['3.11', '3.12', '3.13'])
-    runs = {name: [s['run'] for job in w['jobs'].values() for s in job['steps'] if 'run' in s] for name, w in dict(ci=ci, docs=docs).items()}
-    assert any(r.startswith('make test ') for r in runs['ci']) and 'make test ' in readme and any(r.startswith('make docs ') for r in runs['docs'])
-    for target in {t for r in sum(runs.values(), []) for t in re.findall(r'make ([\w./-]+)', r)}: assert re.search(rf'^{re.escape(target)}:', makefile, re.M), target
+
+    makefile, readme = (ROOT / 'Makefile').read_text(), (ROOT / 'README.md').read_text()
+    ci, docs = (yaml.safe_load((ROOT / f'.github/workflows/{name}.yml').read_text()) for name in ('ci', 'docs'))
+    assert ci['jobs']['test']['strategy']['matrix'] == dict(
+        os=['ubuntu-latest', 'macos-latest'], python=['3.11', '3.12', '3.13']
+    )
+    runs = {
+        name: [s['run'] for job in w['jobs'].values() for s in job['steps'] if 'run' in s]
+        for name, w in dict(ci=ci, docs=docs).items()
+    }
+    assert (
+        any(r.startswith('make test ') for r in runs['ci'])
+        and 'make test ' in readme
+        and any(r.startswith('make docs ') for r in runs['docs'])
+    )
+    for target in {t for r in sum(runs.values(), []) for t in re.findall(r'make ([\w./-]+)', r)}:
+        assert re.search(rf'^{re.escape(target)}:', makefile, re.M), target
     publish = docs['jobs']['publish']
-    assert publish['needs'] == 'build' and 'refs/heads/main' in publish['if'] and docs['permissions'] == ci['permissions'] == dict(contents='read')
-    text = (ROOT/'CHANGELOG.md').read_text()
-    assert f'## {fusion_notebooks.__version__}' in text and (ROOT/'.binder/postBuild').stat().st_mode & 0o100
+    assert (
+        publish['needs'] == 'build'
+        and 'refs/heads/main' in publish['if']
+        and docs['permissions'] == ci['permissions'] == dict(contents='read')
+    )
+    text = (ROOT / 'CHANGELOG.md').read_text()
+    assert f'## {fusion_notebooks.__version__}' in text and (ROOT / '.binder/postBuild').stat().st_mode & 0o100
