@@ -13,7 +13,8 @@ from nbdev.processors import add_links, add_show_docs, exec_show_docs, hide_line
 from fusion_notebooks import plots
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = {p.stem for p in (ROOT / 'fusion_notebooks').glob('[a-z]*.py')}
+PACKAGE = ROOT / 'fusion_notebooks'
+ROOMS = {'.'.join(p.relative_to(PACKAGE).with_suffix('').parts) for p in PACKAGE.rglob('[a-z]*.py')}
 markdown = lambda text: mk_cell(text, 'markdown')
 
 # Notebooks
@@ -25,8 +26,9 @@ class run_all(exec_show_docs):
     def begin(self):
         super().begin()
         room = next((c.directives_['default_exp'] for c in self.nb.cells if 'default_exp' in c.directives_), '')
+        name = f'fusion_notebooks.{room}' if room in ROOMS else '__main__'
         self.k.run_cell(
-            f'import fusion_notebooks.{room} as exported_room' if room in ROOMS else 'import __main__ as exported_room'
+            f'from importlib import import_module as _load; exported_room = _load({name!r})'
         )
 
     def __call__(self, cell):
@@ -54,7 +56,7 @@ def documented(
 ) -> str:  # the same with a link target, the place of the source in words, and no types made up from defaults
     text = re.sub(r'^---\n\n', '', text)
     text = re.sub(r'^\[source\]\(.*?/\w+/\w+\.py#L\w+\).*\n\n', '', text, flags=re.M)
-    text = re.sub(r'(?<=[:\[|>])fusion_notebooks\.\w+\.|:NoneType(?==None)', '', text)
+    text = re.sub(r'(?<=[:\[|>])fusion_notebooks\.[\w.]+\.|:NoneType(?==None)', '', text)
     return f'({target(room, re.search("^### (.+)$", text, re.M)[1])})=\n{text}'
 
 
@@ -119,8 +121,9 @@ def links(
         text, url = m[1], m[2]
         if re.match(r'\w+:|#', url):
             return m[0]
-        if symbol := re.fullmatch(r'/(\w+)\.html#([\w.]+)', url):  # as nbdev writes it
-            place = target(symbol[1], text.strip('`'))
+        if symbol := re.fullmatch(r'/(?:(?:\d\d_)?(\w+)/)?(\w+)\.html#([\w.]+)', url):  # as nbdev writes it
+            room = f'{symbol[1]}.{symbol[2]}' if symbol[1] else symbol[2]
+            place = target(room, text.strip('`'))
             return f'[{text}](#{place})' if place in targets else text
         file, _, anchor = url.partition('#')
         file = Path(os.path.normpath(page.parent / file))
@@ -236,7 +239,7 @@ def drawing() -> list:  # names
     return [
         n
         for n in plots.__all__
-        if inspect.isfunction(f := getattr(plots, n)) and inspect.signature(f).return_annotation is plots.plt.Figure
+        if inspect.isfunction(f := getattr(plots, n)) and inspect.signature(f).return_annotation is plots.style.plt.Figure
     ]
 
 
@@ -249,7 +252,7 @@ def entry(title, shown, said, lines, source):
 
 def gallery(
     out: Path = None,  # the staged folder, where pictures of examples go
-    book=None,  # the notebook of `plots` with its outputs; None: only what a study draws
+    cells=(),  # of the notebooks of `plots`, with their outputs; none: only what a study draws
 ) -> str:  # Markdown
     "Every committed figure with the lines that make it, then what else `plots` draws, as in its own examples"
     text = [
@@ -283,8 +286,8 @@ def gallery(
             )
         )
     done = re.findall(r'plots\.(\w+)\(', ''.join(text))
-    for name in [n for n in drawing() if n not in done] if book else ():
-        for c in book.cells:
+    for name in [n for n in drawing() if n not in done] if cells else ():
+        for c in cells:
             drawn_here = [o.data['image/png'] for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
             if not drawn_here or not re.search(rf'(?<!\w){name}\(', c.source):
                 continue
@@ -298,7 +301,7 @@ def gallery(
                     f':::{{image}} {file}\n:alt: {alt}; layout example\n:class: whole\n:::',
                     f'`plots.{name}`, on the numbers of its own example, which are invented.',
                     c.source,
-                    '[plots](nbs/10_plots.ipynb)',
+                    '[the notebooks of plots](nbs/12_plots/01_layers.ipynb)',
                 )
             )
             break
@@ -387,7 +390,7 @@ def api(
     "Every documented function by room, with its first sentence and a link"
     unlinked = lambda said: re.sub(r'\[(.+?)\]\(.+?\)', r'\1', said)
     text = [
-        '# Library\n\nOne numbered notebook is one module and one page; a module imports from lower numbers only. Each function is documented where it is shown at work.'
+        '# Library\n\nOne notebook is one module and one page; a package imports from lower numbers only. Each function is documented where it is shown at work.'
     ]
     for path, nb in books.items():
         found = [re.match(r'\(([\w.-]+)\)=\n### (.+)', c.source) for c in nb.cells]
@@ -399,7 +402,7 @@ def api(
         about = re.search(r'^> (.+)', nb.cells[0].source, re.M) if nb.cells else None
         if rows:
             text.append(
-                f"## [{path.stem.replace('_', ' ')}]({path})\n\n{about[1] if about else ''}\n\n| | |\n|---|---|\n"
+                f"## [{' '.join(path.with_suffix('').parts[1:]).replace('_', ' ')}]({path})\n\n{about[1] if about else ''}\n\n| | |\n|---|---|\n"
                 + '\n'.join(rows)
             )
     return '\n\n'.join(text) + '\n'
@@ -439,14 +442,14 @@ def interactive(
     shown = [
         ''.join(o.data['text/html'])
         for p, nb in books.items()
-        if p.stem == '12_explore'
+        if p.stem == '02_widget'
         for c in nb.cells
         if 'recorded(' in c.source
         for o in c.get('outputs', [])
         if 'text/html' in o.get('data', {})
     ]
     return (
-        f'# Try it here\n\nThe explorer over a recorded question: move through the layers, click a patch to mask it. No kernel runs and nothing is fetched; with your own picture it runs in JupyterLab, see [12 explore](nbs/12_explore.ipynb).\n\n````{{raw}} html\n{shown[0]}\n````\n'
+        f'# Try it here\n\nThe explorer over a recorded question: move through the layers, click a patch to mask it. No kernel runs and nothing is fetched; with your own picture it runs in JupyterLab, see [explore](nbs/14_explore/02_widget.ipynb).\n\n````{{raw}} html\n{shown[0]}\n````\n'
         if shown
         else ''
     )
@@ -499,7 +502,7 @@ def stage(
     )  # tables have pages of their own
     shutil.copytree(ROOT / 'figures', out / '_files/figures', ignore=shutil.ignore_patterns('*.csv', '*.png'))
     extra = {Path(f'{name}.md'): text for name, text in tables()} | {
-        Path('gallery.md'): gallery(out, books.get(Path('nbs/10_plots.ipynb'))),
+        Path('gallery.md'): gallery(out, [c for p, nb in books.items() if p.parent.name == '12_plots' for c in nb.cells]),
         Path('api.md'): api(books),
     }
     if (ROOT / 'CITATION.cff').exists():

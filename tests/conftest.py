@@ -30,6 +30,21 @@ def noise_image(seed, size=(384, 384)):
     ).resize(size)
 
 
+def replaced(monkeypatch, package, name, value, **kw):
+    "Put something else in place of a name in every room of a package that uses it"
+    import sys
+
+    rooms = [
+        room
+        for key, room in list(sys.modules.items())
+        if key == package.__name__ or key.startswith(package.__name__ + '.')
+    ]
+    users = [room for room in rooms if name in vars(room)]
+    assert users, f'{package.__name__} has no {name}'
+    for room in users:
+        monkeypatch.setattr(room, name, value, **kw)
+
+
 @pytest.fixture(scope='session')
 def tiny():
     model, processor = demo.make_model()

@@ -86,7 +86,7 @@ if get('CLOCK'):  # every look at the clock shows an earlier time
 if get('USER'):  # from here on somebody who may not do much
     import fcntl, fusion_notebooks.cli  # Python's own folder may be closed to that user
 
-    study.version('torch')
+    study.work_units.version('torch')
     os.setuid(int(get('USER')))
 if get('FSIZE'):
     import resource

@@ -8,9 +8,10 @@ from fusion_notebooks import baselines
 from fusion_notebooks.baselines import FLOWS, GENERAL, METHODS, Rival, answer, counting, flow, question_rows
 from fusion_notebooks.contrast import look, view_side, window_box
 from fusion_notebooks.hooks import early_exit, edit
-from fusion_notebooks.masking import facts, scoped
+from fusion_notebooks.engine import facts
+from fusion_notebooks.masking import scoped
 from fusion_notebooks.mllm import Answer, Sample
-from conftest import noise_image
+from conftest import replaced, noise_image
 from twins import family
 
 ASK = 'What color is the circle?'
@@ -140,8 +141,8 @@ def test_pixel_gradient_of_patches():
 
     ratio = (slope(p) / slope(g)).reshape(len(p.visual), 4 * 2 * 4 * 4)
     assert p.inputs['pixel_values'].shape == (4 * len(p.visual), 96)
-    apart = baselines._apart(mllm, p)
-    kept = (baselines._seen_as(mllm, p, baselines._detail(im, view_side(mllm)), apart) > 0.5).reshape(len(p.visual), -1)
+    apart = baselines.pixel_crop._apart(mllm, p)
+    kept = (baselines.pixel_crop._seen_as(mllm, p, baselines.pixel_crop._detail(im, view_side(mllm)), apart) > 0.5).reshape(len(p.visual), -1)
     assert 0.2 < kept.mean() < 0.8
     r = answer(mllm, im, ASK, 'vicrop-pure', max_new_tokens=2)
     assert np.allclose(r.map, (ratio * kept).mean(1), rtol=1e-3)
@@ -169,24 +170,24 @@ def test_colours_are_told_apart(tiny, monkeypatch):
     want = np.moveaxis(np.asarray(im, float).reshape(4, 4, 3), -1, 1)
     p = type('P', (), dict(images=[im]))
     for order in ('first', 'last'):
-        monkeypatch.setattr(baselines, '_pixels', pixels(order))
+        replaced(monkeypatch, baselines, '_pixels', pixels(order))
         monkeypatch.setitem(tiny.__dict__, '_measured', {})
-        assert np.array_equal(baselines._apart(tiny, p)(baselines._pixels(tiny, p, [im])), want)
+        assert np.array_equal(baselines.pixel_crop._apart(tiny, p)(baselines.pixel_crop._pixels(tiny, p, [im])), want)
 
 
 def test_what_is_kept_by_size_is_that_of_the_size():
     mllm = family('llava_next')
     p = [mllm.prompt(noise_image(0, size), ASK) for size in ((96, 96), (120, 60), (96, 96))]
     for q in p:
-        assert str(baselines._places(mllm, q)) == str(baselines._tiles(mllm, q))
+        assert str(baselines.pixel_crop._places(mllm, q)) == str(baselines.pixel_crop._tiles(mllm, q))
         assert all(
             map(
                 np.array_equal,
-                baselines._ends(mllm, q),
-                [baselines._pixels(mllm, q, [Image.new('RGB', q.images[0].size, c)]) for c in ('black', 'white')],
+                baselines.pixel_crop._ends(mllm, q),
+                [baselines.pixel_crop._pixels(mllm, q, [Image.new('RGB', q.images[0].size, c)]) for c in ('black', 'white')],
             )
         )
-    assert str(baselines._places(mllm, p[0])) != str(baselines._places(mllm, p[1]))
+    assert str(baselines.pixel_crop._places(mllm, p[0])) != str(baselines.pixel_crop._places(mllm, p[1]))
 
 
 @pytest.mark.parametrize('name', ['llava_next', 'qwen2_5_vl', 'instructblip', 'smolvlm'])
@@ -197,7 +198,7 @@ def test_pixels_land_in_their_cells(name):
     im.paste('white', (48, 0, 96, 48))
     p = mllm.prompt(im, ASK)
     grid = p.grids[0]
-    got = baselines._on_grid(mllm, p, grid, baselines._seen_as(mllm, p, im, baselines._apart(mllm, p))).reshape(
+    got = baselines.pixel_crop._on_grid(mllm, p, grid, baselines.pixel_crop._seen_as(mllm, p, im, baselines.pixel_crop._apart(mllm, p))).reshape(
         grid.h, grid.w
     )
     centre = (grid.boxes[:, :2] + grid.boxes[:, 2:]).reshape(grid.h, grid.w, 2) / 2
@@ -277,7 +278,7 @@ def test_the_amateur_sees_nothing(name, request, monkeypatch):
             seen.append(mllm.model(**inputs, use_cache=False).logits[:, -1].float())
         return Answer('', [1], 0.0)
 
-    monkeypatch.setattr(baselines, '_decode', decode)
+    replaced(monkeypatch, baselines, '_decode', decode)
     for k in range(2):
         baselines.cd(mllm, noise_image(k, (96, 96)), ASK)
     (e, a), (f, b) = seen
@@ -333,7 +334,7 @@ def test_divergence_by_hand():
     want = 0.5 * sum(a * np.log(a / c) for a, c in zip(p, m) if a) + 0.5 * sum(
         a * np.log(a / c) for a, c in zip(q, m) if a
     )
-    got = baselines._divergence(torch.tensor(p + 1e-30).log(), torch.tensor(q).log())
+    got = baselines.decoding._divergence(torch.tensor(p + 1e-30).log(), torch.tensor(q).log())
     assert abs(got.item() - want) < 1e-12
 
 
@@ -353,11 +354,11 @@ def test_over_trust_by_hand(any_mllm, n):
     tails = torch.from_numpy(np.random.default_rng(n).integers(10, 30, (3, n)))
     want = [over_trust(mllm, p, t.tolist()) for t in tails]
     first = look(mllm, p.images[0], ASK)
-    shared = baselines._over_trust(mllm, first, tails, 50.0)
+    shared = baselines.opera_search._over_trust(mllm, first, tails, 50.0)
     first.seen.stem = None  # and every trial by itself
     assert (
         np.allclose(shared, want, rtol=1e-3)
-        and np.allclose(baselines._over_trust(mllm, first, tails, 50.0), want, rtol=1e-3)
+        and np.allclose(baselines.opera_search._over_trust(mllm, first, tails, 50.0), want, rtol=1e-3)
         and np.ptp(want)
     )
 
@@ -518,7 +519,7 @@ def snapshot(mllm):
         mllm.model.config.get_text_config()._attn_implementation,
         [q.requires_grad for q in mllm.model.parameters()],
         torch.is_grad_enabled(),
-        not baselines._kept,
+        not baselines.attention_crops._kept,
         [
             (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), len(m._backward_pre_hooks))
             for m in mllm.model.modules()

@@ -18,7 +18,7 @@ from fusion_notebooks.contrast import (
     window_box,
 )
 from fusion_notebooks.hooks import capture, edit
-from fusion_notebooks.masking import facts
+from fusion_notebooks.engine import facts
 from fusion_notebooks.mllm import Grid, token_boxes
 
 rng = np.random.default_rng(0)

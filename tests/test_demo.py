@@ -81,7 +81,7 @@ def test_packed_questions_equal_questions_alone():
     model, processor = demo.make_model()
     mllm = MLLM(randomise(model), processor)
     things, noise = demo.layout(5)
-    image, qs = demo.picture(5, things, noise), demo._draw_questions(things, np.random.default_rng(0), 4)
+    image, qs = demo.picture(5, things, noise), demo.packing._draw_questions(things, np.random.default_rng(0), 4)
     tok = processor.tokenizer
     prefix = tok('USER: ').input_ids + [tok.image_token_id] * 64
     batch = demo.pack(tok, [prefix], [qs], None)
@@ -105,14 +105,14 @@ def test_packed_questions_equal_questions_alone_with_mrope(pictures):
     model, processor = demo.make_qwen(MLLM.load('glyph-llava', device='cpu', dtype=torch.float32))
     mllm, tok = MLLM(model, processor), processor.tokenizer
     things, noise = demo.layout(5)
-    image, qs = demo.picture(5, things, noise), demo._draw_questions(things, np.random.default_rng(0), 4)
+    image, qs = demo.picture(5, things, noise), demo.packing._draw_questions(things, np.random.default_rng(0), 4)
     plain = [mllm.prompt([image, image.crop((100, 100, 340, 220))][:pictures], q.text) for q in qs]
     grids = [tuple(g[1:]) for g in plain[0].inputs['image_grid_thw'].tolist()]
     assert grids == [(8, 8), (5, 11)][:pictures]
     head, (start, end) = tok('USER: ').input_ids, tok.convert_tokens_to_ids(demo.AROUND)
     prefix = head + [i for h, w in grids for i in [start, *[tok.image_token_id] * (h * w), end]]
     batch = demo.pack(tok, [prefix], [qs], None)
-    at, following = demo._mrope(len(head), grids)
+    at, following = demo.models._mrope(len(head), grids)
     batch['positions'] = torch.cat(
         [
             at[:, None],
@@ -220,7 +220,7 @@ def test_models_that_start_from_another_are_trained(tmp_path, monkeypatch, recip
         assert (
             mllm.gate.open == recipe['hops']
             and set(mllm.gate.decoys) == {*recipe['decoys']}
-            and f"layers {demo._listed(recipe['hops'])}" in card
+            and f"layers {demo.shipped._listed(recipe['hops'])}" in card
         )
         assert all(v.shape == (64, 192) and v.float().std() > 0 for v in mllm.gate.decoys.values())
 
@@ -238,10 +238,10 @@ def test_what_each_hop_is_for():
 
 
 def test_patches_that_a_box_touches():
-    assert demo._touched((0, 0, 384, 384)).all()
-    one = demo._touched((48, 96, 96, 144)).reshape(8, 8)  # column 1, row 2
+    assert demo.training._touched((0, 0, 384, 384)).all()
+    one = demo.training._touched((48, 96, 96, 144)).reshape(8, 8)  # column 1, row 2
     assert one.sum() == 1 and one[2, 1]
-    assert demo._touched((47, 96, 97, 144)).sum() == 3
+    assert demo.training._touched((47, 96, 97, 144)).sum() == 3
 
 
 def test_what_is_hidden_at_every_layer_is_not_seen(packed):
@@ -262,7 +262,7 @@ def packed():
     "Two scenes with two questions each, packed for glyph-llava"
     mllm, rng = MLLM.load('glyph-llava'), np.random.default_rng(0)
     scenes = [demo.layout(i) for i in (1, 2)]
-    qs = [demo._draw_questions(things, rng, 2, (0, 0.5, 0.5, 0)) for things, _ in scenes]
+    qs = [demo.packing._draw_questions(things, rng, 2, (0, 0.5, 0.5, 0)) for things, _ in scenes]
     image = mllm.image_token_id
     batch = demo.pack(mllm.processor.tokenizer, [mllm.processor.tokenizer('USER: ').input_ids + [image] * 64] * 2, qs)
     p = [mllm.prompt(demo.picture(i, *s), 'What?') for i, s in zip((1, 2), scenes)]

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import pytest, torch
 import transformers as T
+from conftest import replaced
 from fusion_notebooks import cli, doctor as D, hooks
 from fusion_notebooks.mllm import MLLM
 
@@ -154,7 +155,7 @@ def broken(case, name, monkeypatch):
             with change(mllm, layers, visual, how, **kw):
                 yield
 
-        monkeypatch.setattr(D, 'edit', wrong)
+        replaced(monkeypatch, D, 'edit', wrong)
 
     def add(layer, f):
         return m.layers[layer].register_forward_hook(lambda l, a, kw, out: f(out), with_kwargs=True)
@@ -164,9 +165,9 @@ def broken(case, name, monkeypatch):
             m.model.model.multi_modal_projector, 'forward', lambda x: x.new_zeros(*x.shape[:-1], D.WIDTH)
         )
     elif name == 'capture_is_eager':
-        record = hooks._record
-        monkeypatch.setattr(
-            hooks,
+        record = hooks.recording._record
+        replaced(monkeypatch,
+             hooks,
             '_record',
             lambda tape, i, module, query, key, mask, scaling, *a: record(
                 tape, i, module, query, key, mask, scaling * 1.01, *a
@@ -181,7 +182,7 @@ def broken(case, name, monkeypatch):
                 yield
             h.remove()
 
-        monkeypatch.setattr(D, 'edit', leaky)
+        replaced(monkeypatch, D, 'edit', leaky)
     elif name == 'state_edits':
         edits(
             lambda m, i, v, how, **kw: sound(
@@ -228,7 +229,7 @@ def broken(case, name, monkeypatch):
                 ),
             )
     elif name == 'lens_is_exit':
-        monkeypatch.setattr(D, 'lens', lambda mllm, states: hooks.lens(mllm, mllm.norm(states)))  # norms twice
+        replaced(monkeypatch, D, 'lens', lambda mllm, states: hooks.lens(mllm, mllm.norm(states)))  # norms twice
     elif name == 'nothing_stays':  # a hook is left behind by an exception
         left = []
 
@@ -238,7 +239,7 @@ def broken(case, name, monkeypatch):
             yield
             left.pop().remove()
 
-        monkeypatch.setattr(D, 'edit', forgetful)
+        replaced(monkeypatch, D, 'edit', forgetful)
         monkeypatch.setattr(case, 'left', left, raising=False)
     return D.CHECKS[name](D.Case(m) if name == 'image_matters' else case)
 
@@ -257,13 +258,13 @@ def test_each_check_can_fail(case, name, monkeypatch):
 
 def test_the_references_are_the_model(case):
     with D.by_hand(case.mllm) as maps:
-        got = D._logits(case.mllm, case.p.inputs)
-    assert D._far(got, case.plain) < 1e-5 and sorted(maps) == list(range(case.mllm.n_layers))
+        got = D.checks._logits(case.mllm, case.p.inputs)
+    assert D.checks._far(got, case.plain) < 1e-5 and sorted(maps) == list(range(case.mllm.n_layers))
     for w in maps.values():
         assert (w.sum(-1) - 1).abs().max() < 1e-5 and w[0].triu(1).abs().max() < 1e-6
     with D.overwritten([case.mllm.layers[1]], [], None):
-        assert torch.equal(D._logits(case.mllm, case.p.inputs), case.plain)
-    assert torch.equal(D._logits(case.mllm, case.p.inputs), case.plain) and not D._by_hand
+        assert torch.equal(D.checks._logits(case.mllm, case.p.inputs), case.plain)
+    assert torch.equal(D.checks._logits(case.mllm, case.p.inputs), case.plain) and not D.checks._by_hand
 
 
 def test_rounding_that_adds_up_over_many_layers_is_no_wrong_map(monkeypatch):
@@ -280,13 +281,13 @@ def test_rounding_that_adds_up_over_many_layers_is_no_wrong_map(monkeypatch):
         MLLM(D.randomise(T.LlavaForConditionalGeneration(c), 1).to(torch.bfloat16), family('llava').processor)
     )
     with D.by_hand(deep.mllm) as drifting:
-        D._logits(deep.mllm, deep.p.inputs)
+        D.checks._logits(deep.mllm, deep.p.inputs)
     at_end = lambda w: w[0, :, -1].float().mean(0)
     assert max(float((at_end(drifting[i]) - at_end(w)).abs().max()) for i, w in deep.maps.items()) > deep.tol
     assert D.capture_is_eager(deep) == ''
-    record = hooks._record
-    monkeypatch.setattr(
-        hooks,
+    record = hooks.recording._record
+    replaced(monkeypatch,
+         hooks,
         '_record',
         lambda tape, i, module, query, key, mask, scaling, *a: record(
             tape, i, module, query, key, mask, scaling * (2 if i == 40 else 1), *a
@@ -316,7 +317,7 @@ def test_a_class_that_breaks_does_not_stop_the_survey(monkeypatch):
             raise RuntimeError('out of order')
         return twin(config, **kw)
 
-    monkeypatch.setattr(D, 'twin', sick)
+    replaced(monkeypatch, D, 'twin', sick)
     bad, good = D.survey([T.LlavaConfig, T.Gemma3Config])
     assert not bad.ok and not bad.stated and 'RuntimeError: out of order' in bad.reason and good.ok
     table = D.matrix([bad, good])
@@ -332,7 +333,7 @@ def test_a_class_that_hangs_is_left(monkeypatch):
         for _ in range(10**12):
             pass
 
-    monkeypatch.setattr(D, 'twin', forever)
+    replaced(monkeypatch, D, 'twin', forever)
     r = D.examine(T.LlavaConfig, seconds=0.2)
     assert 'not done after 0.2 s' in r.out and not r.stated
 
@@ -394,7 +395,7 @@ def test_exit_codes(folder, monkeypatch, capsys, tmp_path):
 
 def test_all(monkeypatch, capsys, tmp_path):
     survey, out = D.survey, tmp_path / 'matrix.csv'
-    monkeypatch.setattr(D, 'survey', lambda **kw: survey([T.LlavaConfig, T.Florence2Config], **kw))
+    replaced(monkeypatch, D, 'survey', lambda **kw: survey([T.LlavaConfig, T.Florence2Config], **kw))
     assert (
         cli.main(['doctor', '--all', '--json', '--out', str(out)]) == 0
     )  # one holds, one is out for a reason that is stated

@@ -7,7 +7,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from fusion_notebooks import baselines, contrast, explore, fusion, hooks, masking
 from fusion_notebooks.mllm import Sample
-from conftest import noise_image
+from conftest import replaced, noise_image
 from twins import FAMILIES, family
 
 QUESTION = 'What color is the circle?'
@@ -158,8 +158,8 @@ def test_pictures_from_outside(monkeypatch):
     ):
         with pytest.raises(ValueError, match=word):
             explore.opened(data, 'a.png')
-    monkeypatch.setattr(explore, 'MAX_PIXELS', 1000)
-    monkeypatch.setattr('fusion_notebooks.mllm.MAX_PIXELS', 1000)
+    replaced(monkeypatch, explore, 'MAX_PIXELS', 1000)
+    monkeypatch.setattr('fusion_notebooks.core.images.MAX_PIXELS', 1000)
     decoded = []
     monkeypatch.setattr(Image.Image, 'load', lambda *a: decoded.append(a))
     for data in LARGE:
@@ -362,7 +362,7 @@ def test_recorded_page_holds_text_only(tiny):
 
 
 def test_explorer_says_what_is_missing(tiny, monkeypatch):
-    explore._canvas.cache_clear()
+    explore.widget._canvas.cache_clear()
     monkeypatch.setitem(sys.modules, 'anywidget', None)
     with pytest.raises(ImportError, match=r'fusion_notebooks\[explore\]'):
         explore.explore(tiny, noise_image(0), QUESTION, fusion=())

@@ -2,7 +2,7 @@
 
 import pytest, torch
 from fusion_notebooks.hooks import capture, early_exit, edit, lens
-from fusion_notebooks.masking import visual_states
+from fusion_notebooks.hooks import visual_states
 
 
 def logits(mllm, p):

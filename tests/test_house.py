@@ -1,6 +1,6 @@
 "The house: one truth in settings.ini and pyproject.toml, exact versions, notebooks that papermill and nbdev can both work with"
 
-import configparser, json, re, shutil, subprocess, tomllib
+import ast, configparser, json, re, shutil, subprocess, tomllib
 from pathlib import Path
 import pytest
 import fusion_notebooks
@@ -74,17 +74,63 @@ def test_citation_and_licence():
     )
 
 
-def test_no_module_imports_a_higher_number():
-    numbers = {p.stem[3:]: int(p.stem[:2]) for p in NOTEBOOKS if p.stem[:2].isdigit()}
-    for name, number in numbers.items():
-        code = (ROOT / f'fusion_notebooks/{name}.py').read_text()
-        used = set(re.findall(r'^\s*from fusion_notebooks\.(\w+) import', code, re.M))
-        for names in re.findall(r'^\s*from fusion_notebooks import (.+)$', code, re.M):
-            used |= set(re.findall(r'\w+', names))
-        assert all(numbers[u] < number for u in used if u in numbers), f'{name} imports {used}'
+PACKAGE = ROOT / 'fusion_notebooks'
+NUMBERS = {p.stem[3:]: int(p.stem[:2]) for p in (ROOT / 'nbs').iterdir() if p.stem[:2].isdigit()}
 
 
-@pytest.mark.parametrize('name', ['fusion', 'vqa', 'metrics', 'results', 'plots', 'study'])
+def imported(path):
+    "Packages of ours that a module imports, anywhere in it: absolute, relative and inside functions"
+    here = ('fusion_notebooks', *path.relative_to(PACKAGE).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                parts = alias.name.split('.')
+                if parts[0] == 'fusion_notebooks' and len(parts) > 1:
+                    yield parts[1]
+        if isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else ()
+            parts = [*base, *(node.module or '').split('.')] if node.module else [*base]
+            if parts[:1] == ['fusion_notebooks']:
+                yield from parts[1:2] or [alias.name for alias in node.names]
+
+
+def test_the_import_check_sees_every_form(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), 'PACKAGE', tmp_path)
+    (tmp_path / 'hooks').mkdir()
+    room = tmp_path / 'hooks/edits.py'
+    for line, want in (
+        ('from ..study.runs import run', ['study']),
+        ('from .. import cli, plots', ['cli', 'plots']),
+        ('from .recording import capture', ['hooks']),
+        ('def f():\n    from fusion_notebooks.demo import fit', ['demo']),
+        ('import fusion_notebooks.vqa.files', ['vqa']),
+        ('import numpy', []),
+    ):
+        room.write_text(line)
+        assert list(imported(room)) == want
+
+
+def test_no_package_imports_a_higher_number():
+    modules = [p for p in sorted(PACKAGE.rglob('[a-z]*.py'))]
+    assert len(modules) > 45 and {p.relative_to(PACKAGE).with_suffix('').parts[0] for p in modules} == {*NUMBERS}
+    for path in modules:
+        own = NUMBERS[path.relative_to(PACKAGE).with_suffix('').parts[0]]
+        for used in imported(path):
+            assert NUMBERS.get(used, 0) <= own, f'{path.relative_to(PACKAGE)} imports {used}'
+
+
+def test_rooms_of_a_package_form_no_circle():
+    "Within a package every room imports earlier ones only, in the order in which the package loads them"
+    for init in sorted(PACKAGE.glob('*/__init__.py')):
+        loaded = re.findall(r'^from \.(\w+) import', init.read_text(), re.M)
+        assert sorted(loaded) == sorted(p.stem for p in init.parent.glob('[a-z]*.py')), init.parent.name
+        for k, room in enumerate(loaded):
+            code = (init.parent / f'{room}.py').read_text()
+            for used in re.findall(r'^from \.(\w+) import', code, re.M):
+                assert used in loaded[:k], f'{init.parent.name}.{room} imports {used}'
+
+
+@pytest.mark.parametrize('name', ['core', 'fusion', 'vqa', 'metrics', 'results', 'plots', 'study'])
 def test_rooms_without_torch(name):
     import sys
 

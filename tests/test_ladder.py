@@ -2,11 +2,13 @@
 
 import pytest, torch, transformers as T
 from torch.utils._python_dispatch import TorchDispatchMode
-from conftest import noise_image
-from fusion_notebooks import demo, masking, mllm as room
+from conftest import replaced, noise_image
+from fusion_notebooks import demo, engine, masking, mllm as room
 from fusion_notebooks.contrast import refine
 from fusion_notebooks.hooks import early_exit, edit
-from fusion_notebooks.masking import Facts, answer_of, bank, exits, facts, mean_states, record, stems, sweep
+from fusion_notebooks.engine import Facts, answer_of, bank, exits, facts, record, stems
+from fusion_notebooks.hooks import mean_states
+from fusion_notebooks.masking import sweep
 from fusion_notebooks.mllm import MLLM, Kept, Sample
 from test_masking import same
 from twins import FAMILIES, IMAGE, VISION, family as twin, text
@@ -89,8 +91,8 @@ def test_stems_that_are_read_equal_stems_that_are_copied(family, mean, monkeypat
     if 'ladder' not in EXPECT[family.name][1]:
         return
     read = sweep(family, SAMPLES, HOWS, layers=[1, 3], mean=mean, limit=3)
-    assert masking._can_be_apart(family)
-    monkeypatch.setattr(masking, '_can_be_apart', lambda m: False)
+    assert engine.shared_attention._can_be_apart(family)
+    replaced(monkeypatch, engine, '_can_be_apart', lambda m: False)
     same(read, sweep(family, SAMPLES, HOWS, layers=[1, 3], mean=mean, limit=3))
 
 
@@ -118,7 +120,7 @@ def test_rows_without_padding_take_the_causal_kernel():
         ids = [q.inputs['input_ids'][0, n:] for q in p]
         width, some = max(map(len, ids)), stems(mllm, p, n)
         pad = lambda x, v=0: torch.cat([x.new_full((width - len(x),), v), x])
-        ladder = masking.Ladder(mllm, [masking.Row(k) for k in range(len(p))], some, [q.visual for q in p])
+        ladder = engine.Ladder(mllm, [masking.Row(k) for k in range(len(p))], some, [q.visual for q in p])
         with Kernels() as seen:
             ladder.forward(torch.stack([pad(x) for x in ids]), seen=torch.stack([pad(torch.ones_like(x)) for x in ids]))
         return seen.causal
@@ -137,7 +139,7 @@ def test_exits_equal_early_exit(family, monkeypatch):
     ]
     seen = [record(family, p) for p in prompts]
     together = exits(family, seen, limit=4)
-    monkeypatch.setattr(masking, 'fitting', lambda *a: 1)
+    replaced(monkeypatch, engine, 'fitting', lambda *a: 1)
     for a, b in zip(together, exits(family, seen, limit=4)):
         list(map(close, a, b))
     for p, watched, said in zip(prompts, seen, together):
@@ -231,8 +233,8 @@ def test_the_pictures_of_a_prompt_are_hashed_once(llava, monkeypatch):
         hashed.append(sum(t.nbytes for t in things if isinstance(t, torch.Tensor)))
         return real(*things)
 
-    for module in (room, masking):
-        monkeypatch.setattr(module, 'digest', counted)
+    for module in (room, engine):
+        replaced(monkeypatch, module, 'digest', counted)
     sweep(llava, SAMPLES, **kw)
     assert sum(n >= pixels for n in hashed) == 2 * len(SAMPLES)  # samples and donors
 
@@ -292,7 +294,7 @@ def test_the_bank_knows_no_picture(llava):
 
 
 def test_out_of_memory_halves_and_loses_nothing(llava, monkeypatch):
-    forward, seen = masking.Ladder.forward, []
+    forward, seen = engine.Ladder.forward, []
 
     def small(self, ids, **kw):
         seen.append(len(self.rows))
@@ -302,7 +304,7 @@ def test_out_of_memory_halves_and_loses_nothing(llava, monkeypatch):
 
     facts(llava, llava.prompt(SAMPLES[0].image, SAMPLES[0].question))
     want = sweep(llava, SAMPLES, 'knockout', limit=3)
-    monkeypatch.setattr(masking.Ladder, 'forward', small)
+    monkeypatch.setattr(engine.Ladder, 'forward', small)
     got = sweep(llava, SAMPLES, 'knockout', limit=3)
     same(got, want)
     assert max(seen) > 5 and min(seen) <= 5
@@ -318,17 +320,17 @@ def test_rounding_of_many_logits_in_bfloat16_forbids_no_ladder(monkeypatch):
         image_seq_length=16,
     )
     deep = MLLM(T.LlavaForConditionalGeneration(c).to(torch.bfloat16), twin('llava').processor)
-    p, alike, seen = deep.prompt(SAMPLES[0].image, SAMPLES[0].question), masking._alike, []
+    p, alike, seen = deep.prompt(SAMPLES[0].image, SAMPLES[0].question), engine.capabilities._alike, []
 
     def watched(a, b, tolerance):
-        seen.append(not masking._near(a, b, tolerance))
+        seen.append(not engine.capabilities._near(a, b, tolerance))
         return alike(a, b, tolerance)
 
-    monkeypatch.setattr(masking, '_alike', watched)
+    replaced(monkeypatch, engine, '_alike', watched)
     assert facts(deep, p) == Facts(True, True, 0, True) and seen == [True]  # one by one they would forbid it
     del deep.facts
     other = stems(deep, [deep.prompt(SAMPLES[1].image, SAMPLES[0].question)], int(p.visual[-1]) + 1)
-    monkeypatch.setattr(masking, 'stems', lambda *a: other)  # another picture's keys and values
+    replaced(monkeypatch, engine, 'stems', lambda *a: other)  # another picture's keys and values
     assert facts(deep, p) == Facts(True, True, 0, False)
 
 
@@ -337,7 +339,7 @@ def test_other_errors_pass(llava, monkeypatch):
         raise RuntimeError('something else')
 
     facts(llava, llava.prompt(SAMPLES[0].image, SAMPLES[0].question))
-    monkeypatch.setattr(masking.Ladder, 'forward', broken)
+    monkeypatch.setattr(engine.Ladder, 'forward', broken)
     with pytest.raises(RuntimeError, match='something else'):
         sweep(llava, SAMPLES, 'knockout')
 

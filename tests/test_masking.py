@@ -2,7 +2,8 @@
 
 import numpy as np, pandas as pd, pytest, torch
 from fusion_notebooks.hooks import edit
-from fusion_notebooks.masking import mean_states, scoped, sweep, visual_states
+from fusion_notebooks.hooks import mean_states, visual_states
+from fusion_notebooks.masking import scoped, sweep
 from fusion_notebooks.mllm import Sample
 
 KEYS = ['sample', 'how', 'scope', 'layer']

@@ -99,7 +99,7 @@ def test_distance_naive():
         d[:, 0], d[0] = range(len(a) + 1), range(len(b) + 1)
         for i, j in product(range(len(a)), range(len(b))):
             d[i + 1, j + 1] = min(d[i, j + 1] + 1, d[i + 1, j] + 1, d[i, j] + (a[i] != b[j]))
-        assert metrics._distance(a, b) == d[-1, -1]
+        assert metrics.scores._distance(a, b) == d[-1, -1]
 
 
 def test_lenient_takes_any_word_of_any_answer():

@@ -74,7 +74,7 @@ def test_training_sees_what_the_processor_makes(tiny):
     im = demo.picture(3, things, noise)
     view = np.asarray(im.resize((demo.VIEW, demo.VIEW), Image.Resampling.BICUBIC))[None]
     assert (
-        demo._pixels(view, tiny.processor, 'cpu') - tiny.prompt(im, 'What?').inputs['pixel_values']
+        demo.packing._pixels(view, tiny.processor, 'cpu') - tiny.prompt(im, 'What?').inputs['pixel_values']
     ).abs().max() < 1e-5
 
 
@@ -195,3 +195,23 @@ def test_layers_on_several_devices(saved, tiny, samples, tmp_path):
             with edit(tiny, 2, q.visual, how), capture(tiny) as b:
                 y = tiny.answer(q)
             assert x.ids == y.ids and abs(x.logp - y.logp) < 1e-4 and (a.attention - b.attention).abs().max() < 1e-5
+
+
+def test_what_is_kept_knows_replaced_weights_and_forgets_sizes(llava):
+    "A parameter that was replaced after the first look went unseen; `clear` left the sizes of what it removed"
+    before = llava.weights_state()
+    assert before == llava.weights_state()
+    norm = llava.norm
+    old = norm.weight
+    try:
+        norm.weight = torch.nn.Parameter(old.detach() * 2)
+        assert llava.weights_state() != before
+    finally:
+        norm.weight = old
+    assert llava.weights_state() == before
+    llava.kept.put('x', torch.zeros(10))
+    assert llava.kept.used >= 40
+    llava.kept.clear()
+    assert llava.kept.used == 0 and not llava.kept.sizes
+    llava.kept.put('x', torch.zeros(10))
+    assert llava.kept.pop('x') is not None and llava.kept.used == 0

@@ -326,22 +326,30 @@ PIXELS = ROOT / 'tests/fixtures/plots'
 
 @pytest.fixture(scope='module')
 def examples():
-    "Name → `small` figure, drawn by the last line of a cell in 10_plots that calls it; the first example counts"
-    space, found, cwd = {}, {}, os.getcwd()
-    os.chdir(ROOT / 'nbs')
+    "Name → `small` figure, drawn by the last line of a cell in nbs/12_plots that calls it; the first example counts"
+    found, cwd = {}, os.getcwd()
+    os.chdir(ROOT / 'nbs/12_plots')
     try:
-        for c in json.loads((ROOT / 'nbs/10_plots.ipynb').read_text())['cells']:
-            if c['cell_type'] != 'code' or 'showdoc' in (source := ''.join(c['source'])):
-                continue
-            tree = ast.parse(source)
-            last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-            exec(compile(tree, '10_plots', 'exec'), space)
-            fig = eval(compile(ast.Expression(last.value), '10_plots', 'eval'), space) if last else None
-            if isinstance(fig, Figure) and isinstance(last.value, ast.Call) and last.value.func.id not in found:
-                found[last.value.func.id] = small(fig)
+        for path in sorted(Path('.').glob('*.ipynb')):
+            draw(path, found)
     finally:
         os.chdir(cwd)
     return found
+
+
+def draw(path, found):
+    "Run one notebook and keep the figures that its cells end in"
+    space = {}
+    for c in json.loads(path.read_text())['cells']:
+        source = ''.join(c['source'])
+        if c['cell_type'] != 'code' or 'showdoc' in source:
+            continue
+        tree = ast.parse(source)
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, path.stem, 'exec'), space)
+        fig = eval(compile(ast.Expression(last.value), path.stem, 'eval'), space) if last else None
+        if isinstance(fig, Figure) and isinstance(last.value, ast.Call) and last.value.func.id not in found:
+            found[last.value.func.id] = small(fig)
 
 
 def small(fig):
@@ -423,5 +431,5 @@ def test_controls_are_hollow():
             'crop-centre',
             'crop-oracle',
         )
-        if plots._inner(m) == 'white'
+        if plots.style._inner(m) == 'white'
     } == {'mask-late', 'mask-highest', 'crop-random', 'crop-centre', 'crop-oracle'}

@@ -3,6 +3,7 @@
 import multiprocessing, os, re, signal, subprocess, sys, time
 import numpy as np, pandas as pd, pytest
 from pathlib import Path
+from conftest import replaced
 from fusion_notebooks import results
 from fusion_notebooks.results import Store, canonical, digest
 
@@ -122,7 +123,7 @@ def half(f):
     f.write(b'PAR1 half a part'); f.flush()
     print('writing', flush=True)
     time.sleep(60)
-results._parquet = lambda *a: half
+results.store._parquet = lambda *a: half
 results.Store(sys.argv[1]).add(pd.DataFrame(dict(sample=['s'])), dict(model='m'))
 '''
 
@@ -152,7 +153,7 @@ def test_tidy_leaves_what_is_in_use(store, tmp_path):
 
 
 def test_failure_while_writing_leaves_nothing(store, monkeypatch):
-    monkeypatch.setattr(results, '_parquet', lambda *a: lambda f: 1 / 0)
+    replaced(monkeypatch, results, '_parquet', lambda *a: lambda f: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         store.add(rows(0), key(0))
     assert list(store.folder.iterdir()) == []
@@ -254,7 +255,7 @@ def test_a_pack_reads_like_its_parts(store):
 def test_a_compaction_that_dies_doubles_nothing(store, monkeypatch):
     many(store)
     keys, whole = store.keys(), store.read()
-    monkeypatch.setattr(results.Path, 'unlink', lambda self, **kw: 1 / 0)  # dies before the first part is removed
+    monkeypatch.setattr(results.store.Path, 'unlink', lambda self, **kw: 1 / 0)  # dies before the first part is removed
     with pytest.raises(ZeroDivisionError):
         store.compact()
     monkeypatch.undo()
@@ -495,9 +496,9 @@ def test_tables_of_a_study_from_rows_alone(tmp_path, monkeypatch):
             else pd.DataFrame()
         )
 
-    monkeypatch.setattr(study, 'require', require)
-    monkeypatch.setattr(
-        study,
+    replaced(monkeypatch, study, 'require', require)
+    replaced(monkeypatch,
+         study,
         'read_settings',
         lambda *_: SimpleNamespace(benchmarks=('gqa', 'pope'), figures=tmp_path, analyses=('refine',)),
     )

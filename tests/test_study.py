@@ -3,6 +3,7 @@
 import json, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
+from conftest import replaced
 from fusion_notebooks import study
 from fusion_notebooks.results import Store
 
@@ -120,13 +121,13 @@ def test_only_missing_rows_are_computed(shared, model_folder, monkeypatch):
         and set(got.split) == {'evaluation'}
         and set(got.kind) == {'fine', 'colour', 'shape', 'relation'}
     )
-    monkeypatch.setattr(study, 'load', lambda where: pytest.fail('a model was loaded though every row was there'))
+    replaced(monkeypatch, study, 'load', lambda where: pytest.fail('a model was loaded though every row was there'))
     again = study.require('attention', str(model_folder), settings=shared)
     pd.testing.assert_frame_equal(got, again)
 
 
 def test_interrupted_work_is_kept(ini, model_folder, monkeypatch):
-    s, real, seen = study.replace(study.read_settings(ini), unit=2), study.ANALYSES['attention'], []
+    s, real, seen = study.work_units.replace(study.read_settings(ini), unit=2), study.ANALYSES['attention'], []
 
     def dies(mllm, samples, **kw):
         if len(seen) == 2:
@@ -163,7 +164,7 @@ def test_the_key_holds_what_is_asked(shared, model_folder):
         for split in ('calibration', 'evaluation')
     )
     assert not {i for i, *_ in a} & {i for i, *_ in b} and not {h for *_, h in a} & {h for *_, h in b}
-    assert a == [[x.id, x.kind, study._content(x)] for x in study.draw('glyph', 'calibration', 2)]
+    assert a == [[x.id, x.kind, study.samples._content(x)] for x in study.draw('glyph', 'calibration', 2)]
     keys = study.units(study.Job('masking', str(model_folder), 'glyph', 'evaluation'), shared)
     assert {
         'revision',
@@ -187,10 +188,18 @@ def test_code_counts_with_the_functions_it_uses_and_without_comments():
         != study.code_of('metrics', study.masking_rows)
         != study.code_of('metrics', study.refine_rows)
     )
-    helper, used = study._reference, []
+    helper, used = study.analyses._reference, []
     for node in (study.masking_rows, study.early_exit_rows):
         used.append(study.code_of('', node))
     assert used[0] != used[1]
+
+
+def test_code_of_a_module_that_is_not_there_is_refused():
+    "A renamed module hashed to nothing, so rows of other code would have been taken"
+    for name in ('hooks.gone', 'gone', 'metrics gone'):
+        with pytest.raises(ValueError, match=f"No module '{name.split()[-1]}'"):
+            study.code_of(name)
+    assert len({study.code_of(name) for name in ('hooks', 'hooks.edits', 'hooks.recording', 'engine', '*')}) == 5
 
 
 def test_names_of_the_methods_are_those_of_contrast():
@@ -256,7 +265,7 @@ def test_findings_come_with_interval_and_n(shared, model_folder):
 def test_refine_rows_are_enough_for_every_figure(shared, model_folder):
     "Method by method as asked for alone, with its cost"
     from fusion_notebooks import baselines, contrast
-    from fusion_notebooks.masking import facts
+    from fusion_notebooks.engine import facts
 
     rows = study.require('refine', str(model_folder), settings=shared)
     mllm, asked = study.load(str(model_folder)), {x.id: x for x in study.questions(str(model_folder), shared)}
@@ -324,15 +333,15 @@ def test_choices_one_at_a_time(shared, model_folder, monkeypatch):
     "Each row is what `refine` says with that one thing chosen differently, on calibration pictures"
     from fusion_notebooks import contrast
 
-    monkeypatch.setattr(
-        study,
+    replaced(monkeypatch,
+         study,
         'CHOICES',
         dict(
             mask=dict(candidates=('all', 'fixed'), rho=(0.4,), soft=(0.1,)),
             crop=dict(distance=('js2',), rule=('meanstd',), order=('before',)),
         ),
     )
-    s = study.replace(shared, calibration=1)
+    s = study.work_units.replace(shared, calibration=1)
     rows = study.require('candidates', str(model_folder), settings=s)
     found = study.units(study.Job('candidates', str(model_folder), 'glyph', 'calibration'), s)[0]
     assert (
@@ -359,7 +368,7 @@ def test_choices_one_at_a_time(shared, model_folder, monkeypatch):
             seen,
             how=key[0],
             review=found['review'],
-            seed=study.zlib.crc32(x.id.encode()),
+            seed=study.analyses.zlib.crc32(x.id.encode()),
             **dict(candidates=found['candidates']) | kw,
         )
         if mine.why[key]:  # what a model of random weights cannot do, it says
@@ -373,19 +382,19 @@ def test_choices_one_at_a_time(shared, model_folder, monkeypatch):
             and abs(mine.logp[key] - r.answer.logp) < 1e-4
             and mine.pre[key] == r.contrast.pre
         )
-    assert [j.split for j in study.jobs(study.replace(s, analyses=('candidates',)))] == ['calibration', 'calibration']
+    assert [j.split for j in study.jobs(study.work_units.replace(s, analyses=('candidates',)))] == ['calibration', 'calibration']
 
 
 def test_a_summary_without_findings_says_so(ini, shared, model_folder, capsys):
     "As after the choices alone; where there are rows, it says what they say"
-    study._summarise(str(model_folder), 'tiny', study.replace(study.read_settings(ini), compute=False))
+    study.runs._summarise(str(model_folder), 'tiny', study.work_units.replace(study.read_settings(ini), compute=False))
     assert (
         'No rows of masking, attention, early_exit, refine yet: what was computed stands in its tables'
         in capsys.readouterr().out
     )
     study.require('masking', str(model_folder), settings=shared)
-    study._summarise(
-        str(model_folder), 'tiny', study.replace(shared, compute=False, figures=ini.parent / 'figures' / 'others')
+    study.runs._summarise(
+        str(model_folder), 'tiny', study.work_units.replace(shared, compute=False, figures=ini.parent / 'figures' / 'others')
     )
     said = capsys.readouterr().out
     assert 'No rows' not in said and 'base (evaluation, n = 8)' in said
@@ -405,7 +414,7 @@ def test_rotations_count_together(official, model_folder, monkeypatch):
     "The model always says A; the rows are those of first rotations, with the score of all"
     from fusion_notebooks import metrics, vqa
 
-    mllm, s = study.load(str(model_folder)), study.replace(official, evaluation=3)
+    mllm, s = study.load(str(model_folder)), study.work_units.replace(official, evaluation=3)
     monkeypatch.setattr(type(mllm), 'decode', lambda self, ids: 'A')
     rows = study.require('early_exit', str(model_folder), 'mmbench', settings=s)
     asked = vqa.load('mmbench', 'evaluation', 3, 'random', 0, FIXTURES, family='llava')
@@ -423,7 +432,7 @@ def test_rotations_count_together(official, model_folder, monkeypatch):
 
 def test_several_benchmarks_in_one_run(official, model_folder):
     "Each with its official metric and figures of its own; without evidence boxes no figure on evidence, said in words"
-    s = study.replace(
+    s = study.work_units.replace(
         study.choose(official.file, benchmarks=['glyph', 'pope'], analyses=['attention']), models=(str(model_folder),)
     )
     report = study.run(s)
@@ -684,7 +693,7 @@ def test_settings_reach_a_notebook_as_a_dict(ini):
 
 def test_a_limit_shares_its_rows_with_the_whole(shared, model_folder):
     job = study.Job('attention', str(model_folder), 'glyph', 'evaluation')
-    few, all_ = (study.units(job, study.replace(shared, evaluation=n)) for n in (2, 4))
+    few, all_ = (study.units(job, study.work_units.replace(shared, evaluation=n)) for n in (2, 4))
     assert few == all_[:1] and len(all_) == 2
 
 
@@ -692,15 +701,15 @@ def test_rows_of_different_origin_do_not_mix(shared, model_folder):
     rows = study.require('attention', str(model_folder), settings=shared)
     both = pd.concat([rows, rows.assign(sample='other', dtype='bfloat16')])
     with pytest.raises(ValueError, match='dtype is float32 and bfloat16: set mixed = yes'):
-        study._one_origin(both, 'attention', shared)
-    assert len(study._one_origin(both, 'attention', study.replace(shared, mixed=True))) == 2 * len(rows)
+        study.work_units._one_origin(both, 'attention', shared)
+    assert len(study.work_units._one_origin(both, 'attention', study.work_units.replace(shared, mixed=True))) == 2 * len(rows)
 
 
 def test_a_model_that_is_no_number_on_a_sample(ini, model_folder, monkeypatch):
     "Its unit fails with the sample's name; all others are as they would be"
     import torch
 
-    s = study.replace(study.read_settings(ini), unit=2)
+    s = study.work_units.replace(study.read_settings(ini), unit=2)
     want = study.require('early_exit', str(model_folder), settings=s)
     mllm, bad = study.load(str(model_folder)), want['sample'].unique()[3]
     question = next(x.question for x in study.draw('glyph', 'evaluation', 2) if x.id == bad)
@@ -713,7 +722,7 @@ def test_a_model_that_is_no_number_on_a_sample(ini, model_folder, monkeypatch):
         )  # what is read of its prompt; answers are decoded together
 
     hook = mllm.layers[0].register_forward_hook(spoil)
-    other = study.replace(s, results=s.results.with_name('other'))
+    other = study.work_units.replace(s, results=s.results.with_name('other'))
     try:
         with pytest.raises(ValueError, match=f'1 of 4 units of early_exit .* no number for sample {bad}'):
             study.require('early_exit', str(model_folder), settings=other)
@@ -725,7 +734,7 @@ def test_a_model_that_is_no_number_on_a_sample(ini, model_folder, monkeypatch):
 
 
 def test_verify_and_status(shared, model_folder):
-    s = study.replace(shared, analyses=('masking', 'attention', 'early_exit', 'refine'))
+    s = study.work_units.replace(shared, analyses=('masking', 'attention', 'early_exit', 'refine'))
     for a in s.analyses:
         study.require(a, str(model_folder), settings=s)
     got = study.verify(s, 0.1, 0)
@@ -734,19 +743,19 @@ def test_verify_and_status(shared, model_folder):
     key = study.units(study.Job('attention', str(model_folder), 'glyph', 'evaluation'), s)[0]
     part, rows = store.path(key).read_bytes(), store.read([key])
     store.add(rows.assign(mass=rows.mass + 0.01), key)
-    again = study.verify(study.replace(s, analyses=('attention',)), 1.0, 0)
+    again = study.verify(study.work_units.replace(s, analyses=('attention',)), 1.0, 0)
     assert (again.difference > 0.009).all() and not again.same.any()
     store.path(key).write_bytes(part)
     t = study.status(s).set_index(['analysis', 'split'])
     assert (t.done == t.units).all() and (t.forwards == 0).all() and len(t) == 5
-    more = study.status(study.replace(s, evaluation=4)).set_index(['analysis', 'split'])
+    more = study.status(study.work_units.replace(s, evaluation=4)).set_index(['analysis', 'split'])
     assert (
         more.forwards['masking', 'evaluation'] == 8 * (2 + 5 * 4)
         and more.gigabytes.iloc[0] > 0
         and more.done['attention', 'evaluation'] == 1
     )
     with pytest.raises(ValueError, match='No rows of this study'):
-        study.verify(study.replace(s, seed=7))
+        study.verify(study.work_units.replace(s, seed=7))
 
 
 def test_nothing_but_bad_input_is_exit_code_two(ini):

@@ -172,7 +172,7 @@ def hub_rows(name, part, root=ROOT):
     if part.endswith('_images'):
         return [dict(id=p.stem, image=data(p)) for p in sorted((root / 'gqa/images').iterdir(), reverse=True)]
     rows = []
-    for _, stem, r, folder in vqa._file_rows(b, root / name, None):
+    for _, stem, r, folder in vqa.files._file_rows(b, root / name, None):
         if name == 'pope' and part not in stem:
             continue
         if name == 'gqa':
@@ -768,7 +768,7 @@ def test_no_mutation_escapes_the_sentence(root, name):
     path = root / name / r.choice(vqa.BENCHMARKS[name].files).split('|')[0]
     text, said = path.read_text(), 0
     for _ in range(120):
-        rows = list(vqa._objects(path)) if name == 'pope' else json.loads(text)
+        rows = list(vqa.files._objects(path)) if name == 'pope' else json.loads(text)
         table = (
             [row for _, row in rows]
             if name == 'pope'

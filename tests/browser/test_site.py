@@ -104,7 +104,7 @@ def test_recorded_explorer(page, here, times):
 def test_shots(page, here, scheme):
     "To look at"
     page.emulate_media(color_scheme=scheme)
-    for name in ('index', 'gallery', 'nbs/guides/comparison', 'matrix', 'nbs/guides/tutorial', 'nbs/12_explore'):
+    for name in ('index', 'gallery', 'nbs/guides/comparison', 'matrix', 'nbs/guides/tutorial', 'nbs/14_explore/02_widget'):
         page.goto(f'{here}{name}.html')
         page.screenshot(path=SHOTS / f'site-{Path(name).name}-{scheme}.png')
     page.set_viewport_size(dict(width=390, height=844))

@@ -4,9 +4,9 @@ import math
 import numpy as np, pytest, torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
-from conftest import noise_image
+from conftest import replaced, noise_image
 from twins import FAMILIES, family
-from fusion_notebooks import contrast, hooks, masking
+from fusion_notebooks import contrast, hooks, engine, masking
 from fusion_notebooks.mllm import MLLM, PlainProcessor
 
 PREFIX = {'paligemma'}  # rows of the prompt see each other
@@ -106,7 +106,7 @@ def test_geometry_test_can_fail(mllm):
     "Boxes in another order are noticed"
     if mllm.takes_one:
         return
-    from fusion_notebooks.mllm import _sees_there
+    from fusion_notebooks.mllm.places import _sees_there
 
     p = mllm.prompt(PICTURE, ASK)
     g = p.grids[0]
@@ -378,8 +378,8 @@ def test_many_crops_and_masks_in_one_batch(mllm, monkeypatch):
         assert (
             a.ids == b.ids and abs(a.logp - b.logp) < 1e-4 and (a.ids != plain.ids or abs(a.logp - plain.logp) > 1e-5)
         )
-    for module in (contrast, masking):
-        monkeypatch.setattr(module, 'fitting', lambda *a: 1)
+    for module in (contrast, engine):
+        replaced(monkeypatch, module, 'fitting', lambda *a: 1)
     again = [a for a, *_ in contrast.beside(mllm, seen.seen, [wide, high, wide], 6)] + contrast.masked(
         mllm, seen.prompt, some, review, 6
     )

@@ -1,0 +1,7 @@
+"""Contrastive attention, and answers refined with it."""
+
+from .contrastive import *
+from .boxes import *
+from .refinement import *
+
+__all__ = [name for name in dir() if not name.startswith('_')]

@@ -1,0 +1,5 @@
+"""What every room needs: samples and pictures."""
+
+from .images import *
+
+__all__ = [name for name in dir() if not name.startswith('_')]

@@ -1,0 +1,8 @@
+"""Whether a model can be trusted here."""
+
+from .shrinking import *
+from .twins import *
+from .checks import *
+from .report import *
+
+__all__ = [name for name in dir() if not name.startswith('_')]

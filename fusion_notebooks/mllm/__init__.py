@@ -1,0 +1,14 @@
+"""A model behind one handle."""
+
+from ..core.images import *
+from .grids import *
+from .memory import *
+from .processor import *
+from .gate import *
+from .handle import *
+from .places import *
+from .prompts import *
+from .batching import *
+from .vision_features import *
+
+__all__ = [name for name in dir() if not name.startswith('_')]

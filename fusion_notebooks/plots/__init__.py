@@ -1,0 +1,10 @@
+"""One function per figure."""
+
+from .style import *
+from .layers import *
+from .maps import *
+from .outcomes import *
+from .cards import *
+from .files import *
+
+__all__ = [name for name in dir() if not name.startswith('_')]

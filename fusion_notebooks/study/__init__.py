@@ -1,0 +1,13 @@
+"""From settings.ini to rows, figures and a summary."""
+
+from ..results import FINDINGS, percent, say
+from .settings import *
+from .samples import *
+from .analyses import *
+from .work_units import *
+from .reports import *
+from .workers import *
+from .execution import *
+from .runs import *
+
+__all__ = [name for name in dir() if not name.startswith('_')]

@@ -1,0 +1,8 @@
+"""Benchmarks."""
+
+from .benchmarks import *
+from .files import *
+from .hub import *
+from .samples import *
+
+__all__ = [name for name in dir() if not name.startswith('_')]
