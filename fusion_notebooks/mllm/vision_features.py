@@ -27,8 +27,9 @@ def kept(self: MLLM) -> Kept:  # belongs to the handle
 # %% ../../nbs/01_mllm/08_vision_features.ipynb #weights_state
 def weights_state(self: MLLM) -> bytes:  # changes whenever weights are changed in place or replaced
     "Marks the state of the weights within this process"
-    state = [(id(p), p.data_ptr(), p._version) for p in self.model.parameters()]
-    return hashlib.sha1(repr(state).encode()).digest()
+    if '_weights' not in self.__dict__:
+        self._weights = list(self.model.parameters())
+    return hashlib.sha1(repr([(p.data_ptr(), p._version) for p in self._weights]).encode()).digest()
 
 # %% ../../nbs/01_mllm/08_vision_features.ipynb #kept-2
 MLLM.kept, MLLM.weights_state = property(kept), weights_state
