@@ -153,7 +153,8 @@ def process(
         nb=nb, procs=[hide_line, add_links] if stored else [add_show_docs, hide_line, run_all, add_links]
     )
     proc.process()
-    nb.cells = document(nb.cells, path.stem[3:])
+    package = [path.parent.name[3:]] if path.parent.name[:2].isdigit() else []
+    nb.cells = document(nb.cells, '.'.join([*package, path.stem[3:]]))
     return nb
 
 
