@@ -264,7 +264,7 @@ def test_the_references_are_the_model(case):
         assert (w.sum(-1) - 1).abs().max() < 1e-5 and w[0].triu(1).abs().max() < 1e-6
     with D.overwritten([case.mllm.layers[1]], [], None):
         assert torch.equal(D.checks._logits(case.mllm, case.p.inputs), case.plain)
-    assert torch.equal(D.checks._logits(case.mllm, case.p.inputs), case.plain) and not D.checks._by_hand
+    assert torch.equal(D.checks._logits(case.mllm, case.p.inputs), case.plain)
 
 
 def test_rounding_that_adds_up_over_many_layers_is_no_wrong_map(monkeypatch):

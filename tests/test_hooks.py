@@ -3,6 +3,8 @@
 import pytest, torch
 from fusion_notebooks.hooks import capture, early_exit, edit, lens
 from fusion_notebooks.hooks import visual_states
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 def logits(mllm, p):
@@ -228,6 +230,16 @@ def test_capture_does_not_change_the_logits(tiny, p):
     plain = logits(tiny, p)
     with capture(tiny):
         assert torch.equal(logits(tiny, p), plain)
+
+
+def test_a_second_copy_of_the_module_takes_nothing_away(tiny, p):
+    with capture(tiny) as tape:
+        want = logits(tiny, p)
+    maps = tape.attention
+    AttentionInterface.register('fusion_capture', sdpa_attention_forward)  # as a module that is loaded twice would
+    with capture(tiny) as tape:
+        assert torch.equal(logits(tiny, p), want)
+    assert torch.equal(tape.attention, maps)
 
 
 def test_early_exit_equals_the_lens(tiny, p):

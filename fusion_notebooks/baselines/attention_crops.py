@@ -7,10 +7,9 @@ __all__ = ['vicrop_rel', 'vicrop_grad']
 
 # %% ../../nbs/07_baselines/01_attention_crops.ipynb #imports
 import torch
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 from ..mllm.handle import MLLM
-from ..hooks.recording import _recording_attention, _recording_eager, capture, EAGER, NAME
+from ..hooks.recording import _recording_attention, _recording_eager, attending, capture, EAGER
 from .common import _at, _attention, _look, _ratio, _with_crop, GENERAL, Rival
 
 # %% ../../nbs/07_baselines/01_attention_crops.ipynb #vicrop_rel
@@ -37,42 +36,38 @@ def vicrop_rel(
         base,
     )
 
-# %% ../../nbs/07_baselines/01_attention_crops.ipynb #c012
-_kept = {}  # attention module → (its output, its values) while a gradient is wanted
-
 # %% ../../nbs/07_baselines/01_attention_crops.ipynb #keeping
-def _keeping(attention):
-    "An attention function that also keeps what `_attention_slope` asks for"
+def _keeping(attention, kept):
+    "An attention function that also keeps (output, values) of the modules in `kept`, and starts the graph behind their output"
 
     def run(module, query, key, value, attention_mask, **kw):
         out, weights = attention(module, query, key, value, attention_mask, **kw)
-        if module not in _kept:
+        if module not in kept:
             return out, weights
         torch.set_grad_enabled(True)  # from here on; `_attention_slope` turns it off again
-        _kept[module] = out.detach().requires_grad_(), value.detach()
-        return _kept[module][0], weights
+        kept[module] = out.detach().requires_grad_(), value.detach()
+        return kept[module][0], weights
 
     return run
-
-# %% ../../nbs/07_baselines/01_attention_crops.ipynb #cell
-for name, attention, mask in ((NAME, _recording_attention, sdpa_mask), (EAGER, _recording_eager, eager_mask)):
-    AttentionInterface.register(f'{name}_slope', _keeping(attention))
-    AttentionMaskInterface.register(f'{name}_slope', mask)
 
 # %% ../../nbs/07_baselines/01_attention_crops.ipynb #attention_slope
 def _attention_slope(mllm, p, layer):
     "(heads, visual) attention of the last prompt token, and the slope of the likeliest first token's log-probability in it"
-    text, modules = mllm.model.config.get_text_config(), set(mllm.layers[layer].modules())
-    _kept.update(dict.fromkeys(modules))
-    try:
-        with torch.no_grad(), capture(mllm, heads='all', layers=[layer]) as tape:
-            text._attn_implementation_internal += '_slope'  # `capture` puts back what was there
-            logp = mllm.model(**p.inputs, use_cache=False, logits_to_keep=1).logits[0, -1].float().log_softmax(-1).max()
-            out, value = next(v for m in modules if (v := _kept[m]) is not None)
-            slope = torch.autograd.grad(logp, out)[0][0, -1]  # (heads, width of a head)
-    finally:
-        for m in modules:
-            _kept.pop(m)
+    kept = dict.fromkeys(mllm.layers[layer].modules())
+    with torch.no_grad(), capture(mllm, heads='all', layers=[layer]) as tape:
+        if mllm.model.config.get_text_config()._attn_implementation == EAGER:
+            recording, mask = _recording_eager, eager_mask
+        else:
+            recording, mask = _recording_attention, sdpa_mask
+        with attending(mllm, 'fusion_slope', _keeping(recording, kept), mask):
+            logits = mllm.model(**p.inputs, use_cache=False, logits_to_keep=1).logits[0, -1]
+        found = [pair for pair in kept.values() if pair is not None]
+        if not found:
+            raise ValueError(
+                f'{mllm.name}: layer {layer} has no attention through which a gradient can be taken; give another `layer`.'
+            )
+        out, value = found[0]
+        slope = torch.autograd.grad(logits.float().log_softmax(-1).max(), out)[0][0, -1]  # (heads, width of a head)
     value = value[0].repeat_interleave(len(slope) // value.shape[1], 0)[:, p.visual.to(value.device)]
     return tape.attention[0, 0, :, 0], (value.float() @ slope.float()[:, :, None])[..., 0]
 

@@ -14,10 +14,9 @@ import sys
 import torch
 from PIL import Image
 from contextlib import contextmanager, nullcontext
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.masking_utils import eager_mask
 from ..mllm.handle import MLLM
-from ..hooks.recording import _hidden, _removing, capture
+from ..hooks.recording import _hidden, _removing, attending, capture
 from ..hooks.logit_lens import early_exit, lens
 from ..hooks.edits import edit, STATE_EDITS
 from ..hooks.states import visual_states
@@ -50,36 +49,44 @@ def _far(got, want):
         else math.inf
     )
 
-# %% ../../nbs/15_doctor/02_checks.ipynb #c018
-_by_hand = {}  # what the reference attention does now
-
 # %% ../../nbs/15_doctor/02_checks.ipynb #reference
-def _reference(module, query, key, value, attention_mask, **kw):
-    eager, i = sys.modules[type(module).__module__].eager_attention_forward, _by_hand['layers'].get(module)
-    cross = key.shape[2] != query.shape[2]
-    if i is not None and i in _by_hand['at']:
-        low = torch.finfo(query.dtype).min
-        mask = torch.zeros(len(query), 1, query.shape[2], key.shape[2], dtype=query.dtype, device=query.device)
-        if attention_mask is None and not cross:
-            mask += torch.full_like(mask[0, 0], low).triu(1)
-        elif attention_mask is not None:
-            mask = (
-                mask.masked_fill(~attention_mask, low) if attention_mask.dtype == torch.bool else mask + attention_mask
-            )
-        for r in range(0 if cross else _by_hand['text_from'], query.shape[2]):
-            keys = list(range(key.shape[2])) if cross else _by_hand['visual']
-            mask[:, :, r, keys] = (mask[:, :, r, keys] + _by_hand['bias']).clamp(min=low)
-        attention_mask = mask
-    out, weights = eager(module, query, key, value, attention_mask, **kw)
-    if i is not None and i in _by_hand['at'] and cross and _by_hand['bias'] == -math.inf:
-        out = out * 0  # nothing left to read
-    if i is not None:
-        _by_hand['maps'][i] = weights
-    return out, weights
+class _ByHand:
+    "Eager attention of the family's own module, with a bias that is written into the mask row by row"
 
-# %% ../../nbs/15_doctor/02_checks.ipynb #cell
-AttentionInterface.register('fusion_reference', _reference)
-AttentionMaskInterface.register('fusion_reference', eager_mask)
+    def __init__(self, mllm, at, visual, bias):
+        self.layers = {m: i for i, layer in enumerate(mllm.layers) for m in layer.modules()}
+        self.at, self.visual, self.bias = set(at), list(visual), bias
+        self.text_from = max(visual, default=0) + 1
+        self.maps = {}  # layer → (batch, heads, rows, keys)
+
+    def biased(self, mask, query, key, cross):
+        "The mask (batch, 1, rows, keys) with the bias on it"
+        low = torch.finfo(query.dtype).min
+        bias = torch.zeros(len(query), 1, query.shape[2], key.shape[2], dtype=query.dtype, device=query.device)
+        if mask is None and not cross:
+            bias += torch.full_like(bias[0, 0], low).triu(1)
+        elif mask is not None and mask.dtype == torch.bool:
+            bias = bias.masked_fill(~mask, low)
+        elif mask is not None:
+            bias = bias + mask
+        keys = list(range(key.shape[2])) if cross else self.visual
+        for row in range(0 if cross else self.text_from, query.shape[2]):
+            bias[:, :, row, keys] = (bias[:, :, row, keys] + self.bias).clamp(min=low)
+        return bias
+
+    def __call__(self, module, query, key, value, attention_mask, **kw):
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        layer = self.layers.get(module)
+        cross = key.shape[2] != query.shape[2]
+        edited = layer is not None and layer in self.at
+        if edited:
+            attention_mask = self.biased(attention_mask, query, key, cross)
+        out, weights = eager(module, query, key, value, attention_mask, **kw)
+        if edited and cross and self.bias == -math.inf:
+            out = out * 0  # nothing left to read
+        if layer is not None:
+            self.maps[layer] = weights
+        return out, weights
 
 # %% ../../nbs/15_doctor/02_checks.ipynb #by_hand
 @contextmanager
@@ -90,22 +97,9 @@ def by_hand(
     bias: float = 0.0,  # added to the logits of text rows at these keys; -inf closes them
 ):  # yields {layer: (batch, heads, rows, keys)} eager attention weights
     "The family's own eager attention in all decoder layers"
-    text = mllm.model.config.get_text_config()
-    before = text._attn_implementation
-    _by_hand.update(
-        layers={m: i for i, layer in enumerate(mllm.layers) for m in layer.modules()},
-        at=set(at),
-        visual=list(visual),
-        bias=bias,
-        text_from=max(visual, default=0) + 1,
-        maps={},
-    )
-    try:
-        text._attn_implementation_internal = 'fusion_reference'
-        yield _by_hand['maps']
-    finally:
-        text._attn_implementation_internal = before
-        _by_hand.clear()
+    reference = _ByHand(mllm, at, visual, bias)
+    with attending(mllm, 'fusion_reference', reference, eager_mask):
+        yield reference.maps
 
 # %% ../../nbs/15_doctor/02_checks.ipynb #overwritten
 @contextmanager

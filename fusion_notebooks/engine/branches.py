@@ -12,10 +12,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from transformers.cache_utils import Cache, DynamicLayer
 from ..mllm.handle import Answer, MLLM
-from ..hooks.recording import _hidden, _removing
+from ..hooks.recording import _hidden, _removing, attending
 from ..hooks.edits import _as_float_mask
 from .prefix import next_position, Stem
-from .shared_attention import _attending, _can_be_apart, STEMS
+from .shared_attention import _can_be_apart, _over_stems, STEMS
 
 # %% ../../nbs/04_engine/02_branches.ipynb #Row
 @dataclass
@@ -136,7 +136,7 @@ class Ladder:
         with (
             _removing(handles),
             next_position(self.mllm) as position,
-            _attending(self.mllm, STEMS if self.apart else None),
+            attending(self.mllm, STEMS, _over_stems) if self.apart else nullcontext(),
             leaving(self.mllm, torch.tensor(after, device=ids.device))
             if min(after) < self.mllm.n_layers
             else nullcontext(),

@@ -7,10 +7,7 @@ __all__ = ['STEMS']
 
 # %% ../../nbs/04_engine/01_shared_attention.ipynb #imports
 import torch
-from contextlib import contextmanager
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from ..hooks.edits import _as_float_mask
 
 # %% ../../nbs/04_engine/01_shared_attention.ipynb #stems2
@@ -87,10 +84,6 @@ def _over_stems(module, query, key, value, mask, scaling=None, **kw):
     out = own.lerp(out, (total - weight).sigmoid()[..., None].to(own.dtype))
     return out.reshape(*query.shape[:3], -1).transpose(1, 2).contiguous(), None
 
-# %% ../../nbs/04_engine/01_shared_attention.ipynb #cell
-AttentionInterface.register(STEMS, _over_stems)
-AttentionMaskInterface.register(STEMS, sdpa_mask)
-
 # %% ../../nbs/04_engine/01_shared_attention.ipynb #can_be_apart
 def _can_be_apart(mllm):
     "Does the decoder call SDPA, through transformers' interface, on a CPU?"
@@ -99,16 +92,3 @@ def _can_be_apart(mllm):
         and mllm.model.config.get_text_config()._attn_implementation == 'sdpa'
         and getattr(mllm.decoder, '_supports_attention_backend', False)
     )
-
-# %% ../../nbs/04_engine/01_shared_attention.ipynb #attending
-@contextmanager
-def _attending(mllm, name):
-    "Let the text decoder use another attention; None: its own"
-    text = mllm.model.config.get_text_config()
-    before = text._attn_implementation
-    try:
-        if name:
-            text._attn_implementation_internal = name
-        yield
-    finally:
-        text._attn_implementation_internal = before
