@@ -54,9 +54,8 @@ PICTURES = dict(
     truncated=truncated,
     gigapixel=gigapixel,
     tiny=lambda p: Image.new('RGB', (1, 1)).save(p),
-    palette=lambda p: Image.new('P', (50, 50)).save(p),
-    sixteen=lambda p: Image.fromarray(np.zeros((50, 50), 'uint16')).save(p),
-    cmyk=lambda p: Image.new('CMYK', (50, 50)).save(p, format='JPEG'),
+    floats=lambda p: Image.new('F', (50, 50)).save(p, format='TIFF'),
+    icon=lambda p: Image.new('RGB', (50, 50)).save(p, format='ICO'),
 )
 
 

@@ -158,7 +158,6 @@ def test_pictures_from_outside(monkeypatch):
     ):
         with pytest.raises(ValueError, match=word):
             explore.opened(data, 'a.png')
-    replaced(monkeypatch, explore, 'MAX_PIXELS', 1000)
     monkeypatch.setattr('fusion_notebooks.core.images.MAX_PIXELS', 1000)
     decoded = []
     monkeypatch.setattr(Image.Image, 'load', lambda *a: decoded.append(a))

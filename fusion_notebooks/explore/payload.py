@@ -9,10 +9,9 @@ __all__ = ['packed', 'marks', 'scene', 'maps', 'curves', 'row', 'refined', 'figu
 import io
 import numpy as np
 import pandas as pd
-import warnings
 from PIL import Image
 from .. import contrast, fusion, plots
-from ..core.images import MAX_PIXELS, open_image
+from ..core.images import open_image
 from ..mllm.handle import Answer
 from .session import Seen
 
@@ -194,15 +193,4 @@ def opened(
     name: str = 'the picture',  # how errors call it
 ) -> Image.Image:  # RGB
     "Open a picture that came over the wire. Raises `ValueError` for what is none, and for one that is too large."
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-            if image.width * image.height <= MAX_PIXELS and image.mode not in ('RGB', 'RGBA', 'L'):
-                image = image.convert('RGBA' if 'transparency' in image.info else 'RGB')
-    except Image.DecompressionBombError:
-        raise ValueError(f'{name} has far more than the {MAX_PIXELS:,} pixels allowed: resize it first.') from None
-    except (OSError, ValueError, SyntaxError):
-        raise ValueError(f'{name} is not a picture that Pillow can read: give a PNG or JPEG.') from None
-    image.filename = name
-    return open_image(image)
+    return open_image(data, name=name)

@@ -9,6 +9,7 @@ __all__ = ['scoped', 'sweep']
 import pandas as pd
 import torch
 from tqdm import tqdm
+from ..core.images import same_picture
 from ..mllm.handle import MLLM
 from ..hooks.recording import check_layers
 from ..hooks.edits import ATTENTION_EDITS, STATE_EDITS
@@ -33,7 +34,7 @@ def _donor(samples, k):
     me = samples[k]
     for j in range(1, len(samples)):
         other = samples[(k + j) % len(samples)]
-        if other.image is not me.image and other.image != me.image:
+        if not same_picture(other.image, me.image):
             return other
     raise ValueError('swap needs another picture: give at least two samples with different images, or donors=.')
 

@@ -10,11 +10,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from PIL import Image
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from .. import metrics
+from ..core.images import open_image
 from .style import _band, _figure, _heading, _layers, _legend, _text, _title, CHOSEN
 from .style import EVIDENCE, FAMILIES, LARGE, SMALL
 
@@ -73,10 +73,6 @@ def _overlay(ax, values, extent, **kw):
 def _cut(image, box):
     return image.crop(tuple(int(round(float(v))) for v in box))
 
-# %% ../../nbs/12_plots/02_maps.ipynb #open
-def _open(image):
-    return (image if isinstance(image, Image.Image) else Image.open(image)).convert('RGB')
-
 # %% ../../nbs/12_plots/02_maps.ipynb #attention_maps
 def attention_maps(
     image,  # picture, PIL or path
@@ -89,7 +85,7 @@ def attention_maps(
     title: str = '',
 ) -> plt.Figure:
     "Where each layer looks, over the picture"
-    image, maps = _open(image), np.asarray(maps, float)
+    image, maps = open_image(image), np.asarray(maps, float)
     if maps.ndim != 2 or maps.shape[1] != np.prod(grid_shape):
         raise ValueError(
             f'attention_maps: maps of shape {maps.shape} do not fit a grid of {tuple(grid_shape)}; pass (layers, h*w)'

@@ -12,9 +12,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import MaxNLocator
 from .. import metrics
+from ..core.images import open_image
 from .style import _band, _colour, _figure, _flat, _inner, _layers, _legend, _model
 from .style import _percent, _text, _title, CHOSEN, FAMILIES, HOWS, LARGE, REACH, SMALL
-from .maps import _cut, _open, _outline, _overlay, _picture, HEAT, SIGNED
+from .maps import _cut, _outline, _overlay, _picture, HEAT, SIGNED
 
 # %% ../../nbs/12_plots/03_outcomes.ipynb #c022
 def early_exit(
@@ -197,7 +198,7 @@ def refine_examples(
         top, bottom, image = (
             axes[2 * (k // columns), k % columns],
             axes[2 * (k // columns) + 1, k % columns],
-            _open(row['image']),
+            open_image(row['image']),
         )
         truth = f'\ntruth: {row["answer"]}' if row.get('answer') not in (None, '') else ''
         box, evidence = (
@@ -236,7 +237,7 @@ def ask(
     evidence=None,  # evidence box where known, pixels
 ) -> plt.Figure:
     "One question in one row: the picture, early and late attention, their contrast, the crop"
-    image = _open(image)
+    image = open_image(image)
     extent = (0, 0, *image.size) if extent is None else extent
     early, late, contrast = (np.asarray(m, float) for m in (early, late, contrast))
     crop = _cut(image, box) if crop is None and box is not None else crop
@@ -258,7 +259,7 @@ def ask(
         _overlay(ax, values, extent, **kw)
         _outline(ax, box, CHOSEN)
     if crop is not None:
-        _picture(axes[4], _open(crop), 'what the model sees again', ratio=image.height / image.width)
+        _picture(axes[4], open_image(crop), 'what the model sees again', ratio=image.height / image.width)
     fig.suptitle(
         _text(question, 110)
         + '\n'

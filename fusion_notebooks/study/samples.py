@@ -16,6 +16,7 @@ from collections import namedtuple
 from functools import lru_cache
 from pathlib import Path
 from .. import vqa
+from ..core.images import open_image
 from ..results.store import Store
 from .settings import BENCHMARKS, PACKAGE, Settings
 
@@ -62,9 +63,12 @@ def questions(
 def _content(s):
     "A hash of what is asked, so that another picture or question under the same id makes another key"
     h = hashlib.sha256(repr((s.question, s.answers, s.box)).encode())
-    h.update(
-        (getattr(s, 'picture', '') or str(s.image)).encode() if isinstance(s.image, (str, Path)) else s.image.tobytes()
-    )
+    if isinstance(s.image, (str, Path)):
+        h.update((getattr(s, 'picture', '') or str(s.image)).encode())
+    elif isinstance(s.image, bytes):
+        h.update(s.image)
+    else:
+        h.update(open_image(s.image).tobytes())
     return h.hexdigest()[:16]
 
 # %% ../../nbs/13_study/01_samples.ipynb #Job

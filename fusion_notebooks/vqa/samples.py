@@ -7,13 +7,11 @@ __all__ = ['part', 'load']
 
 # %% ../../nbs/08_vqa/03_samples.ipynb #imports
 import hashlib
-import io
 import math
 import re
-from PIL import Image
-from PIL.ImageFile import ImageFile
 from contextlib import closing
 from pathlib import Path
+from ..core.images import picture_size
 from .benchmarks import benchmark, PROMPTS, Sample
 from .files import _file_rows, _inside
 from .hub import _hub_rows
@@ -73,15 +71,6 @@ def _picture(f, folder):
         f['image'] if isinstance(f['image'], bytes) else _inside(folder, f['image'], f['where']).read_bytes()
     ).hexdigest()
 
-# %% ../../nbs/08_vqa/03_samples.ipynb #opened
-def _opened(data, where):
-    "A picture, not yet decoded, or converted to RGB as the references do where its mode is unusual"
-    try:
-        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
-        return image if image.mode in ('RGB', 'RGBA', 'L') else image.convert('RGB')
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise ValueError(f'{where}: the picture cannot be read ({str(e)[:80]}).') from None
-
 # %% ../../nbs/08_vqa/03_samples.ipynb #part
 def part(
     picture: str,  # identity of a picture
@@ -109,13 +98,11 @@ def _asked(b, name, family, f):
 # %% ../../nbs/08_vqa/03_samples.ipynb #sample
 def _sample(b, name, family, f, folder, picture):
     box, image = f['box'], f['image'] if isinstance(f['image'], bytes) else _inside(folder, f['image'], f['where'])
-    opened = _opened(image, f['where'])
-    if isinstance(image, bytes) or not isinstance(opened, ImageFile):
-        image = opened  # bytes, or converted
-    else:
-        opened.close()
+    try:
+        w, h = picture_size(image)
+    except ValueError as e:
+        raise ValueError(f'{f["where"]}: the picture cannot be read ({str(e).removesuffix(".")}).') from None
     if box is not None:
-        w, h = opened.size
         if not (0 <= box[0] < box[2] <= w and 0 <= box[1] < box[3] <= h):
             raise ValueError(f"{f['where']}: the box {tuple(box)} does not lie in its picture of {w} × {h} pixels.")
     template, question = _asked(b, name, family, f)
