@@ -10,7 +10,7 @@ from fusion_notebooks.contrast import look, view_side, window_box
 from fusion_notebooks.hooks import early_exit, edit
 from fusion_notebooks.engine import facts
 from fusion_notebooks.masking import scoped
-from fusion_notebooks.mllm import Answer, Sample
+from fusion_notebooks.mllm import Answer, Sample, reader
 from conftest import replaced, noise_image
 from twins import family
 
@@ -416,7 +416,7 @@ def test_costs_are_counted(tiny):
         kw = dict(beams=2, candidates=2) if method == 'opera' else {}
         calls = []
         handle = tiny.layers[2].self_attn.register_forward_pre_hook(
-            lambda m, args, kw: calls.append(tuple((args[0] if args else kw['hidden_states']).shape[:2])),
+            reader(lambda m, args, kw: calls.append(tuple((args[0] if args else kw['hidden_states']).shape[:2]))),
             with_kwargs=True,
         )
         try:
@@ -519,7 +519,6 @@ def snapshot(mllm):
         mllm.model.config.get_text_config()._attn_implementation,
         [q.requires_grad for q in mllm.model.parameters()],
         torch.is_grad_enabled(),
-        not baselines.attention_crops._kept,
         [
             (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), len(m._backward_pre_hooks))
             for m in mllm.model.modules()

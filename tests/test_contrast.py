@@ -19,7 +19,7 @@ from fusion_notebooks.contrast import (
 )
 from fusion_notebooks.hooks import capture, edit
 from fusion_notebooks.engine import facts
-from fusion_notebooks.mllm import Grid, token_boxes
+from fusion_notebooks.mllm import Grid, reader, token_boxes
 
 rng = np.random.default_rng(0)
 grid = Grid(np.arange(64), 8, 8, token_boxes(8, 8, (384, 384), (0.25, 0.25), (0, 0), (96, 96)), (384, 384), 1.0)
@@ -273,7 +273,7 @@ def test_one_pass_each(tiny, samples, monkeypatch):
     "mask runs the prompt's rows once; crop runs the picture's rows once, and the second time only what the crop adds"
     rows = []
     handle = tiny.layers[0].register_forward_pre_hook(
-        lambda layer, args, kw: rows.append((args[0] if args else kw['hidden_states']).shape[1]), with_kwargs=True
+        reader(lambda layer, args, kw: rows.append((args[0] if args else kw['hidden_states']).shape[1])), with_kwargs=True
     )
     try:
         p = tiny.prompt(samples[0].image, samples[0].question)

@@ -85,7 +85,12 @@ def test_a_table_holds_upright_boxes_and_no_decoded_pictures(tmp_path):
 
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV'])
 def test_every_mode_has_one_conversion(mode):
-    grey = Image.new('RGB', (6, 5), (255, 255, 255)).convert('L').convert('RGB').convert(mode if mode not in ('LA', 'PA') else 'RGBA')
+    grey = (
+        Image.new('RGB', (6, 5), (255, 255, 255))
+        .convert('L')
+        .convert('RGB')
+        .convert(mode if mode not in ('LA', 'PA') else 'RGBA')
+    )
     got = np.asarray(open_image(grey.convert(mode)))
     assert got.shape == (5, 6, 3) and (got >= 250).all()
 

@@ -52,10 +52,12 @@ class Rival:
 def counting(
     mllm: MLLM,  # the model
 ):  # yields a `Cost` that grows
-    "Count what passes the decoder"
+    "Count what passes the decoder, the probes of a new model aside"
     cost, last = Cost(), [0]
 
     def forward(layer, args, kw):
+        if mllm.probing:
+            return
         h = _hidden(args, kw)
         last[0] = len(h) * h.shape[1]
         cost.forwards += len(h)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from ..mllm.handle import Answer, MLLM, Prompt
 from ..mllm.batching import in_batches
+from ..mllm.state import holding
 from ..hooks.recording import capture, check_layers
 from ..hooks.edits import edit
 from ..engine.prefix import fitting, slides
@@ -77,6 +78,7 @@ PAPER = dict(
 )  # paper mode: `refine(…, **PAPER)` as in the public logs; never the default
 
 # %% ../../nbs/06_contrast/02_refinement.ipynb #look
+@holding
 def look(
     mllm: MLLM,  # the model
     image,  # path or PIL image
@@ -134,6 +136,7 @@ def _crop_box(p, maps, c, candidates, by, base, box, rule, seed):
     )
 
 # %% ../../nbs/06_contrast/02_refinement.ipynb #beside
+@holding
 def beside(
     mllm: MLLM,  # the model
     seen: Pass,  # of the picture alone
@@ -164,6 +167,7 @@ def beside(
     return [got[list(alike).index((c.size, c.tobytes()))] for c in crops]
 
 # %% ../../nbs/06_contrast/02_refinement.ipynb #masked
+@holding
 def masked(
     mllm: MLLM,  # the model
     p: Prompt,  # a prompt
@@ -192,6 +196,7 @@ def masked(
     return [alone(t) for t in at]
 
 # %% ../../nbs/06_contrast/02_refinement.ipynb #refine
+@holding
 def refine(
     mllm: MLLM,  # the model
     image,  # path, PIL image, or the `Look` of an earlier call
@@ -249,6 +254,10 @@ def refine(
             tokens=tokens,
         )
     first = image if isinstance(image, Look) else look(mllm, image, question)
+    if first.seen.state != mllm.state():
+        raise ValueError(
+            f'{mllm.name} has changed since this look (weights, an adapter, a hook or an edit): look again.'
+        )
     c, plain = (
         contrastive_attention(first.maps, candidates, post, distance, raw),
         lambda: said(first.prompt) if temperature else first.base,

@@ -56,17 +56,10 @@ def _last_states(mllm, inputs, n):
         logits = mllm.model(**inputs, use_cache=False, logits_to_keep=1).logits[0, -1]
     return left['last'], added, logits
 
-# %% ../../nbs/04_engine/03_capabilities.ipynb #facts
+# %% ../../nbs/04_engine/03_capabilities.ipynb #probed
 @torch.inference_mode()
-def facts(
-    mllm: MLLM,  # the model
-    p: Prompt,  # any prompt
-) -> Facts:  # kept with the model
+def _probed(mllm, p):
     "Probe what may be shared between forwards"
-    if known := mllm.__dict__.get('facts'):
-        return known
-    if mllm.cross:
-        return Facts(False, False, mllm.n_layers, False)  # the picture has no rows
     n, inputs = int(p.visual[-1]) + 1, mllm.encoded([p])
     ids = inputs['input_ids']
     states, added, logits = _last_states(mllm, inputs, n)
@@ -81,5 +74,26 @@ def facts(
         plain = len(ladder.cache.layers) == mllm.n_layers and _alike(again[0, -1], logits.float(), max(1e-3, 16 * eps))
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         plain = False
-    mllm.facts = Facts(closed, causal, max(added, default=-1) + 1, plain)
-    return mllm.facts
+    return Facts(closed, causal, max(added, default=-1) + 1, plain)
+
+# %% ../../nbs/04_engine/03_capabilities.ipynb #facts
+def facts(
+    mllm: MLLM,  # the model
+    p: Prompt,  # any prompt
+) -> Facts:  # kept while the model stays as it is
+    "What may be shared between forwards: nothing while something is active whose effect is not known"
+    where = mllm.state()
+    if mllm.cross or where is None:
+        return Facts(False, False, mllm.n_layers, False)  # with cross-attention the picture has no rows
+
+    def probe():
+        mllm.probing = True  # so that `baselines.counting` leaves these forwards out
+        try:
+            return _probed(mllm, p)
+        finally:
+            mllm.probing = False
+
+    return mllm.kept.fetch(('facts', where), probe)
+
+# %% ../../nbs/04_engine/03_capabilities.ipynb #probing
+MLLM.probing = False  # True while `facts` runs its forwards

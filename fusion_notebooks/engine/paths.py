@@ -9,9 +9,11 @@ __all__ = ['bank', 'Variant', 'donor_states', 'path_of']
 import math
 import torch
 from dataclasses import dataclass
+from functools import partial
 from ..mllm.memory import digest
 from ..mllm.handle import MLLM, Prompt
 from ..mllm.batching import in_batches
+from ..mllm.state import holding
 from ..hooks.edits import ATTENTION_EDITS, edit
 from ..hooks.states import visual_states
 from .prefix import _key, fitting, head_of, slides, Stem, stems
@@ -27,7 +29,7 @@ def bank(
     "The stems of a picture without content, edited at each of some layers"
     n, layers = int(p.visual[-1]) + 1, sorted(values)
     places = [v for _, v in sorted(head_of(p, n).inputs.items()) if not v.is_floating_point()]
-    key = 'bank', mllm.weights_state(), digest(*places, *(x for i in layers for x in (i, values[i])))
+    key = 'bank', mllm.state(), digest(*places, *(x for i in layers for x in (i, values[i])))
     if key in mllm.kept:
         return mllm.kept.use(key)
     (base,) = stems(mllm, [p], n)
@@ -36,10 +38,12 @@ def bank(
     ladder = Ladder(mllm, [Row(0)] + [Row(0, i, value=values[i]) for i in layers], [], [p.visual])
     inputs = mllm.encoded([head_of(p, n)])
     ladder.forward(inputs.pop('input_ids'), **inputs)
-    at = lambda k, i, what: [getattr(layer, what)[k] if j >= i else None for j, layer in enumerate(ladder.cache.layers)]
-    return mllm.kept.put(
-        key, {i: Stem(at(k, i, 'keys'), at(k, i, 'values'), base.position) for k, i in enumerate(layers, 1)}
-    )
+
+    def at(k, i, what):
+        return [getattr(layer, what)[k] if j >= i else None for j, layer in enumerate(ladder.cache.layers)]
+
+    found = {i: Stem(at(k, i, 'keys'), at(k, i, 'values'), base.position) for k, i in enumerate(layers, 1)}
+    return found if None in key else mllm.kept.put(key, found)
 
 # %% ../../nbs/04_engine/06_paths.ipynb #Variant
 @dataclass
@@ -75,11 +79,8 @@ class Variant:
 
 # %% ../../nbs/04_engine/06_paths.ipynb #donor_states
 def donor_states(mllm, p):
-    return (
-        mllm.kept.use(key)
-        if (key := ('states', _key(mllm, p, p.length))) in mllm.kept
-        else mllm.kept.put(key, visual_states(mllm, p))
-    )
+    "What enters each layer at the visual tokens of a donor, (n_layers, n, width)"
+    return mllm.kept.fetch(('states', *_key(mllm, p, p.length)), partial(visual_states, mllm, p))
 
 # %% ../../nbs/04_engine/06_paths.ipynb #path_of
 def path_of(
@@ -150,11 +151,15 @@ def _naive(mllm, v, base, limit):
         return base, mllm.generate(v.p, max_new_tokens=limit)[0].text, _forced(mllm, v.p, base.ids)
 
 # %% ../../nbs/04_engine/06_paths.ipynb #outcomes
+@holding
 def _outcomes(mllm, variants, exact, limit):
     "(plain answer, text, logp, path) of each variant"
     path = [exact if exact == 'naive' else path_of(mllm, v) for v in variants]
     if exact == 'resume':
-        path = ['naive' if x == 'naive' or v.layers[0] < mllm.facts.clean else 'resume' for v, x in zip(variants, path)]
+        path = [
+            'naive' if x == 'naive' or v.layers[0] < facts(mllm, v.p).clean else 'resume'
+            for v, x in zip(variants, path)
+        ]
     banks, wanted = {}, {}
     for v, x in zip(variants, path):
         if x == 'bank':

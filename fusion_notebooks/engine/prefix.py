@@ -71,7 +71,7 @@ def head_of(
 def _key(mllm, p, n):
     "What the first n rows of a prompt depend on"
     return (
-        mllm.weights_state(),
+        mllm.state(),
         p.shown,
         digest(*(x for k, v in sorted(p.inputs.items()) if _is_row(v, p.length) for x in (k, v[:, :n]))),
     )
@@ -118,10 +118,10 @@ def stems(
     got = {k: mllm.kept.use(k) for k in keys if k not in new}
 
     def make(some):
-        cache = DynamicCache()
+        cache, inputs = DynamicCache(), mllm.encoded([head_of(p, n) for _, p in some])
         with next_position(mllm) as position:
             mllm.model(
-                **mllm.encoded([head_of(p, n) for _, p in some]),
+                **inputs,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
@@ -138,5 +138,5 @@ def stems(
         ]
 
     for k, stem in in_batches(make, list(new.items()), fitting(mllm, 0, n)):
-        got[k] = mllm.kept.put(k, stem)
+        got[k] = stem if None in k else mllm.kept.put(k, stem)
     return [got[k] for k in keys]

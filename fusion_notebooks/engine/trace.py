@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from transformers.cache_utils import DynamicCache
 from ..mllm.handle import Answer, MLLM, Prompt
 from ..mllm.batching import in_batches
+from ..mllm.state import holding
 from ..hooks.recording import capture, check_layers
 from ..hooks.logit_lens import early_exit, lens
 from .prefix import fitting, next_position, slides, Stem
@@ -27,8 +28,10 @@ class Pass:
     maps: torch.Tensor  # (n_layers, visual) attention of the last row, head mean
     hidden: torch.Tensor  # (n_layers + 1, width) the last row: what enters each layer, then what leaves the last
     logits: torch.Tensor  # (vocabulary,) of the first token of the answer
+    state: bytes | None = None  # of the model, see `MLLM.state`
 
 # %% ../../nbs/04_engine/04_trace.ipynb #record
+@holding
 @torch.inference_mode()
 def record(
     mllm: MLLM,  # the model
@@ -37,8 +40,9 @@ def record(
     "Run a prompt once and keep what its last row saw"
     plain = facts(mllm, p).plain
     cache = dict(past_key_values=DynamicCache()) if plain else {}
+    inputs = mllm.encoded([p])
     with capture(mllm, hidden=True) as tape, next_position(mllm) as position:
-        logits = mllm.model(**mllm.encoded([p]), **cache, use_cache=plain, logits_to_keep=1).logits[0, -1].float()
+        logits = mllm.model(**inputs, **cache, use_cache=plain, logits_to_keep=1).logits[0, -1].float()
     stem = (
         Stem(
             *([getattr(layer, what)[0] for layer in cache['past_key_values'].layers] for what in ('keys', 'values')),
@@ -47,9 +51,10 @@ def record(
         if plain
         else None
     )
-    return Pass(p, stem, tape.attention[0, :, 0], tape.hidden[0, :, 0], logits)
+    return Pass(p, stem, tape.attention[0, :, 0], tape.hidden[0, :, 0], logits, mllm.state())
 
 # %% ../../nbs/04_engine/04_trace.ipynb #answer_of
+@holding
 def answer_of(
     mllm: MLLM,  # the model
     seen: Pass,  # from `record`
@@ -76,6 +81,7 @@ def side_by_side(
     return [Stem([k[b] for k in keys], [v[b] for v in values], s.position, n - s.length) for b, s in enumerate(stems)]
 
 # %% ../../nbs/04_engine/04_trace.ipynb #exits
+@holding
 def exits(
     mllm: MLLM,  # the model
     seen: list,  # of `Pass`, from `record`

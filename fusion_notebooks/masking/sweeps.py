@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 from ..core.images import same_picture
 from ..mllm.handle import MLLM
+from ..mllm.state import _home, CHANGERS, foreign
 from ..hooks.recording import check_layers
 from ..hooks.edits import ATTENTION_EDITS, STATE_EDITS
 from ..engine.paths import _outcomes, Variant
@@ -38,14 +39,10 @@ def _donor(samples, k):
             return other
     raise ValueError('swap needs another picture: give at least two samples with different images, or donors=.')
 
-# %% ../../nbs/05_masking/00_sweeps.ipynb #foreign
-def _foreign(layer):
-    "Hooks on a layer that are not transformers' own (these stay after a call with output_attentions)"
-    return [
-        h
-        for h in (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values())
-        if not str(getattr(getattr(h, 'func', h), '__module__', '')).startswith('transformers.')
-    ]
+# %% ../../nbs/05_masking/00_sweeps.ipynb #is_edit
+def _is_edit(hook):
+    "Is it a hook of this package that changes what the model computes?"
+    return _home(hook).startswith(CHANGERS)
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #sweep
 def sweep(
@@ -72,8 +69,8 @@ def sweep(
     scoped(mllm, 0, scope, width)
     if 'mean' in hows and mean is None:
         raise ValueError("'mean' needs mean=: the states that masking.mean_states makes from calibration samples.")
-    if any(map(_foreign, mllm.layers)):
-        raise ValueError('The layers carry hooks: end the edit or capture around this call first.')
+    if any(_is_edit(h) for h in foreign(mllm.model.modules())):
+        raise ValueError('The layers carry hooks: end the edit around this call first.')
     rows, bar = [], tqdm(total=len(samples), desc='sweep', disable=not progress, mininterval=2)
     keys = [(h, i, scope if h in ATTENTION_EDITS else 'single') for h in hows for i in layers]
     for first in range(0, len(samples), batch):

@@ -9,6 +9,7 @@ from .handle import *
 from .places import *
 from .prompts import *
 from .batching import *
+from .state import *
 from .vision_features import *
 
 __all__ = [name for name in dir() if not name.startswith('_')]

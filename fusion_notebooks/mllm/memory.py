@@ -66,12 +66,18 @@ class Kept(dict):
     def put(self, key, value):
         "Keep a value, forgetting the oldest where it gets too much; one that does not fit at all is passed through"
         size = _nbytes(value)
-        while self and self.used + size > self.budget:
-            old = next(iter(self))
+        while self.used and self.used + size > self.budget:
+            old = next(k for k in self if self.sizes[k])  # what takes no memory, the results of probes, stays
             del self[old], self.sizes[old]
         if size <= self.budget:
             self[key], self.sizes[key] = value, size
         return value
+
+    def fetch(self, key, make):
+        "The value of a key, made where it is missing; one whose key holds None (a state that is not known) is made each time"
+        if None in key:
+            return make()
+        return self.use(key) if key in self else self.put(key, make())
 
 # %% ../../nbs/01_mllm/01_memory.ipynb #vision2
 def digest(
