@@ -1,5 +1,6 @@
 """What every room needs: samples and pictures."""
 
+from .files import *
 from .images import *
 
 __all__ = [name for name in dir() if not name.startswith('_')]

@@ -222,9 +222,9 @@ def train(
     if name not in MODELS:
         raise ValueError(f"No demo model '{name}': choose one of {', '.join(MODELS)}.")
     from fusion_notebooks.mllm import MLLM
-    from fusion_notebooks.mllm.handle import _data
+    from fusion_notebooks.mllm.loading import demo_models
 
-    folder, out = Path(folder or _data().parent / 'runs' / 'train' / name), Path(out or _data() / name)
+    folder, out = Path(folder or demo_models().parent / 'runs' / 'train' / name), Path(out or demo_models() / name)
     t = Trainer(folder, MODELS[name], device)
     t.run()
     save_model(t.model.to('cpu'), t.processor, out)

@@ -18,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
 from ..mllm.handle import MLLM, Prompt
+from ..mllm.loading import find_folder
 from .shrinking import _first, VOCAB
 from .twins import twin
 from .checks import _far, _logits, Case, CHECKS, noise, QUESTIONS
@@ -164,6 +165,14 @@ def _looks_ahead(c):
     other['input_ids'][0, row] = c.words[0]
     return _far(_logits(c.mllm, other)[:, :row], c.plain[:, :row]) > c.tol
 
+# %% ../../nbs/15_doctor/03_report.ipynb #batches
+def _batches(m):
+    "Which prompts may share a batch, as `MLLM.answers` has measured it"
+    for different_lengths, words in ((True, 'padded on the left'), (False, 'of equal lengths')):
+        if m._shared.get(different_lengths):
+            return words
+    return 'not measured' if not m._shared else 'one by one, as others in the batch change what it says'
+
 # %% ../../nbs/15_doctor/03_report.ipynb #found
 def found(
     c: Case,  # a model with prompts
@@ -202,9 +211,7 @@ def found(
         visual_tokens=f'{len(c.visual)} of a picture of {p.images[0].width} × {p.images[0].height}, {place}',
         grid=_try(grids),
         two_pictures=_try(two),
-        batches='padded on the left'
-        if getattr(m, '_padding', True)
-        else 'of equal lengths only, as padding changes what it says',
+        batches=_batches(m),
         pixels='; '.join(size) or 'no limits named',
         **_try_cost(m, p, full),
     )
@@ -242,9 +249,7 @@ def config_of(
     name: str,  # demo name, local folder or Hub id
 ):  # its config
     "The config of a model alone. Raises `OSError` and `ValueError`."
-    from fusion_notebooks.mllm.handle import _data
-
-    path = next((p for p in (Path(name), _data() / str(name)) if p.is_dir()), None)
+    path = find_folder(name)
     try:
         config = AutoConfig.from_pretrained(str(path or name), local_files_only=path is not None)
     except (OSError, ValueError) as e:

@@ -11,5 +11,6 @@ from .prompts import *
 from .batching import *
 from .state import *
 from .vision_features import *
+from .loading import *
 
 __all__ = [name for name in dir() if not name.startswith('_')]

@@ -14,8 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from .grids import whole_view
 from .memory import digest
-from .processor import image_inputs, PlainProcessor
-from .gate import _read_gate
+from .processor import image_inputs
 
 # %% ../../nbs/01_mllm/04_handle.ipynb #c015
 @dataclass
@@ -66,23 +65,9 @@ class Answer:
         "Probability of the whole answer"
         return math.exp(self.logp)
 
-# %% ../../nbs/01_mllm/04_handle.ipynb #data
-def _data():
-    return Path(__file__).parents[2] / 'data' / 'models' if '__file__' in globals() else Path('../../data/models')
-
 # %% ../../nbs/01_mllm/04_handle.ipynb #said
 def _said(e):
     return (('' if isinstance(e, OSError) else f'{type(e).__name__}: ') + ' '.join(str(e).split()))[:160]
-
-# %% ../../nbs/01_mllm/04_handle.ipynb #check_folder
-def _check_folder(path):
-    "Say what is missing in a local model folder"
-    if not (path / 'config.json').exists():
-        raise ValueError(f'{path} holds no config.json: give the folder of a saved Hugging Face model.')
-    if not any(path.glob('*.safetensors')):
-        raise ValueError(
-            f'{path} holds no .safetensors file: other weight formats are not read; convert the model with save_pretrained.'
-        )
 
 # %% ../../nbs/01_mllm/04_handle.ipynb #c016
 def _find_layers(decoder, n):
@@ -99,23 +84,6 @@ def _find_layers(decoder, n):
             )
     return decoder, None, None
 
-# %% ../../nbs/01_mllm/04_handle.ipynb #processor
-def _processor(src, model, common):
-    "The family's processor, or a plain one where a library for it is missing"
-    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
-
-    try:
-        whole = AutoProcessor.from_pretrained(src, **common)
-    except (ImportError, AttributeError, TypeError, ValueError):
-        whole = None
-    return (
-        whole
-        if hasattr(whole, 'tokenizer')
-        else PlainProcessor(
-            AutoImageProcessor.from_pretrained(src, **common), AutoTokenizer.from_pretrained(src, **common), model
-        )
-    )
-
 # %% ../../nbs/01_mllm/04_handle.ipynb #image_token
 def _image_token(model, processor):
     "Id of the placeholder for visual tokens: from the config, else the processor's"
@@ -125,6 +93,17 @@ def _image_token(model, processor):
                 return got
     word = getattr(processor, 'image_token', None)
     return None if word is None else processor.tokenizer.convert_tokens_to_ids(str(word))
+
+# %% ../../nbs/01_mllm/04_handle.ipynb #unwrapped
+def _unwrapped(model):
+    "The Hugging Face model within a compiled one or one with adapters, which stay in its layers"
+    while True:
+        if hasattr(model, '_orig_mod'):  # torch.compile
+            model = model._orig_mod
+        elif hasattr(model, 'get_base_model'):  # PEFT
+            model = model.get_base_model()
+        else:
+            return model
 
 # %% ../../nbs/01_mllm/04_handle.ipynb #MLLM
 class MLLM:
@@ -136,6 +115,7 @@ class MLLM:
         processor,  # its processor
         name: str = '',  # how tables and figures call it
     ):
+        model = _unwrapped(model)
         config = model.config
         self.model, self.processor, self.name = model.eval(), processor, name or config.model_type
         if not {'pixel_values', 'pixel_values_images'} & {*inspect.signature(model.forward).parameters}:
@@ -163,59 +143,6 @@ class MLLM:
             {},
             {},
         )  # what was measured: who may share a batch; geometry, by sizes of the pictures
-
-    @classmethod
-    def load(
-        cls,
-        name_or_path: str,  # demo name (folder of `data/models`), local folder or Hub id
-        device=None,  # default: CUDA where there is one
-        dtype=None,  # default: bfloat16 on CUDA, float32 elsewhere
-        trust_remote_code: bool = False,  # run code that comes with the model
-        revision: str | None = None,  # of the Hub
-        **kw,  # further arguments of `from_pretrained`
-    ):  # MLLM
-        "Load a model. Weights are read from safetensors only. Raises `ValueError` and `OSError` with what is missing."
-        from transformers import AutoConfig, AutoModelForImageTextToText
-        from transformers.utils import logging
-
-        path = next((p for p in (Path(name_or_path), _data() / str(name_or_path)) if p.is_dir()), None)
-        if path:
-            _check_folder(path)
-        elif str(name_or_path).startswith(('.', '/', '~')):
-            raise FileNotFoundError(f'No model folder at {name_or_path}.')
-        device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        dtype = dtype or (torch.bfloat16 if device.type == 'cuda' else torch.float32)
-        src, common = (
-            str(path or name_or_path),
-            dict(trust_remote_code=trust_remote_code, revision=revision or 'main', local_files_only=path is not None),
-        )
-        level = logging.get_verbosity()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        try:
-            config = AutoConfig.from_pretrained(src, **common)
-            if type(config) not in AutoModelForImageTextToText._model_mapping.keys() and not trust_remote_code:
-                raise ValueError(
-                    f"{name_or_path} is a '{config.model_type}' model without an image tower: give an image-text model."
-                )
-            model = AutoModelForImageTextToText.from_pretrained(src, dtype=dtype, use_safetensors=True, **common, **kw)
-            processor = _processor(src, model, common)
-        except Exception as e:
-            if type(e) is ValueError or isinstance(e, (ImportError, MemoryError, torch.OutOfMemoryError)):
-                raise  # not the files' fault, or said well enough
-            raise OSError(
-                f'{name_or_path} could not be loaded ({_said(e)}): give a demo name, a folder or a Hub id that can be reached.'
-            ) from e
-        finally:
-            logging.set_verbosity(level)
-            logging.enable_progress_bar()
-        if 'device_map' not in kw:
-            model = model.to(device)
-        if path and (path / 'gate.safetensors').exists():
-            _read_gate(model, path)
-        mllm = cls(model, processor, Path(src).name if path else str(name_or_path))
-        mllm.path, mllm.revision = path, revision
-        return mllm
 
     path = revision = None  # where it was loaded from
 
