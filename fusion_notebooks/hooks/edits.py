@@ -8,9 +8,10 @@ __all__ = ['STATE_EDITS', 'ATTENTION_EDITS', 'edit']
 # %% ../../nbs/02_hooks/02_edits.ipynb #imports
 import math
 import torch
-from contextlib import contextmanager
+from contextlib import contextmanager, ExitStack
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ..mllm.handle import MLLM
-from .recording import _hidden, _past, _removing, check_layers
+from .recording import _hidden, _past, _removing, attending, check_layers, running_eagerly
 
 # %% ../../nbs/02_hooks/02_edits.ipynb #c018
 STATE_EDITS, ATTENTION_EDITS = ('zero', 'mean', 'swap'), ('knockout', 'soft')
@@ -22,6 +23,10 @@ def _write_states(i, visual, value, batch):
     def write(h):
         new, cols = h.clone(), visual.to(h.device)
         rows = torch.arange(len(h), device=h.device)[batch][:, None]
+        if int(cols.max()) >= h.shape[1]:
+            raise ValueError(
+                f'There is no position {int(cols.max())} in a prompt of {h.shape[1]} rows: give positions of its visual tokens.'
+            )
         new[rows, cols] = value(h[rows, cols]).to(h)
         return new
 
@@ -34,9 +39,9 @@ def _write_states(i, visual, value, batch):
             return args, kw | dict(
                 cross_attention_states=write(keys.reshape(n, -1, keys.shape[-1])).reshape(keys.shape)
             )
-        h = _hidden(args, kw)
-        if _past(kw, i) or h.shape[1] <= int(visual.max()):
+        if _past(kw, i):
             return None
+        h = _hidden(args, kw)
         return ((write(h), *args[1:]), kw) if args else (args, kw | dict(hidden_states=write(h)))
 
     return hook
@@ -54,23 +59,31 @@ def _as_float_mask(mask, h, past):
 
 # %% ../../nbs/02_hooks/02_edits.ipynb #bias_attention
 def _bias_attention(i, visual, strength, batch, text_from):
-    "Pre-hook: add log(strength) to the logits of text rows at visual keys; strength 0 closes them"
+    "Pre-hook: add log(strength) to the logits of text rows at visual keys; strength 0 closes them. Positions may differ per sample"
 
     def hook(layer, args, kw):
         h, past = _hidden(args, kw), _past(kw, i)
         total = past + h.shape[1]
-        rows = torch.arange(past, total, device=h.device) >= text_from
+        if not past and int(visual.max()) >= total:
+            raise ValueError(
+                f'There is no position {int(visual.max())} in a prompt of {total} rows: give positions of its visual tokens.'
+            )
+        samples = torch.arange(len(h), device=h.device)[batch]
+        starts = torch.as_tensor(text_from, device=h.device).expand(len(samples))
+        rows = torch.arange(past, total, device=h.device) >= starts[:, None]
         if not rows.any():
             return None
         mask = _as_float_mask(kw.get('attention_mask'), h, past)
-        cols = visual.to(h.device) - (total - mask.shape[-1])  # sliding caches keep only the last keys
-        at = (
-            torch.arange(len(h), device=h.device)[batch][:, None, None],
-            0,
-            rows.nonzero()[None, :, 0, None],
-            cols[cols >= 0][None, None],
-        )
-        mask[at] = mask[at] + math.log(strength) if strength else torch.finfo(h.dtype).min
+        cols = visual.to(h.device).expand(len(samples), -1) - (
+            total - mask.shape[-1]
+        )  # sliding caches keep the last keys
+        closed = torch.zeros(len(samples), mask.shape[-1], dtype=torch.bool, device=h.device)
+        there = cols >= 0
+        closed[torch.arange(len(samples), device=h.device)[:, None].expand_as(cols)[there], cols[there]] = True
+        at = (rows[:, :, None] & closed[:, None, :])[:, None].expand(-1, mask.shape[1], -1, -1)
+        low = torch.finfo(h.dtype).min
+        some = mask[samples]
+        mask[samples] = torch.where(at, some + math.log(strength) if strength else low, some)
         return args, kw | dict(attention_mask=mask)
 
     return hook
@@ -114,12 +127,69 @@ def _silence(i, visual, batch):
 
     return hook
 
+# %% ../../nbs/02_hooks/02_edits.ipynb #check_strength
+def _positions(mllm, visual):
+    "Positions of visual tokens, (n,) or (batch, n). Raises `ValueError` for what can be none"
+    visual = torch.as_tensor(visual)
+    if visual.dtype == torch.bool:
+        visual = visual.nonzero()[:, 0] if visual.ndim == 1 else visual
+    if visual.dtype == torch.bool or visual.is_floating_point() or visual.ndim not in (1, 2):
+        raise ValueError(
+            'visual holds positions, whole numbers of shape (n,), or (batch, n) where they differ per sample.'
+        )
+    if visual.numel() and int(visual.min()) < 0:
+        raise ValueError(
+            f'visual holds the position {int(visual.min())}: positions count from 0 over the rows of the prompt.'
+        )
+    return visual
+
+# %% ../../nbs/02_hooks/02_edits.ipynb #same_places
+def _check_batch(mllm, visual, batch):
+    "Pre-hook on the embedding: one row of positions has to mean the same in every sample of a batch"
+
+    def hook(module, args):
+        ids = args[0]
+        if ids.ndim != 2 or visual.ndim == 2 or len(ids) < 2 or int(visual.max()) >= ids.shape[1]:
+            return
+        there = (ids == mllm.image_token_id)[batch][:, visual.to(ids.device)]
+        if not (there == there[:1]).all():
+            raise ValueError(
+                'The visual tokens lie at other positions in other samples of this batch: give visual of shape (batch, n).'
+            )
+
+    return hook
+
+# %% ../../nbs/02_hooks/02_edits.ipynb #edit_cross
+def _edit_cross(mllm, layers, visual, how, value, factor, batch, handles):
+    "Hooks of a model that reads the picture through cross-attention; they are added to `handles`"
+    if how in STATE_EDITS:  # keys are the same at all layers: an edit lasts from its layer on
+        layers = [i for i in mllm.cross if layers and i >= layers[0]]
+    for i in layers:
+        if i not in mllm.cross:
+            continue
+        if how in STATE_EDITS:
+            hook = _write_states(i, visual, value(i), batch)
+        else:
+            hook = _close_cross(i, visual, factor, batch)
+        handles.append(mllm.layers[i].register_forward_pre_hook(hook, with_kwargs=True))
+        if how in ATTENTION_EDITS and not factor:
+            silence = _silence(i, visual, batch)
+            handles.append(mllm.layers[i].cross_attn.register_forward_hook(silence, with_kwargs=True))
+
+# %% ../../nbs/02_hooks/02_edits.ipynb #take_masks
+def _take_masks(mllm, how, stack):
+    "Attention edits are written into a mask, which kernels such as flash or flex attention do not take: SDPA stands in for them"
+    text = mllm.model.config.get_text_config()
+    kernel = str(text._attn_implementation)
+    if how in ATTENTION_EDITS and kernel not in ('sdpa', 'eager') and not kernel.startswith('fusion_'):
+        stack.enter_context(attending(mllm, 'fusion_masked', sdpa_attention_forward))
+
 # %% ../../nbs/02_hooks/02_edits.ipynb #edit
 @contextmanager
 def edit(
     mllm: MLLM,  # the model
     layers,  # decoder layers: None for all, one int, or several
-    visual: torch.Tensor,  # (n,) positions of the visual tokens to edit
+    visual: torch.Tensor,  # (n,) positions of the visual tokens to edit, or a mask; (batch, n) where they differ per sample
     how: str = 'zero',  # zero, mean, swap, knockout or soft (paper, section 4)
     strength: float
     | None = None,  # zero: factor on the states (0); soft: factor λ on the attention weights before renormalisation (0.1)
@@ -129,44 +199,38 @@ def edit(
     text_from: int | None = None,  # first row counted as text after the image; default: after the last of `visual`
 ):
     "Edit visual tokens at the input of given layers; the model is as found afterwards, also after an exception. Raises `ValueError`."
-    layers, visual = check_layers(mllm, layers), torch.as_tensor(visual)
+    layers, visual = check_layers(mllm, layers), _positions(mllm, visual)
     if how not in STATE_EDITS + ATTENTION_EDITS:
         raise ValueError(f"No edit '{how}': choose one of {', '.join(STATE_EDITS + ATTENTION_EDITS)}.")
     if how in ('mean', 'swap') and states is None:
         raise ValueError(f"'{how}' needs states=: see masking.mean_states and masking.visual_states.")
     if strength is None:
         strength = 0.1 if how == 'soft' else 0.0
-    if text_from is None and len(visual):
-        text_from = int(visual.max()) + 1
-    if strength < 0:
+    if not 0 <= strength < math.inf:
         raise ValueError(f'strength is a factor of at least 0, not {strength}.')
-    value = dict(zero=lambda i: lambda h: h * strength if strength else torch.zeros_like(h)).get(
-        how, lambda i: lambda h: states[i].to(h).expand_as(h)
-    )
+    if text_from is None and visual.numel():
+        text_from = visual.max(-1).values + 1 if visual.ndim == 2 else int(visual.max()) + 1
+
+    def value(i):
+        if how == 'zero':
+            return lambda h: h * strength if strength else torch.zeros_like(h)
+        return lambda h: states[i].to(h).expand_as(h)
+
     factor = strength if how == 'soft' else 0.0
     handles = []
-    if mllm.cross and len(visual):
-        if how in STATE_EDITS:
-            layers = [
-                i for i in mllm.cross if layers and i >= layers[0]
-            ]  # keys are the same at all layers: an edit lasts from its layer on
-        for i in (i for i in layers if i in mllm.cross):
-            hook = (
-                _write_states(i, visual, value(i), batch)
-                if how in STATE_EDITS
-                else _close_cross(i, visual, factor, batch)
+    with running_eagerly(mllm), ExitStack() as stack:
+        if visual.numel() and mllm.cross:
+            _edit_cross(mllm, layers, visual, how, value, factor, batch, handles)
+        elif visual.numel():
+            handles.append(
+                mllm.model.get_input_embeddings().register_forward_pre_hook(_check_batch(mllm, visual, batch))
             )
-            handles.append(mllm.layers[i].register_forward_pre_hook(hook, with_kwargs=True))
-            if how not in STATE_EDITS and not factor:
-                handles.append(
-                    mllm.layers[i].cross_attn.register_forward_hook(_silence(i, visual, batch), with_kwargs=True)
-                )
-    elif len(visual):
-        hook = lambda i: (
-            _write_states(i, visual, value(i), batch)
-            if how in STATE_EDITS
-            else _bias_attention(i, visual, factor, batch, text_from)
-        )
-        handles = [mllm.layers[i].register_forward_pre_hook(hook(i), with_kwargs=True) for i in layers]
-    with _removing(handles):
+            for i in layers:
+                if how in STATE_EDITS:
+                    hook = _write_states(i, visual, value(i), batch)
+                else:
+                    hook = _bias_attention(i, visual, factor, batch, text_from)
+                handles.append(mllm.layers[i].register_forward_pre_hook(hook, with_kwargs=True))
+            _take_masks(mllm, how, stack)
+        stack.enter_context(_removing(handles))
         yield

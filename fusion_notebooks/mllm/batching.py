@@ -155,7 +155,8 @@ def generate(
 ) -> list:  # of `Answer`, one per copy
     "Greedy answers of several copies of a prompt, each perhaps under another edit"
     how = GREEDY | dict(do_sample=True, temperature=temperature, top_k=50, top_p=1.0) if temperature else GREEDY
-    with torch.random.fork_rng([self.device] if self.device.type == 'cuda' else [], enabled=bool(temperature)):
+    forked = torch.random.fork_rng([self.device] if self.device.type == 'cuda' else [], enabled=bool(temperature))
+    with self.lock, self.held(), forked:
         if temperature:
             torch.manual_seed(seed)
         out = self.model.generate(

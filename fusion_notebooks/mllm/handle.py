@@ -8,6 +8,7 @@ __all__ = ['Prompt', 'Answer', 'MLLM', 'entering']
 # %% ../../nbs/01_mllm/04_handle.ipynb #imports
 import inspect
 import math
+import threading
 import torch
 from dataclasses import dataclass
 from functools import cached_property
@@ -139,10 +140,10 @@ class MLLM:
                 )
         if self.image_token_id != getattr(config, 'image_token_id', self.image_token_id):
             config.image_token_id = self.image_token_id
-        self._shared, self._views = (
-            {},
-            {},
-        )  # what was measured: who may share a batch; geometry, by sizes of the pictures
+        self._shared = {}  # what was measured: who may share a batch
+        self._views = {}  # geometry, by sizes of the pictures
+        self.lock = threading.RLock()  # held while hooks are set or states are read: another thread waits
+        self.attentions = []  # the model's own attention and those in its place, see `hooks.attending`
 
     path = revision = None  # where it was loaded from
 
@@ -229,14 +230,15 @@ def entering(
         got.append(kw['cross_attention_states'].flatten(0, 1) if mllm.cross else kw['inputs_embeds'][0, p.visual])
         raise _Stop
 
-    handles = [mllm.decoder.register_forward_pre_hook(door, with_kwargs=True)] + [
-        m.register_forward_hook(h) for m, h in hooks
-    ]
-    try:
-        with torch.inference_mode():
-            mllm.model(**p.inputs, use_cache=False)
-    except _Stop:
-        return got[0]
-    finally:
-        [h.remove() for h in handles]
+    with mllm.lock:
+        handles = [mllm.decoder.register_forward_pre_hook(door, with_kwargs=True)]
+        handles += [m.register_forward_hook(h) for m, h in hooks]
+        try:
+            with torch.inference_mode():
+                mllm.model(**p.inputs, use_cache=False)
+        except _Stop:
+            return got[0]
+        finally:
+            for h in handles:
+                h.remove()
     raise ValueError(f'{mllm.name}: its decoder was never reached by a forward over a prompt.')

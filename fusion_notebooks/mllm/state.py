@@ -165,11 +165,11 @@ MLLM.held_states, MLLM.state, MLLM.held = None, state, held
 def holding(
     function: callable,  # whose first argument is an `MLLM`
 ) -> callable:  # which reads the model's state once
-    "Run a function within `held`"
+    "Run a function within `held`, while other threads wait for the handle"
 
     @wraps(function)
     def run(mllm, *args, **kw):
-        with mllm.held():
+        with mllm.lock, mllm.held():
             return function(mllm, *args, **kw)
 
     return run

@@ -1,0 +1,247 @@
+"Hooks do what they say, or refuse in a sentence: compiled forwards, other kernels, batches of one's own, threads, odd values"
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fusion_notebooks import contrast, hooks, masking
+from fusion_notebooks.hooks import capture, edit
+from fusion_notebooks.mllm import MLLM, Sample
+
+EX, Q = 'data/example.png', 'Which digit is on the purple star?'
+HOWS = 'zero', 'knockout', 'soft'
+
+
+@pytest.fixture(scope='module')
+def m():
+    return MLLM.load('glyph-llava')
+
+
+@pytest.fixture(scope='module')
+def p(m):
+    return m.prompt(EX, Q)
+
+
+def last(m, inputs):
+    with torch.inference_mode():
+        return m.model(**inputs, use_cache=False).logits[:, -1]
+
+
+@pytest.fixture(scope='module')
+def edited(m, p):
+    "how → logits under the edit, as the plain model gives them"
+    found = {}
+    for how in HOWS:
+        with edit(m, 3, p.visual, how):
+            found[how] = last(m, p.inputs)
+    plain = last(m, p.inputs)
+    assert all((x - plain).abs().max() > 1e-2 for x in found.values())
+    return found
+
+
+@pytest.mark.parametrize('compiled', ['model', 'decoder', 'layer', 'in place'])
+def test_a_compiled_forward_does_not_swallow_edits(compiled, edited):
+    "knockout and zero both returned the plain answer"
+    m = MLLM.load('glyph-llava')
+    p = m.prompt(EX, Q)
+    module = dict(model=m.model, decoder=m.decoder, layer=m.layers[3]).get(compiled, m.model)
+    if compiled == 'in place':
+        module.compile(backend='eager')
+    else:
+        module.forward = torch.compile(module.forward, backend='eager')
+    plain = last(m, p.inputs)  # traced without hooks
+    for how, want in edited.items():
+        with edit(m, 3, p.visual, how):
+            assert (last(m, p.inputs) - want).abs().max() < 1e-4
+    with capture(m) as tape:
+        assert (last(m, p.inputs) - plain).abs().max() < 1e-4
+    assert torch.isfinite(tape.attention).all()
+    table = masking.sweep(m, [Sample(EX, Q, id='a')], 'knockout', layers=[3])
+    assert (
+        table.path.tolist() == ['plain', 'naive']
+        and table.prediction[0] != table.prediction[1]
+        or table.logp[0] != table.logp[1]
+    )
+
+
+@pytest.mark.parametrize('kernel', ['flex_attention', 'eager'])
+def test_other_kernels(kernel, edited):
+    m = MLLM.load('glyph-llava')
+    p = m.prompt(EX, Q)
+    try:
+        m.model.set_attn_implementation({'text_config': kernel})
+        last(m, p.inputs)
+    except Exception as e:
+        pytest.skip(f'{kernel} does not run here: {e}'[:100])
+    for how, want in edited.items():
+        with edit(m, 3, p.visual, how):
+            assert (last(m, p.inputs) - want).abs().max() < 1e-4
+    assert m.model.config.get_text_config()._attn_implementation == kernel
+
+
+def flash_like(module, query, key, value, attention_mask, scaling=None, **kw):
+    "A kernel that reads a mask of two dimensions, and no other"
+    assert attention_mask is None or attention_mask.ndim == 2
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=True
+    ).transpose(1, 2).contiguous(), None
+
+
+def test_a_kernel_that_takes_no_mask(edited):
+    "With such a kernel knockout equalled soft"
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    AttentionInterface.register('flash_like', flash_like)
+    AttentionMaskInterface.register('flash_like', ALL_MASK_ATTENTION_FUNCTIONS['flash_attention_2'])
+    m = MLLM.load('glyph-llava')
+    p = m.prompt(EX, Q)
+    m.model.config.get_text_config()._attn_implementation_internal = 'flash_like'
+    for how, want in edited.items():
+        with edit(m, 3, p.visual, how):
+            assert (last(m, p.inputs) - want).abs().max() < 1e-4
+
+
+QUESTIONS = Q, 'What color is the star at the top left of the picture?', 'Which digit?'
+
+
+def padded(m, prompts, side):
+    "A batch as people make it, padded on one side"
+    n = max(p.length for p in prompts)
+    rows = {}
+    for key, fill in (('input_ids', 0), ('attention_mask', 0)):
+        out = []
+        for p in prompts:
+            row = torch.full((n,), fill, dtype=torch.long)
+            at = slice(n - p.length, n) if side == 'left' else slice(0, p.length)
+            row[at] = p.inputs[key][0]
+            out.append(row)
+        rows[key] = torch.stack(out)
+    return rows | dict(pixel_values=torch.cat([p.inputs['pixel_values'] for p in prompts]))
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    side=st.sampled_from(['left', 'right']),
+    order=st.permutations(range(3)),
+    layer=st.integers(0, 7),
+    how=st.sampled_from(HOWS),
+)
+def test_batches_of_the_users_own(m, side, order, layer, how):
+    "Off by up to 1.5 logits and .65 of attention"
+    prompts = [m.prompt(EX, QUESTIONS[k]) for k in order]
+    inputs = padded(m, prompts, side)
+    visual = torch.stack([(ids == m.image_token_id).nonzero()[:, 0] for ids in inputs['input_ids']])
+    ends = inputs['attention_mask'].cumsum(1).argmax(1)
+    with edit(m, layer, visual, how), torch.inference_mode():
+        got = m.model(**inputs, use_cache=False).logits[torch.arange(3), ends]
+    with capture(m) as tape, torch.inference_mode():
+        m.model(**inputs, use_cache=False)
+    for k, p in enumerate(prompts):
+        with edit(m, layer, p.visual, how):
+            assert (got[k] - last(m, p.inputs)[0]).abs().max() < 1e-3
+        with capture(m) as alone:
+            last(m, p.inputs)
+        assert (tape.attention[k] - alone.attention[0]).abs().max() < 1e-4
+    if side == 'left':
+        with pytest.raises(ValueError, match='other positions in other samples'), edit(m, layer, visual[0], how):
+            last(m, inputs)
+
+
+def test_rows_are_counted_without_padding(m):
+    prompts = [m.prompt(EX, q) for q in QUESTIONS]
+    for side in ('left', 'right'):
+        with capture(m, rows=[-2, 70]) as tape, torch.inference_mode():
+            m.model(**padded(m, prompts, side), use_cache=False)
+        for k, p in enumerate(prompts):
+            with capture(m, rows=[-2, 70]) as alone:
+                last(m, p.inputs)
+            assert (tape.attention[k] - alone.attention[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    'change, word',
+    [
+        (dict(visual=[-1]), 'position -1'),
+        (dict(visual=[5, 100_000]), 'no position 100000'),
+        (dict(visual=[0.5]), 'whole numbers'),
+        (dict(visual=[[[1]]]), 'whole numbers'),
+        (dict(strength=float('nan')), 'strength'),
+        (dict(strength=float('inf')), 'strength'),
+        (dict(strength=-1.0), 'strength'),
+        (dict(layers=[1.5]), 'no layer'),
+        (dict(layers=True), 'no layer'),
+        (dict(layers=8), 'no layer 8'),
+        (dict(layers=-1), 'no layer -1'),
+    ],
+)
+@pytest.mark.parametrize('how', ['zero', 'soft'])
+def test_odd_values_are_refused(m, p, change, word, how):
+    kw = dict(layers=2, visual=p.visual, how=how) | change
+    with pytest.raises(ValueError, match=word), edit(m, **kw):
+        last(m, p.inputs)
+    assert not any(mod._forward_pre_hooks for mod in m.layers)
+
+
+def test_numpy_layers_and_masks_mean_what_they_say(m, p):
+    with edit(m, 2, p.visual):
+        want = last(m, p.inputs)
+    mask = p.inputs['input_ids'][0] == m.image_token_id
+    for layers, visual in ((np.int64(2), p.visual), ([np.int32(2)], p.visual.numpy()), (2, mask), (2, mask.numpy())):
+        with edit(m, layers, visual):
+            assert torch.equal(last(m, p.inputs), want)
+
+
+def test_threads_wait_for_each_other():
+    "Nothing was captured, NaN maps, a wrong answer, an attention name left behind"
+    m = MLLM.load('glyph-llava')
+    p = m.prompt(EX, Q)
+    answer = m.answer(p)
+    with edit(m, 3, p.visual, 'knockout'):
+        changed = m.answer(p)
+    with capture(m) as tape:
+        last(m, p.inputs)
+    errors = []
+
+    def work(kind):
+        try:
+            for _ in range(6):
+                if kind == 0:
+                    with capture(m) as mine:
+                        last(m, p.inputs)
+                    assert torch.allclose(mine.attention, tape.attention, atol=1e-5)
+                elif kind == 1:
+                    with edit(m, 3, p.visual, 'knockout'):
+                        assert m.answer(p).ids == changed.ids
+                elif kind == 2:
+                    assert m.answer(p).ids == answer.ids
+                else:
+                    contrast.refine(m, EX, Q)
+        except Exception as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=work, args=(k % 4,)) for k in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not errors, errors
+    assert m.model.config.get_text_config()._attn_implementation == 'sdpa' and not m.attentions
+
+
+def test_captures_left_in_another_order(m, p):
+    a, b = capture(m), capture(m)
+    a.__enter__()
+    b.__enter__()
+    a.__exit__(None, None, None)
+    last(m, p.inputs)
+    b.__exit__(None, None, None)
+    assert m.model.config.get_text_config()._attn_implementation == 'sdpa' and not m.attentions
+
+
+def test_hooks_package_is_whole():
+    assert {'capture', 'edit', 'attending'} <= set(hooks.__all__)
