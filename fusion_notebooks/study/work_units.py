@@ -166,7 +166,7 @@ def compute(
     said = {
         c: [getattr(asked[i], a) for i in rows['sample']]
         for c, a in dict(kind='kind', image='picture', group='group').items()
-        if c == 'kind' or getattr(asked[key['samples'][0]], a)  # empty where each question has its own
+        if c == 'kind' or getattr(asked[key['samples'][0]], a, '')  # empty where each question has its own
     }
     return rows.assign(**said, **{k: v for k, v in mllm.stamp().items() if k not in key})
 
