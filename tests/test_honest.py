@@ -245,3 +245,70 @@ def test_captures_left_in_another_order(m, p):
 
 def test_hooks_package_is_whole():
     assert {'capture', 'edit', 'attending'} <= set(hooks.__all__)
+
+
+CONFIGS = dict(
+    forbidden=dict(bad_words_ids=[[k] for k in range(5, 400)]),
+    longer=dict(min_new_tokens=5),
+    stop=dict(stop_strings=['0', '6']),
+    penalty=dict(repetition_penalty=3.0, no_repeat_ngram_size=1),
+    forced=dict(forced_eos_token_id=7, begin_suppress_tokens=list(range(100, 430))),
+    sampled=dict(do_sample=True, temperature=9.0, top_k=3),
+    uncached=dict(use_cache=False),
+    static=dict(cache_implementation='static'),
+)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_one_decoding_policy_for_all_paths(name):
+    "answer, look and sweep differed where a checkpoint's generation config forbids or forces words"
+    m = MLLM.load('glyph-llava')
+    want = m.answer(EX, Q)
+    for k, v in CONFIGS[name].items():
+        setattr(m.model.generation_config, k, v)
+    before = m.model.generation_config
+    got = m.answer(EX, Q)
+    assert got.ids == want.ids and abs(got.logp - want.logp) < 1e-4
+    assert contrast.look(m, EX, Q).base.ids == want.ids
+    assert masking.sweep(m, [Sample(EX, Q, id='a')], 'knockout', layers=[3]).prediction[0] == want.text
+    assert m.model.generation_config is before
+
+
+@pytest.mark.parametrize('how', HOWS)
+def test_a_static_cache_of_the_users(m, p, how):
+    with edit(m, 3, p.visual, how), torch.inference_mode():
+        want = m.model.generate(**p.inputs, max_new_tokens=3, do_sample=False)
+        got = m.model.generate(**p.inputs, max_new_tokens=3, do_sample=False, cache_implementation='static')
+    assert torch.equal(got, want)
+
+
+def test_answers_that_are_cut_say_so(m, p):
+    assert m.answer(p).finished and not m.answer(p, max_new_tokens=1).finished
+    r = contrast.refine(m, EX, Q, how='crop', max_new_tokens=1)
+    assert not r.answer.finished and len(r.answer.ids) == 1 and len(r.base.ids) == 1
+    r = contrast.refine(m, EX, Q, how='mask', max_new_tokens=1)
+    assert not r.answer.finished and len(r.answer.ids) == 1
+    assert contrast.refine(m, EX, Q).answer.finished
+    assert not contrast.look(m, EX, Q, max_new_tokens=1).base.finished
+
+
+def test_no_number_is_no_answer():
+    "Weights with NaN gave an empty text with logp nan"
+    m = MLLM.load('glyph-llava')
+    m.layers[4].mlp.up_proj.weight.data[0, 0] = float('nan')
+    for ask in (lambda: m.answer(EX, Q), lambda: contrast.look(m, EX, Q).base, lambda: contrast.refine(m, EX, Q)):
+        with pytest.raises(ValueError, match='no number'):
+            ask()
+
+
+@pytest.mark.parametrize('method', ['vicrop-rel', 'vicrop-grad', 'vicrop-pure', 'carve'])
+def test_several_pictures_are_not_dropped(m, method):
+    from PIL import Image
+
+    from fusion_notebooks import baselines
+
+    two = [Image.new('RGB', (96, 96), 'white'), EX]
+    with pytest.raises(ValueError, match='here are 2'):
+        contrast.refine(m, two, Q, how='crop')
+    with pytest.raises(ValueError, match='here are 2'):
+        baselines.answer(m, two, Q, method)

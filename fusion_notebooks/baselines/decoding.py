@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from transformers import LogitsProcessorList
 from ..mllm.handle import Answer, MLLM
-from ..mllm.batching import _until_end, GREEDY
+from ..mllm.batching import _until_end, plain_decoding
 from ..hooks.recording import _hidden, _removing, check_layers
 from ..hooks.edits import edit
 from .common import _prompt, Rival
@@ -21,18 +21,20 @@ from .common import _prompt, Rival
 @torch.inference_mode()
 def _decode(mllm, inputs, rule, max_new_tokens):
     "Greedy answer of the first row by `rule`: (batch, vocabulary) scores → (1, vocabulary); all rows go on with the same token"
-    out = mllm.model.generate(
-        **inputs,
-        **GREEDY,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        suppress_tokens=[mllm.image_token_id],
-        logits_processor=LogitsProcessorList([lambda ids, scores: rule(scores).expand_as(scores)]),
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    with plain_decoding(mllm):
+        out = mllm.model.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            suppress_tokens=[mllm.image_token_id],
+            logits_processor=LogitsProcessorList([lambda ids, scores: rule(scores).expand_as(scores)]),
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
     ids = _until_end(mllm, out.sequences[0, -len(out.logits) :].tolist())
-    return Answer(mllm.decode(ids), ids, sum(l[0].float().log_softmax(-1)[i].item() for l, i in zip(out.logits, ids)))
+    logp = sum(l[0].float().log_softmax(-1)[i].item() for l, i in zip(out.logits, ids))
+    return mllm.as_answer(ids, logp)
 
 # %% ../../nbs/07_baselines/04_decoding.ipynb #plausible
 def _plausible(scores, expert, beta):

@@ -9,7 +9,7 @@ __all__ = ['opera']
 import torch
 from transformers import LogitsProcessorList
 from ..mllm.handle import Answer, MLLM
-from ..mllm.batching import GREEDY, in_batches
+from ..mllm.batching import in_batches, plain_decoding
 from ..hooks.recording import _listening, Tape
 from ..engine.prefix import fitting
 from ..engine.branches import Ladder, Row
@@ -77,20 +77,18 @@ def opera(
         lost = torch.stack(lost).reshape(candidates, -1).T
         return torch.full_like(scores, -torch.inf).scatter(1, top.indices, (top.values - weight * lost).log_softmax(-1))
 
-    out = mllm.model.generate(
-        **mllm.copies(p),
-        **GREEDY,
-        num_beams=beams,
-        max_new_tokens=max_new_tokens,
-        suppress_tokens=[mllm.image_token_id],
-        logits_processor=LogitsProcessorList([punish]),
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    with plain_decoding(mllm):
+        out = mllm.model.generate(
+            **mllm.copies(p),
+            do_sample=False,
+            num_beams=beams,
+            max_new_tokens=max_new_tokens,
+            suppress_tokens=[mllm.image_token_id],
+            logits_processor=LogitsProcessorList([punish]),
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
     path = [b for b in out.beam_indices[0].tolist() if b >= 0]
     ids = out.sequences[0, -len(path) :].tolist()
-    return Rival(
-        Answer(
-            mllm.decode(ids), ids, sum(l[b].float().log_softmax(-1)[i].item() for l, b, i in zip(out.logits, path, ids))
-        )
-    )
+    logp = sum(l[b].float().log_softmax(-1)[i].item() for l, b, i in zip(out.logits, path, ids))
+    return Rival(mllm.as_answer(ids, logp))

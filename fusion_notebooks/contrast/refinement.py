@@ -33,6 +33,7 @@ class Look:
 
     mllm: MLLM  # the model
     seen: Pass  # of `masking.record`
+    max_new_tokens: int = 32  # of the plain answer
 
     @property
     def prompt(self):
@@ -46,7 +47,7 @@ class Look:
     @cached_property
     def base(self):
         "The plain answer, decoded when it is asked for"
-        return answer_of(self.mllm, self.seen)
+        return answer_of(self.mllm, self.seen, self.max_new_tokens)
 
 # %% ../../nbs/06_contrast/02_refinement.ipynb #Refined
 @dataclass
@@ -83,9 +84,10 @@ def look(
     mllm: MLLM,  # the model
     image,  # path or PIL image
     question: str,  # about it
+    max_new_tokens: int = 32,  # of the plain answer
 ) -> Look:
     "Watch where the last prompt token looks"
-    return Look(mllm, record(mllm, mllm.prompt(image, question)))
+    return Look(mllm, record(mllm, mllm.prompt(image, question)), max_new_tokens)
 
 # %% ../../nbs/06_contrast/02_refinement.ipynb #least
 def _least(c, by, rho, seed):
@@ -94,7 +96,7 @@ def _least(c, by, rho, seed):
     return lowest(value, rho)
 
 # %% ../../nbs/06_contrast/02_refinement.ipynb #mask
-def _mask(mllm, p, candidates, post, by, review, rho, strength, soft, seed, temperature, **kw):
+def _mask(mllm, p, candidates, post, by, review, rho, strength, soft, seed, temperature, limit, **kw):
     "(answer, contrast, tokens) in one pass"
     with ExitStack() as stack, capture(mllm, layers=sorted({*candidates, post})) as tape:
         found = []
@@ -112,7 +114,7 @@ def _mask(mllm, p, candidates, post, by, review, rho, strength, soft, seed, temp
             )
 
         stack.callback(mllm.layers[review - 1].register_forward_hook(decide).remove)
-        return mllm.generate(p, temperature=temperature, seed=seed)[0], *found
+        return mllm.generate(p, max_new_tokens=limit, temperature=temperature, seed=seed)[0], *found
 
 # %% ../../nbs/06_contrast/02_refinement.ipynb #crop_box-2
 def _crop_box(p, maps, c, candidates, by, base, box, rule, seed):
@@ -217,6 +219,7 @@ def refine(
     raw: bool = False,  # subtract maps that are not renormalised
     temperature: float = 0.0,  # above 0: answers are sampled
     seed: int = 0,  # of random controls and of sampling
+    max_new_tokens: int = 32,  # of the answers; see `Answer.finished`
     ask: bool = True,  # False leaves the answer to `beside` or `masked`, which take several at a time
 ) -> Refined:
     "Answer with contrastive attention. Raises `ValueError` for unknown `how`, `by`, `rule`, `order`, `distance` and candidates, missing layers and a missing box."
@@ -238,11 +241,27 @@ def refine(
             f'mask reads its map before it edits: post-fusion layer {post} must lie below review layer {review}.'
         )
     candidates = candidate_layers(candidates, mllm.n_layers, post)
-    said = lambda p: mllm.generate(p, temperature=temperature, seed=seed)[0]
+
+    def said(p):
+        return mllm.generate(p, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)[0]
+
     if how == 'mask' and ask:
         p = image.prompt if isinstance(image, Look) else mllm.prompt(image, question)
         answer, c, tokens = _mask(
-            mllm, p, candidates, post, by, review, rho, strength, soft, seed, temperature, distance=distance, raw=raw
+            mllm,
+            p,
+            candidates,
+            post,
+            by,
+            review,
+            rho,
+            strength,
+            soft,
+            seed,
+            temperature,
+            max_new_tokens,
+            distance=distance,
+            raw=raw,
         )
         return Refined(
             answer,
@@ -253,7 +272,7 @@ def refine(
             'one pass',
             tokens=tokens,
         )
-    first = image if isinstance(image, Look) else look(mllm, image, question)
+    first = image if isinstance(image, Look) else look(mllm, image, question, max_new_tokens)
     if first.seen.state != mllm.state():
         raise ValueError(
             f'{mllm.name} has changed since this look (weights, an adapter, a hook or an edit): look again.'
@@ -264,6 +283,10 @@ def refine(
     )
     if how == 'mask':
         return Refined(None, plain, c, how, by, '', tokens=_least(c, by, rho, seed))
+    if len(first.prompt.images) > 1:
+        raise ValueError(
+            f'A crop is made of one picture, and here are {len(first.prompt.images)}: ask about one, or refine by mask.'
+        )
     cut = _crop_box(first.prompt, first.maps, c, candidates, by, base or view_side(mllm), box, rule, seed)
     picture, crop = first.prompt.images[0], first.prompt.images[0].crop(cut)
     if not ask:
@@ -274,7 +297,7 @@ def refine(
             'two passes',
         )
     else:
-        answer, path, _ = beside(mllm, first.seen, [crop])[0]
+        answer, path, _ = beside(mllm, first.seen, [crop], max_new_tokens)[0]
     return Refined(answer, plain, c, how, by, path, box=cut, crop=crop)
 
 # %% ../../nbs/06_contrast/02_refinement.ipynb #view_side

@@ -231,8 +231,7 @@ class Ladder:
     ) -> list:  # of `Answer`, one per row
         "Decode every row until all have ended; those that have are let go"
         m, rows, here, ids, logp = self.mllm, self, list(range(len(logits))), [[] for _ in logits], [0.0] * len(logits)
-        end, live = m.model.generation_config.eos_token_id, here
-        end = set(end if isinstance(end, list) else [end])
+        end, live = m.ends, here
         while True:
             new = best_token(m, logits)
             said = logits.log_softmax(-1).gather(1, new[:, None])[:, 0].tolist()
@@ -247,7 +246,7 @@ class Ladder:
                 at = [here.index(k) for k in live]
                 rows, new, here = rows.pick(at), new[at], live
             logits = rows.forward(new[:, None])[:, -1]
-        return [Answer(m.decode(r), r, lp) for r, lp in zip(ids, logp)]
+        return [m.as_answer(r, lp) for r, lp in zip(ids, logp)]
 
 # %% ../../nbs/04_engine/02_branches.ipynb #c024
 @contextmanager

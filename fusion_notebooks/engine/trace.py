@@ -43,6 +43,8 @@ def record(
     inputs = mllm.encoded([p])
     with capture(mllm, hidden=True) as tape, next_position(mllm) as position:
         logits = mllm.model(**inputs, **cache, use_cache=plain, logits_to_keep=1).logits[0, -1].float()
+    if logits.isnan().any():
+        raise mllm.no_number()
     stem = (
         Stem(
             *([getattr(layer, what)[0] for layer in cache['past_key_values'].layers] for what in ('keys', 'values')),

@@ -9,6 +9,7 @@ __all__ = ['STATE_EDITS', 'ATTENTION_EDITS', 'edit']
 import math
 import torch
 from contextlib import contextmanager, ExitStack
+from transformers.cache_utils import StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ..mllm.handle import MLLM
 from .recording import _hidden, _past, _removing, attending, check_layers, running_eagerly
@@ -47,15 +48,26 @@ def _write_states(i, visual, value, batch):
     return hook
 
 # %% ../../nbs/02_hooks/02_edits.ipynb #as_float_mask
-def _as_float_mask(mask, h, past):
+def _as_float_mask(mask, h, past, keys=None):
     "None, bool or float mask → additive float mask (batch, 1, rows, keys) of its own memory"
     low, n = torch.finfo(h.dtype).min, h.shape[1]
+    keys = keys or past + n
     if mask is None or mask.ndim == 2:
-        causal = torch.ones(n, past + n, dtype=torch.bool, device=h.device).tril(past)[None, None]
-        mask = causal if mask is None else causal & mask.bool()[:, None, None, : past + n]
+        causal = torch.ones(n, keys, dtype=torch.bool, device=h.device).tril(past)[None, None]
+        mask = (
+            causal
+            if mask is None
+            else causal & torch.nn.functional.pad(mask.bool(), (0, max(keys - mask.shape[1], 0)))[:, None, None, :keys]
+        )
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=h.dtype, device=h.device).masked_fill(~mask, low)
     return mask.expand(len(h), *mask.shape[1:]).clone()
+
+# %% ../../nbs/02_hooks/02_edits.ipynb #static_keys
+def _static_keys(kw, i):
+    "Keys of a cache that has its full length from the start; None for one that grows"
+    layers = getattr(kw.get('past_key_values'), 'layers', ())
+    return layers[i].max_cache_len if i < len(layers) and isinstance(layers[i], StaticLayer) else None
 
 # %% ../../nbs/02_hooks/02_edits.ipynb #bias_attention
 def _bias_attention(i, visual, strength, batch, text_from):
@@ -73,10 +85,9 @@ def _bias_attention(i, visual, strength, batch, text_from):
         rows = torch.arange(past, total, device=h.device) >= starts[:, None]
         if not rows.any():
             return None
-        mask = _as_float_mask(kw.get('attention_mask'), h, past)
-        cols = visual.to(h.device).expand(len(samples), -1) - (
-            total - mask.shape[-1]
-        )  # sliding caches keep the last keys
+        mask = _as_float_mask(kw.get('attention_mask'), h, past, _static_keys(kw, i))
+        gone = max(total - mask.shape[-1], 0)  # sliding caches keep the last keys
+        cols = visual.to(h.device).expand(len(samples), -1) - gone
         closed = torch.zeros(len(samples), mask.shape[-1], dtype=torch.bool, device=h.device)
         there = cols >= 0
         closed[torch.arange(len(samples), device=h.device)[:, None].expand_as(cols)[there], cols[there]] = True

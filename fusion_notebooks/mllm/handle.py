@@ -60,6 +60,7 @@ class Answer:
     text: str  # decoded, stripped
     ids: list  # token ids, the end token included where it was reached
     logp: float  # sum of the log-probabilities of `ids`
+    finished: bool = True  # False: cut at `max_new_tokens`
 
     @property
     def p(self):
