@@ -312,3 +312,36 @@ def test_several_pictures_are_not_dropped(m, method):
         contrast.refine(m, two, Q, how='crop')
     with pytest.raises(ValueError, match='here are 2'):
         baselines.answer(m, two, Q, method)
+
+
+def test_samples_without_ids_get_some(m):
+    "They shared '' and gave intervals of infinity with confidence 1"
+    from fusion_notebooks import metrics
+
+    samples = [Sample(EX, q, ('0',)) for q in QUESTIONS]
+    table = masking.sweep(m, samples, 'knockout', layers=[3], limit=1)
+    assert table['sample'].unique().tolist() == ['0', '1', '2'] and metrics is not None
+    with pytest.raises(ValueError, match="the id 'a'"):
+        masking.sweep(m, [Sample(EX, Q, id='a'), Sample(EX, Q, id='a')], 'knockout', layers=[3])
+
+
+@pytest.mark.parametrize('word, means', [('no', False), ('yes', True), (True, True), ('False', False), (0, False)])
+def test_switches_are_read(word, means):
+    "papermill's -p quick no ran the quick slice"
+    from fusion_notebooks import study
+
+    assert study.read_settings('settings.ini', word).quick is means
+    with pytest.raises(ValueError, match='must be yes or no'):
+        study.read_settings('settings.ini', 'maybe')
+
+
+def test_models_of_one_name_are_refused(tmp_path):
+    "The figures of the first were overwritten"
+    from fusion_notebooks import study
+
+    for run in ('runA', 'runB'):
+        (tmp_path / run / 'checkpoint-1000').mkdir(parents=True)
+    names = [str(tmp_path / run / 'checkpoint-1000') for run in ('runA', 'runB')]
+    with pytest.raises(ValueError, match="Two models are called 'checkpoint-1000'"):
+        study.choose(models=names)
+    assert study.choose(models=names[:1] * 2).models

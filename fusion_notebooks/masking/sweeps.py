@@ -44,6 +44,16 @@ def _is_edit(hook):
     "Is it a hook of this package that changes what the model computes?"
     return _home(hook).startswith(CHANGERS)
 
+# %% ../../nbs/05_masking/00_sweeps.ipynb #ids
+def _ids(samples):
+    "Names of samples, their numbers where they have none. Raises `ValueError` for one that is there twice"
+    ids, seen = [s.id or str(k) for k, s in enumerate(samples)], set()
+    for name in ids:
+        if name in seen:
+            raise ValueError(f"Two samples have the id '{name}': their rows could not be told apart.")
+        seen.add(name)
+    return ids
+
 # %% ../../nbs/05_masking/00_sweeps.ipynb #sweep
 def sweep(
     mllm: MLLM,  # the model
@@ -71,6 +81,7 @@ def sweep(
         raise ValueError("'mean' needs mean=: the states that masking.mean_states makes from calibration samples.")
     if any(_is_edit(h) for h in foreign(mllm.model.modules())):
         raise ValueError('The layers carry hooks: end the edit around this call first.')
+    ids = _ids(samples)
     rows, bar = [], tqdm(total=len(samples), desc='sweep', disable=not progress, mininterval=2)
     keys = [(h, i, scope if h in ATTENTION_EDITS else 'single') for h in hows for i in layers]
     for first in range(0, len(samples), batch):
@@ -81,7 +92,7 @@ def sweep(
                 donor = mllm.prompt((donors[k] if donors else _donor(samples, k)).image, samples[k].question)
                 if not torch.equal(donor.inputs['input_ids'], p.inputs['input_ids']):
                     raise ValueError(
-                        f'Sample {samples[k].id}: the donor picture has {len(donor.visual)} visual tokens, the sample {len(p.visual)}; give donors= of the same size.'
+                        f'Sample {ids[k]}: the donor picture has {len(donor.visual)} visual tokens, the sample {len(p.visual)}; give donors= of the same size.'
                     )
             variants += [
                 Variant(p, h, scoped(mllm, i, s, width), 0.1 if strength is None else strength, mean, donor)
@@ -92,7 +103,7 @@ def sweep(
             mine = [next(found) for _ in keys]
             rows.append(
                 dict(
-                    sample=samples[k].id,
+                    sample=ids[k],
                     layer=-1,
                     how='none',
                     scope='none',
@@ -102,7 +113,7 @@ def sweep(
                 )
             )
             rows += [
-                dict(sample=samples[k].id, layer=i, how=h, scope=sc, prediction=t, logp=lp, path=x)
+                dict(sample=ids[k], layer=i, how=h, scope=sc, prediction=t, logp=lp, path=x)
                 for (h, i, sc), (_, t, lp, x) in zip(keys, mine)
             ]
             bar.update()

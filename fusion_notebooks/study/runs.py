@@ -24,7 +24,7 @@ from ..results.store import canonical, digest, Store, write_whole
 from ..results.findings import FINDINGS
 from ..results.sentences import say
 from .settings import BENCHMARKS, notebooks, read_settings, Settings
-from .samples import _config, find_model, revision
+from .samples import _config, check_names, find_model, revision
 from .work_units import _cause, ANALYSES, compute, failure, gently, jobs, units
 from .reports import _place, findings
 from .workers import _gpus, _pinned, on_cluster, on_workers, work
@@ -74,6 +74,7 @@ def choose(
     for what, some, known in (('analysis', s.analyses, notebooks(s)), ('benchmark', s.benchmarks, BENCHMARKS)):
         if bad := [x for x in some if x not in known]:
             raise ValueError(f"No {what} '{bad[0]}'; known: {', '.join(known)}.")
+    check_names(s)
     return s
 
 # %% ../../nbs/13_study/07_runs.ipynb #notebook
