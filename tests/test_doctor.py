@@ -228,6 +228,14 @@ def broken(case, name, monkeypatch):
                     run(h * (1.5 if h.shape[1] == 1 else 1), *a, **kw) + (h if h.shape[1] == 1 else 0)
                 ),
             )
+    elif name == 'nothing_foreign':  # somebody's hook
+        monkeypatch.setattr(case, 'left', [m.layers[1].register_forward_hook(lambda l, args, out: out)], raising=False)
+    elif name == 'every_method':  # one of them breaks
+        case.methods.clear()
+        replaced(monkeypatch, D, 'answer', lambda *a, **kw: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            D.CHECKS[name](case)
+        return 'It breaks, and the report says how.'
     elif name == 'lens_is_exit':
         replaced(monkeypatch, D, 'lens', lambda mllm, states: hooks.lens(mllm, mllm.norm(states)))  # norms twice
     elif name == 'nothing_stays':  # a hook is left behind by an exception
@@ -377,7 +385,7 @@ def folder(llava, tmp_path):
 
 def test_exit_codes(folder, monkeypatch, capsys, tmp_path):
     assert cli.main(['doctor', folder, '--config-only']) == 0
-    assert 'all 12 checks hold' in capsys.readouterr().out
+    assert 'all 14 checks hold' in capsys.readouterr().out
     monkeypatch.setitem(D.CHECKS, 'empty_edit', lambda c: 'It leaks.')
     assert cli.main(['doctor', folder, '--config-only', '--json']) == 1
     got = json.loads(capsys.readouterr().out)

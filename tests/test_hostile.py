@@ -109,7 +109,7 @@ def test_code_beside_a_known_model_is_left_alone(evil, file, entries):
 
 BROKEN = dict(
     truncated=('model.safetensors', lambda b: b[:5000], 'could not be loaded (SafetensorError'),
-    config=('config.json', lambda b: b'{', 'could not be loaded'),
+    config=('config.json', lambda b: b'{', 'is not JSON'),
     wrong_type=('config.json', lambda b: b.replace(b'"vocab_size"', b'"vocab_size": "x", "y"'), 'could not be loaded'),
     shapes=('config.json', lambda b: re.sub(rb'"vocab_size": \d+', b'"vocab_size": 3', b), 'could not be loaded'),
     tokenizer=('tokenizer.json', lambda b: b[:100], 'could not be loaded (JSONDecodeError'),

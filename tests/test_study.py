@@ -724,7 +724,7 @@ def test_a_model_that_is_no_number_on_a_sample(ini, model_folder, monkeypatch):
     hook = mllm.layers[0].register_forward_hook(spoil)
     other = study.work_units.replace(s, results=s.results.with_name('other'))
     try:
-        with pytest.raises(ValueError, match=f'1 of 4 units of early_exit .* no number for sample {bad}'):
+        with pytest.raises(ValueError, match=f'1 of 4 units of early_exit .* Sample {bad}: .* no number'):
             study.require('early_exit', str(model_folder), settings=other)
     finally:
         hook.remove()

@@ -38,7 +38,7 @@ def carve(
     if layers is None:
         first = round(20 / 32 * mllm.n_layers)
         layers = range(first, max(first + 1, round(26 / 32 * mllm.n_layers)))
-    layers = [i for i in check_layers(mllm, layers) if not mllm.cross or i in mllm.cross] or [_at(mllm, None, 20 / 32)]
+    layers = [i for i in check_layers(mllm, layers) if i in mllm.reading] or [_at(mllm, None, 20 / 32)]
     first = _look(mllm, image, question)
     asked, plain = first.prompt, mllm.prompt(first.prompt.images, general)
     said = answer_of(mllm, first.seen, max_new_tokens), mllm.generate(plain, 1, max_new_tokens)[0]

@@ -81,12 +81,12 @@ GENERAL = 'Write a general description of the image.'
 # %% ../../nbs/07_baselines/00_common.ipynb #at
 def _at(mllm, layer, share):
     "The layer given, or the one at a share of the depth; the nearest that reads the picture where only some do"
-    deep = share * mllm.n_layers
+    deep = round(share * mllm.n_layers) if not mllm.cross else share * mllm.n_layers
     if layer is None:
-        return min(mllm.cross or [round(deep)], key=lambda i: abs(i - deep))
-    if mllm.cross and layer not in mllm.cross:
+        return min(mllm.reading, key=lambda i: abs(i - deep))
+    if layer in range(mllm.n_layers) and layer not in mllm.reading:
         raise ValueError(
-            f'{mllm.name} reads its picture at the layers {", ".join(map(str, mllm.cross))}: layer {layer} shows no attention to it.'
+            f'{mllm.name} reads its picture at the layers {", ".join(map(str, mllm.reading))}: layer {layer} shows no attention to it.'
         )
     return check_layers(mllm, layer)[0]
 

@@ -234,7 +234,8 @@ def refine(
     if review is None and how == 'mask':
         review = mllm.n_layers - 1
     if post is None:
-        post = mllm.n_layers - 1 if review is None else review - 1
+        below = mllm.n_layers if review is None else review
+        post = max((i for i in mllm.reading if i < below), default=below - 1)
     check_layers(mllm, [post] + ([] if review is None else [review]))
     if how == 'mask' and post >= review:
         raise ValueError(

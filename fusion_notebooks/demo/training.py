@@ -508,6 +508,16 @@ def best_blind(
             counts[q.template.split('-')[0]][q.answer] += 1
     return 100 * sum(max(c.values()) for c in counts.values()) / sum(sum(c.values()) for c in counts.values())
 
+# %% ../../nbs/11_demo/04_training.ipynb #blind
+def _blind(mllm, prompts):
+    "Answers with the picture knocked out at every layer; prompts of one length share a batch, where their visual tokens lie at one place"
+    answers = {}
+    for length in {p.length for p in prompts}:
+        some = [k for k, p in enumerate(prompts) if p.length == length]
+        with edit(mllm, None, prompts[some[0]].visual, 'knockout'):
+            answers.update(zip(some, mllm.answers([prompts[k] for k in some])))
+    return [answers[k] for k in range(len(prompts))]
+
 # %% ../../nbs/11_demo/04_training.ipynb #evaluate
 def evaluate(
     mllm,  # `MLLM`
@@ -523,9 +533,7 @@ def evaluate(
             part = list(islice(some, min(chunk, n - todo.n)))
             plain = [mllm.prompt(s.image, s.question) for s in part]
             crops = [mllm.prompt([s.image, s.image.crop(square(s.box))], s.question) for s in part]
-            with edit(mllm, None, plain[0].visual, 'knockout'):
-                blind = mllm.answers(plain)
-            for k, got in enumerate((mllm.answers(plain), mllm.answers(crops), blind)):
+            for k, got in enumerate((mllm.answers(plain), mllm.answers(crops), _blind(mllm, plain))):
                 right[k] += sum(a.text == s.answers[0] for a, s in zip(got, part))
             todo.update(len(part))
         todo.close()

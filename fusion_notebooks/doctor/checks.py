@@ -5,21 +5,26 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'CHECKS', 'noise', 'by_hand', 'overwritten', 'same_states', 'Case', 'image_matters', 'capture_is_eager',
            'empty_edit', 'state_edits', 'attention_edits', 'edits_move', 'layers_refused', 'causal', 'batch_is_single',
-           'cache_is_exact', 'lens_is_exit', 'nothing_stays']
+           'cache_is_exact', 'lens_is_exit', 'nothing_stays', 'nothing_foreign', 'methods_of', 'every_method']
 
 # %% ../../nbs/15_doctor/02_checks.ipynb #imports
+import inspect
 import math
 import numpy as np
 import sys
 import torch
 from PIL import Image
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from transformers.masking_utils import eager_mask
 from ..mllm.handle import MLLM
+from ..mllm.state import foreign
 from ..hooks.recording import _hidden, _removing, attending, capture
 from ..hooks.logit_lens import early_exit, lens
 from ..hooks.edits import edit, STATE_EDITS
 from ..hooks.states import visual_states
+from ..contrast.refinement import refine
+from ..baselines.methods import answer, METHODS
 
 # %% ../../nbs/15_doctor/02_checks.ipynb #c015
 QUESTIONS = 'What color is the star?', 'Which digit is written on the red object at the top left?'
@@ -156,6 +161,12 @@ def same_states(
     with hooked(give):
         yield
 
+# %% ../../nbs/15_doctor/02_checks.ipynb #spread
+def _spread(layers):
+    "All of few layers (a twin has four); of many the first, the one in the middle and the last"
+    layers = list(layers)
+    return layers if len(layers) <= 8 else [layers[0], layers[len(layers) // 2], layers[-1]]
+
 # %% ../../nbs/15_doctor/02_checks.ipynb #c020
 class Case:
     "A model, two prompts that differ in their picture, and what several checks need"
@@ -171,7 +182,9 @@ class Case:
         self.maps = {
             i: w for i, w in sorted(maps.items()) if not mllm.cross or i in mllm.cross
         }  # layers that attend to visual tokens
-        self.some = sorted({list(self.maps)[k] for k in (0, -1)}) if self.maps else []
+        self.some = _spread(list(self.maps))  # layers at which attention is edited
+        self.methods = {}  # see `methods_of`
+        self.tried = _spread(range(mllm.n_layers))  # layers at which states are edited
         self.words = [
             i
             for i in dict.fromkeys(mllm.processor.tokenizer('red box', add_special_tokens=False)['input_ids'])
@@ -229,7 +242,7 @@ def empty_edit(c):
 def state_edits(c):
     "zero, mean and swap equal rows written by hand"
     m, states = c.mllm, c.states
-    for i in sorted({0, m.n_layers - 1}):
+    for i in c.tried:
         at = [m.layers[k] for k in m.cross if k >= i] if m.cross else [m.layers[i]]
         for how, value in (
             ('zero', lambda k: 0.0),
@@ -315,25 +328,32 @@ def batch_is_single(c):
             return f'The log-probability of an answer is {a.logp:.5f} with another prompt and {b.logp:.5f} alone.'
     return ''
 
+# %% ../../nbs/15_doctor/02_checks.ipynb #uncached
+def _uncached(c, n):
+    "(token ids, log-probability) of n greedy steps, each a forward over all rows"
+    m, ids, logp = c.mllm, [], 0.0
+    for _ in range(n):
+        row = _logits(m, m.copies(c.p, 1, ids))[0, -1].log_softmax(-1)
+        seen = row.clone()
+        seen[m.image_token_id] = -math.inf
+        ids.append(int(seen.argmax()))
+        logp += float(row[ids[-1]])
+    return ids, logp
+
 # %% ../../nbs/15_doctor/02_checks.ipynb #cache_is_exact
 def cache_is_exact(c):
-    "cached decoding equals decoding without a cache, plainly and under an edit"
+    "cached decoding equals decoding without a cache, plainly and under an edit at any layer"
     m = c.mllm
-    for how in (None, 'zero', 'knockout'):
-        with edit(m, c.some[:1], c.p.visual, how) if how else nullcontext():
-            a, ids, logp = m.generate(c.p, max_new_tokens=4)[0], [], 0.0
-            for _ in a.ids:
-                row = _logits(m, m.copies(c.p, 1, ids))[0, -1].log_softmax(-1)
-                seen = row.clone()
-                seen[m.image_token_id] = -math.inf
-                ids.append(int(seen.argmax()))
-                logp += float(row[ids[-1]])
+    cases = [(None, None)] + [('zero', i) for i in c.tried] + [('knockout', i) for i in c.some]
+    for how, i in cases:
+        where = 'plain' if how is None else f'{how} at layer {i}'
+        with nullcontext() if how is None else edit(m, i, c.p.visual, how):
+            a = m.generate(c.p, max_new_tokens=3)[0]
+            ids, logp = _uncached(c, len(a.ids))
         if ids != a.ids:
-            return f'Cached decoding says {a.ids}, uncached {ids} ({how or "plain"}).'
+            return f'Cached decoding says {a.ids}, uncached {ids} ({where}).'
         if not abs(logp - a.logp) <= 10 * c.tol * max(1, abs(logp)):
-            return (
-                f'The log-probability of the answer is {a.logp:.5f} cached and {logp:.5f} uncached ({how or "plain"}).'
-            )
+            return f'The log-probability of the answer is {a.logp:.5f} cached and {logp:.5f} uncached ({where}).'
     return ''
 
 # %% ../../nbs/15_doctor/02_checks.ipynb #lens_is_exit
@@ -383,10 +403,47 @@ def nothing_stays(c):
                 return f'The logits are others {how}.'
     return ''
 
+# %% ../../nbs/15_doctor/02_checks.ipynb #nothing_foreign
+def nothing_foreign(c):
+    "no hook and no forward of others is active whose effect cannot be known"
+    found = foreign(c.mllm.model.modules())
+    if not found:
+        return ''
+    names = ', '.join(sorted({f'{h.__module__}.{getattr(h, "__qualname__", h)}' for h in map(inspect.unwrap, found)}))
+    return f'{len(found)} hooks or forwards of others are active ({names[:120]}): nothing is kept, and every sweep is a forward per layer.'
+
+# %% ../../nbs/15_doctor/02_checks.ipynb #every_method
+def methods_of(c):  # method → '' where it answers, else why not; asked once per case
+    "Every method of `contrast` and `baselines`, tried on one question; what the package refuses is its reason"
+    if c.methods:
+        return c.methods
+    m, image, question = c.mllm, c.p.images[0], QUESTIONS[0]
+    tries = {
+        f'refine {how}': partial(refine, m, image, question, how=how, max_new_tokens=2) for how in ('mask', 'crop')
+    }
+    for name in METHODS:
+        few = dict(beams=2, candidates=2) if name == 'opera' else {}
+        tries[name] = partial(answer, m, image, question, name, max_new_tokens=2, **few)
+    for name, ask in tries.items():
+        try:
+            c.methods[name] = '' if ask().answer.ids else 'It gave no token.'
+        except ValueError as e:
+            if not str(e).endswith('.'):
+                raise  # a sentence of this package ends with a full stop, an error of Python does not
+            c.methods[name] = str(e)
+    return c.methods
+
+# %% ../../nbs/15_doctor/02_checks.ipynb #every_method-2
+def every_method(c):
+    "every method answers, or says in a sentence why it cannot"
+    methods_of(c)  # anything but a `ValueError` ends the check
+    return ''
+
 # %% ../../nbs/15_doctor/02_checks.ipynb #CHECKS
 CHECKS = {
     f.__name__: f
     for f in (
+        nothing_foreign,
         image_matters,
         capture_is_eager,
         empty_edit,
@@ -398,6 +455,7 @@ CHECKS = {
         batch_is_single,
         cache_is_exact,
         lens_is_exit,
+        every_method,
         nothing_stays,
     )
 }

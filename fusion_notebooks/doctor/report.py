@@ -21,7 +21,7 @@ from ..mllm.handle import MLLM, Prompt
 from ..mllm.loading import find_folder
 from .shrinking import _first, VOCAB
 from .twins import twin
-from .checks import _far, _logits, Case, CHECKS, noise, QUESTIONS
+from .checks import _far, _logits, Case, CHECKS, methods_of, noise, QUESTIONS
 
 # %% ../../nbs/15_doctor/03_report.ipynb #c025
 @dataclass
@@ -103,17 +103,12 @@ def _sentence(e):
 
 # %% ../../nbs/15_doctor/03_report.ipynb #ours
 def _ours(e):
-    "Was it a function of this package that refused, and not something below it that broke?"
+    "Was it a function of this package that refused, in a sentence, and not something below it that broke?"
     tb = e.__traceback__
     while tb.tb_next:
         tb = tb.tb_next
-    code = tb.tb_frame.f_code
-    return (
-        isinstance(e, ImportError)
-        or isinstance(e, ValueError)
-        and 'fusion_notebooks' in [folder.name for folder in Path(code.co_filename).parents[:2]]
-        and (code.co_name == '__init__' or not code.co_name.startswith('_'))
-    )
+    inside = 'fusion_notebooks' in [folder.name for folder in Path(tb.tb_frame.f_code.co_filename).parents[:2]]
+    return isinstance(e, ImportError) or isinstance(e, ValueError) and inside and str(e).endswith('.')
 
 # %% ../../nbs/15_doctor/03_report.ipynb #try
 def _try(f, *args):
@@ -173,6 +168,13 @@ def _batches(m):
             return words
     return 'not measured' if not m._shared else 'one by one, as others in the batch change what it says'
 
+# %% ../../nbs/15_doctor/03_report.ipynb #methods
+def _methods(c):
+    "Which methods answer, and why the others do not"
+    found = methods_of(c)
+    refused = [f'{name}: {why}' for name, why in found.items() if why]
+    return f'{len(found) - len(refused)} of {len(found)} answer' + ('; ' + ' '.join(refused) if refused else '')
+
 # %% ../../nbs/15_doctor/03_report.ipynb #found
 def found(
     c: Case,  # a model with prompts
@@ -212,6 +214,7 @@ def found(
         grid=_try(grids),
         two_pictures=_try(two),
         batches=_batches(m),
+        methods=_try(_methods, c),
         pixels='; '.join(size) or 'no limits named',
         **_try_cost(m, p, full),
     )

@@ -154,6 +154,16 @@ def _positions(mllm, visual):
         )
     return visual
 
+# %% ../../nbs/02_hooks/02_edits.ipynb #check_reading
+def _check_reading(mllm, layers, how):
+    "Attention can be closed only where there is softmax attention. Raises `ValueError` for other layers"
+    deaf = [i for i in layers if i not in mllm.reading]
+    if how in ATTENTION_EDITS and deaf and not mllm.cross:
+        raise ValueError(
+            f'{how} closes keys of softmax attention, and layer {deaf[0]} of {mllm.name} has none: give layers among '
+            f'{", ".join(map(str, mllm.reading))}, or use zero.'
+        )
+
 # %% ../../nbs/02_hooks/02_edits.ipynb #same_places
 def _check_batch(mllm, visual, batch):
     "Pre-hook on the embedding: one row of positions has to mean the same in every sample of a batch"
@@ -213,6 +223,7 @@ def edit(
     layers, visual = check_layers(mllm, layers), _positions(mllm, visual)
     if how not in STATE_EDITS + ATTENTION_EDITS:
         raise ValueError(f"No edit '{how}': choose one of {', '.join(STATE_EDITS + ATTENTION_EDITS)}.")
+    _check_reading(mllm, layers, how)
     if how in ('mean', 'swap') and states is None:
         raise ValueError(f"'{how}' needs states=: see masking.mean_states and masking.visual_states.")
     if strength is None:

@@ -44,7 +44,8 @@ def _past(kw, i):
         return 0
     layers = getattr(cache, 'layers', ())
     if i < len(layers) and not hasattr(layers[i], 'keys'):
-        return int(bool(getattr(layers[i], 'has_previous_state', False)))
+        seen = getattr(layers[i], 'has_previous_state', False)
+        return int(any(seen.values() if isinstance(seen, dict) else seen) if hasattr(seen, '__len__') else seen)
     return int(cache.get_seq_length(i))
 
 # %% ../../nbs/02_hooks/00_recording.ipynb #removing

@@ -29,6 +29,14 @@ def scoped(
     low, high = dict(single=(i, i + 1), window=(i - width // 2, i - width // 2 + width)).get(scope, (i, mllm.n_layers))
     return list(range(max(low, 0), min(high, mllm.n_layers)))
 
+# %% ../../nbs/05_masking/00_sweeps.ipynb #touched
+def _touched(mllm, how, i, scope, width):
+    "The layers of a scope; for an edit of attention those of them that have softmax attention"
+    layers = scoped(mllm, i, scope, width)
+    if how in STATE_EDITS or mllm.cross or scope == 'single':
+        return layers
+    return [j for j in layers if j in mllm.reading]
+
 # %% ../../nbs/05_masking/00_sweeps.ipynb #donor
 def _donor(samples, k):
     "The next sample with another picture"
@@ -60,7 +68,7 @@ def sweep(
     samples: list,  # of `Sample`
     how='zero',  # a semantic or several: zero, mean, swap, knockout, soft
     scope: str = 'single',  # single, from or window; for knockout and soft
-    layers=None,  # decoder layers; None for all
+    layers=None,  # decoder layers; None for all, for knockout and soft those with softmax attention
     exact: str = 'auto',  # auto (the fastest exact path), resume or naive
     strength: float | None = None,  # λ of soft; default .1
     mean: torch.Tensor | None = None,  # (n_layers, width), from `mean_states`; needed for mean
@@ -71,7 +79,8 @@ def sweep(
     progress: bool = False,  # show a bar
 ) -> pd.DataFrame:  # sample, layer, how, scope, prediction, logp (of the unmasked answer), path; the unmasked rows have layer -1 and how 'none'
     "Edit the visual tokens at each layer in turn (paper, sections 1 and 4). Raises `ValueError` for unknown semantics, scopes and layers, and for donors of another size."
-    hows, layers = [how] if isinstance(how, str) else list(how), check_layers(mllm, layers)
+    hows, given = [how] if isinstance(how, str) else list(how), layers
+    layers = check_layers(mllm, layers)
     if exact not in ('auto', 'resume', 'naive'):
         raise ValueError(f"exact is 'auto', 'resume' or 'naive', not {exact!r}.")
     if bad := [h for h in hows if h not in STATE_EDITS + ATTENTION_EDITS]:
@@ -83,7 +92,12 @@ def sweep(
         raise ValueError('The layers carry hooks: end the edit around this call first.')
     ids = _ids(samples)
     rows, bar = [], tqdm(total=len(samples), desc='sweep', disable=not progress, mininterval=2)
-    keys = [(h, i, scope if h in ATTENTION_EDITS else 'single') for h in hows for i in layers]
+    keys = []
+    for h in hows:
+        some = layers
+        if given is None and h in ATTENTION_EDITS and not mllm.cross:
+            some = mllm.reading
+        keys += [(h, i, scope if h in ATTENTION_EDITS else 'single') for i in some]
     for first in range(0, len(samples), batch):
         some, variants = range(first, min(first + batch, len(samples))), []
         for k in some:
@@ -95,7 +109,7 @@ def sweep(
                         f'Sample {ids[k]}: the donor picture has {len(donor.visual)} visual tokens, the sample {len(p.visual)}; give donors= of the same size.'
                     )
             variants += [
-                Variant(p, h, scoped(mllm, i, s, width), 0.1 if strength is None else strength, mean, donor)
+                Variant(p, h, _touched(mllm, h, i, s, width), 0.1 if strength is None else strength, mean, donor)
                 for h, i, s in keys
             ]
         found = iter(_outcomes(mllm, variants, exact, limit))

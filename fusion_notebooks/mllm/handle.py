@@ -158,6 +158,16 @@ class MLLM:
         return len(self.layers)
 
     @property
+    def reading(self):
+        "Decoder layers in which text can attend to the picture: all of most models; of a hybrid those with softmax attention"
+        if self.cross:
+            return self.cross
+        kinds = getattr(self.model.config.get_text_config(), 'layer_types', None) or ()
+        if len(kinds) != self.n_layers:
+            return tuple(range(self.n_layers))
+        return tuple(i for i, kind in enumerate(kinds) if 'attention' in kind and 'linear' not in kind)
+
+    @property
     def device(self):
         return self.model.get_input_embeddings().weight.device
 

@@ -162,12 +162,22 @@ def attention_rows(mllm, samples, **_):
         )
     return pd.concat(rows)
 
+# %% ../../nbs/13_study/02_analyses.ipynb #recorded
+def _recorded(mllm, s):
+    "The first pass over a sample, which errors name"
+    from fusion_notebooks import masking
+
+    try:
+        return masking.record(mllm, mllm.prompt(s.image, s.question))
+    except ValueError as e:
+        raise ValueError(f'Sample {s.id}: {e}') from None
+
 # %% ../../nbs/13_study/02_analyses.ipynb #early_exit_rows
 def early_exit_rows(mllm, samples, metric, **_):
     "The answer from every layer: the whole of it, and its first token alone"
     from fusion_notebooks import masking
 
-    found = masking.exits(mllm, [masking.record(mllm, mllm.prompt(s.image, s.question)) for s in samples])
+    found = masking.exits(mllm, [_recorded(mllm, s) for s in samples])
     rows = [
         dict(sample=s.id, layer=layer, prediction=a.text, logp=a.logp, first=mllm.decode(a.ids[:1]), s=s)
         for s, said in zip(samples, found)
