@@ -194,6 +194,15 @@ def test_code_counts_with_the_functions_it_uses_and_without_comments():
     assert used[0] != used[1]
 
 
+def test_modules_whose_names_begin_with_an_underscore_count(tmp_path, monkeypatch):
+    "Only what holds no definitions is left out of a key"
+    (tmp_path / 'hooks').mkdir()
+    for name in ('__init__', '_modidx', '_private', 'edits'):
+        (tmp_path / 'hooks' / f'{name}.py').write_text(f'x = "{name}"')
+    replaced(monkeypatch, study, 'PACKAGE', tmp_path)
+    assert [f.stem for f in study.modules_of('hooks')] == ['_private', 'edits']
+
+
 def test_code_of_a_module_that_is_not_there_is_refused():
     "A renamed module hashed to nothing, so rows of other code would have been taken"
     for name in ('hooks.gone', 'gone', 'metrics gone'):

@@ -105,7 +105,7 @@ def modules_of(
         found = place.glob('*.py')
     else:
         found = [place.with_suffix('.py')]
-    found = sorted(f for f in found if f.is_file() and not f.name.startswith('_'))
+    found = sorted(f for f in found if f.is_file() and f.name not in ('__init__.py', '_modidx.py'))
     if not found:
         raise ValueError(
             f"No module '{name}' in {PACKAGE.name}, so its code cannot be part of a key: name one that is there."
