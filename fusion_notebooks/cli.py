@@ -132,12 +132,13 @@ def ask(a) -> int:
     "Ask one question about one picture, plainly and refined"
     if not a.question.strip():
         raise ValueError('The question is empty: ask something about the picture.')
-    if not Path(a.image).is_file():
+    on_web = a.image.startswith(('http://', 'https://'))
+    if not on_web and not Path(os.path.expanduser(a.image)).is_file():
         raise ValueError(f'No picture at {a.image}: check the path.')
     _known(a.model)  # both before torch is there
     from fusion_notebooks import contrast, core, plots, study
 
-    image = core.open_image(a.image)
+    image = core.open_image(a.image, a.allow_download)
     candidates, review, known = calibrated(a.model)
     mllm = study.load(a.model)
     r = contrast.refine(mllm, image, a.question, how=a.refine, candidates=candidates, review=review)
@@ -300,6 +301,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument('model', metavar='MODEL', help='demo name, local folder or Hub id')
     c.add_argument('image', metavar='IMAGE', help='a file that Pillow can read')
     c.add_argument('question', metavar='QUESTION', help='in quotes')
+    c.add_argument('--allow-download', action='store_true', help='fetch IMAGE where it is a web address')
     c.add_argument(
         '--refine', choices=('crop', 'mask'), default='crop', help='how to refine the answer (default: crop)'
     )

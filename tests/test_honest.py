@@ -345,3 +345,51 @@ def test_models_of_one_name_are_refused(tmp_path):
     with pytest.raises(ValueError, match="Two models are called 'checkpoint-1000'"):
         study.choose(models=names)
     assert study.choose(models=names[:1] * 2).models
+
+
+@pytest.mark.parametrize('kind', ['qwen3_5', 'qwen3_5_moe', 'lfm3_vl', 'minicpmv4_7'])
+def test_hybrid_decoders(kind):
+    "Layers of linear attention: states can be edited, cached and uncached alike; closing keys is refused in a sentence"
+    from transformers import AutoConfig
+
+    from fusion_notebooks import doctor
+
+    try:
+        m = doctor.twin(type(AutoConfig.for_model(kind)))
+    except (ValueError, ImportError, KeyError) as e:
+        pytest.skip(str(e)[:100])
+    p = m.prompt(doctor.noise(0), 'What color is the star?')
+    assert 0 < len(m.reading) < m.n_layers
+    for i in range(m.n_layers):
+        with edit(m, i, p.visual):
+            a = m.answer(p, max_new_tokens=3)
+            logp, ids = 0.0, []
+            for token in a.ids:
+                logp += last(m, m.copies(p, 1, ids))[0].float().log_softmax(-1)[token].item()
+                ids.append(token)
+        assert abs(logp - a.logp) < 1e-3
+        if i in m.reading:
+            with edit(m, i, p.visual, 'knockout'):
+                assert m.answer(p, max_new_tokens=3).logp != m.answer(p, max_new_tokens=2).logp
+        else:
+            with pytest.raises(ValueError, match='has none: give layers among'), edit(m, i, p.visual, 'knockout'):
+                m.answer(p)
+    table = masking.sweep(m, [Sample(doctor.noise(0), 'What color?', id='a')], ['zero', 'knockout'], limit=2)
+    assert sorted(table[table.how == 'knockout'].layer) == list(m.reading)
+    assert sorted(table[table.how == 'zero'].layer) == list(range(m.n_layers))
+
+
+def test_prompts_and_answers_can_be_pickled(m, p):
+    import pickle
+
+    again = pickle.loads(pickle.dumps(p))
+    assert torch.equal(again.visual, p.visual) and np.array_equal(again.grids[0].boxes, p.grids[0].boxes)
+    assert m.answer(again).ids == m.answer(p).ids
+    r = contrast.refine(m, EX, Q)
+    again = pickle.loads(pickle.dumps(r))
+    assert again.answer == r.answer and again.base == r.base and again.box == r.box
+
+
+def test_a_placeholder_in_the_question_is_refused(m):
+    with pytest.raises(ValueError, match='placeholder <image>'):
+        m.prompt(EX, 'What is on <image>?')

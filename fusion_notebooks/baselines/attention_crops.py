@@ -84,7 +84,8 @@ def vicrop_grad(
 ) -> Rival:
     "ViCrop by gradient-weighted attention"
     first = _look(mllm, image, question)
-    (a, slope), grid = _attention_slope(mllm, first.prompt, _at(mllm, layer, 14 / 32)), first.prompt.grids[0]
+    grid = first.prompt.grids[0]
+    a, slope = _attention_slope(mllm, first.prompt, _at(mllm, layer, 14 / 32))
     return _with_crop(
         mllm, first, grid, grid.of((a * slope.relu()).mean(0).double().cpu().numpy()), max_new_tokens, ask, base
     )

@@ -44,5 +44,12 @@ def answer(
     if method.startswith(CROPPING) and isinstance(pictures, (list, tuple)) and len(pictures) > 1:
         raise ValueError(f'{method} makes a crop of one picture, and here are {len(pictures)}: ask about one.')
     with counting(mllm) as cost:
-        got = METHODS[method](mllm, image, question, **kw)
+        try:
+            got = METHODS[method](mllm, image, question, **kw)
+        except ValueError as e:
+            if 'features and image tokens do not match' not in str(e):
+                raise
+            raise ValueError(
+                f'{method} runs several copies of a prompt in one batch, and {mllm.name} cannot repeat its pictures for them ({e}).'
+            ) from None
     return replace(got, method=method, cost=cost)

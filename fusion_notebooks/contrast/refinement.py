@@ -69,6 +69,10 @@ class Refined:
         "The answer before, computed when it is asked for"
         return self.plain()
 
+    def __getstate__(self):
+        "Pickled with the answer before, which is computed for it, and without the model"
+        return vars(self) | dict(base=self.base, plain=None)
+
 # %% ../../nbs/06_contrast/02_refinement.ipynb #MASKS
 MASKS, CROPS = (
     ('contrast', 'late', 'random', 'highest'),
@@ -306,7 +310,7 @@ def view_side(
     mllm: MLLM,  # the model
 ) -> int:  # pixels
     "Side of the model's view; with pictures of any size, that of the largest square its processor does not shrink, at most 336"
-    side = getattr(mllm.model.config.vision_config, 'image_size', None)
+    side = getattr(getattr(mllm.model.config, 'vision_config', None), 'image_size', None)
     if side is not None:
         return side if isinstance(side, int) else max(side)
     processor = getattr(mllm.processor, 'image_processor', None)

@@ -76,6 +76,20 @@ def _key(mllm, p, n):
         digest(*(x for k, v in sorted(p.inputs.items()) if _is_row(v, p.length) for x in (k, v[:, :n]))),
     )
 
+# %% ../../nbs/04_engine/00_prefix.ipynb #size
+def _size(config, *names):
+    "The first of some sizes that a config has, the largest where layers differ; None where it has none"
+    for name in names:
+        try:
+            value = getattr(config, name, None)
+        except RuntimeError:  # transformers refuses what differs from layer to layer
+            value = [getattr(one, name) for one in config.per_layer_config]
+        if isinstance(value, (list, tuple)):
+            value = max(value, default=None)
+        if value:
+            return int(value)
+    return None
+
 # %% ../../nbs/04_engine/00_prefix.ipynb #fitting
 def fitting(
     mllm: MLLM,  # the model
@@ -84,16 +98,10 @@ def fitting(
 ) -> int:  # rows of a ladder
     "How many rows to begin with: their keys, values and activations take half of the free memory, and a CPU gains nothing from more than some thousand tokens"
     t = mllm.model.config.get_text_config()
-    kv = (
-        2
-        * getattr(t, 'num_key_value_heads', t.num_attention_heads)
-        * (getattr(t, 'head_dim', None) or t.hidden_size // t.num_attention_heads)
-    )
-    numbers = (
-        own * (mllm.n_layers * kv + 4 * t.hidden_size + 3 * t.intermediate_size)
-        + 3 * (shared + own) * kv
-        + 4 * t.vocab_size
-    )
+    heads = _size(t, 'num_key_value_heads', 'num_attention_heads')
+    kv = 2 * heads * (_size(t, 'head_dim') or t.hidden_size // t.num_attention_heads)
+    wide = _size(t, 'intermediate_size', 'ffn_dim', 'moe_intermediate_size') or 4 * t.hidden_size
+    numbers = own * (mllm.n_layers * kv + 4 * t.hidden_size + 3 * wide) + 3 * (shared + own) * kv + 4 * t.vocab_size
     most = int(0.5 * free_memory(mllm.device) / (numbers * mllm.head.weight.element_size()))
     return max(1, min(most, 1 << 20 if mllm.device.type == 'cuda' else TOKENS // own))
 

@@ -57,10 +57,12 @@ def copies(
     def repeat(v):  # a tensor or a list of tensors with all visual tokens, or several such (DeepStack)
         if torch.is_tensor(v):
             return again(v)
+        if not isinstance(v, (list, tuple)):
+            return v  # the layer that features belong to
         return (
             list(v) * batch
             if all(map(torch.is_tensor, v)) and sum(len(t.flatten(0, -2)) for t in v) == n
-            else [repeat(t) for t in v]
+            else type(v)(repeat(t) for t in v)
         )
 
     for name in {'pooler_output', 'deepstack_features'} & {*features}:

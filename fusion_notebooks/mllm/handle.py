@@ -44,13 +44,27 @@ class Prompt:
     @property
     def views(self):
         "Every `Grid`: whole pictures and tiles. Raises `ValueError` where no place can be given to the tokens."
-        return self.find_views()
+        if self.find_views is not None:
+            return self.find_views()
+        if isinstance(self.known_views, str):
+            raise ValueError(self.known_views)
+        return self.known_views
 
     @property
     def grids(self):
         "One `Grid` per image: the view that saw most of it, the coarsest of several; where it was only seen in tiles, all of them together"
         views = self.views
         return [whole_view([g for g in views if g.image == k]) for k in range(len(self.images))]
+
+    known_views = ()  # of a prompt that was pickled: its views, or why there are none
+
+    def __getstate__(self):
+        "A prompt is pickled without its model, with the places of its tokens"
+        try:
+            known = self.views
+        except ValueError as e:
+            known = str(e)
+        return vars(self) | dict(find_views=None, known_views=known)
 
 # %% ../../nbs/01_mllm/04_handle.ipynb #Answer
 @dataclass
@@ -165,7 +179,8 @@ class MLLM:
         kinds = getattr(self.model.config.get_text_config(), 'layer_types', None) or ()
         if len(kinds) != self.n_layers:
             return tuple(range(self.n_layers))
-        return tuple(i for i, kind in enumerate(kinds) if 'attention' in kind and 'linear' not in kind)
+        others = 'linear', 'conv', 'mamba', 'recurrent', 'moe', 'mlp'
+        return tuple(i for i, kind in enumerate(kinds) if not any(word in kind for word in others))
 
     @property
     def device(self):

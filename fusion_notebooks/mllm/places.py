@@ -296,7 +296,7 @@ def find_views(
             mllm._placed = _sees_there(mllm, p, got)
         if not (sure or mllm._placed):
             raise ValueError('disturbing a place in the picture does not change the tokens that should lie there most')
-    except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as e:
+    except (ValueError, RuntimeError, LookupError, AttributeError, TypeError) as e:
         raise ValueError(
             f'No token of {mllm.name} can be given a place in the picture ({str(e).splitlines()[0][:160]}). Masking works without it, maps on the picture do not.'
         ) from e

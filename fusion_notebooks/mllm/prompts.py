@@ -24,6 +24,11 @@ def prompt(
     "Put pictures and a question into the model's chat template. Raises `ValueError` where the question is empty or the processor makes no visual tokens."
     if not isinstance(question, str) or not question.strip():
         raise ValueError('The question is empty: ask something about the picture.')
+    holder = getattr(self.processor, 'image_token', None) or self.processor.tokenizer.convert_ids_to_tokens(
+        self.image_token_id
+    )
+    if str(holder) in question:
+        raise ValueError(f'The question holds the placeholder {holder}: pictures are given as images, leave it out.')
     images = [open_image(i) for i in _no_repeat(images)]
     if not images:
         raise ValueError('No picture given: a prompt needs at least one.')
@@ -31,7 +36,7 @@ def prompt(
     visual = (inputs['input_ids'][0] == self.image_token_id).nonzero()[:, 0]
     if not len(visual):
         raise ValueError(
-            f"The processor of {self.name} put no visual token {self.image_token_id} into the prompt: {'model and processor do not belong together' if self.has_template else 'it has no chat template; set processor.chat_template to the one that it was trained with'}."
+            f"The processor of {self.name} put no visual token {self.image_token_id} into the prompt: {'its chat template leaves pictures out, or model and processor do not belong together' if self.has_template else 'it has no chat template; set processor.chat_template to the one that it was trained with'}."
         )
     p = Prompt(inputs, visual, images, question, path=path)
     if self.cross:

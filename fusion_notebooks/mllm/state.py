@@ -95,6 +95,8 @@ def _mark(t, whole):
     "A number on the tensor's device: its product with random numbers, so that sign and order of its numbers count"
     if t.element_size() == 1:
         t = t.view(torch.int8)  # 8-bit floats cannot be converted everywhere
+    if t.is_complex():
+        t = torch.view_as_real(t)
     t = t.flatten()
     if not whole:
         t = t[:: max(1, len(t) // SOME)]
