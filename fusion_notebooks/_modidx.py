@@ -930,6 +930,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'fusion_notebooks/mllm/batching.py'),
                                                 'fusion_notebooks.mllm.batching._is_strip': ( '01_mllm/batching.html#_is_strip',
                                                                                               'fusion_notebooks/mllm/batching.py'),
+                                                'fusion_notebooks.mllm.batching._plain_config': ( '01_mllm/batching.html#_plain_config',
+                                                                                                  'fusion_notebooks/mllm/batching.py'),
                                                 'fusion_notebooks.mllm.batching._shares_vision': ( '01_mllm/batching.html#_shares_vision',
                                                                                                    'fusion_notebooks/mllm/batching.py'),
                                                 'fusion_notebooks.mllm.batching._until_end': ( '01_mllm/batching.html#_until_end',
