@@ -421,3 +421,20 @@ def test_a_text_model_is_refused(tmp_path, capsys):
     T.LlamaConfig().save_pretrained(tmp_path)
     assert cli.main(['doctor', str(tmp_path), '--config-only']) == 2
     assert 'image tower' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'measured, words',
+    [
+        ({}, 'not measured'),
+        ({True: True}, 'padded on the left'),
+        ({True: False}, 'one by one'),
+        ({True: False, False: True}, 'of equal lengths'),
+        ({False: True}, 'of equal lengths'),
+        ({True: False, False: False}, 'one by one'),
+    ],
+)
+def test_batches_are_said_as_measured(measured, words):
+    "It read an attribute that nothing sets, and said 'padded on the left' of every model"
+    mllm = type('Handle', (), {'_shared': measured})()
+    assert D.report._batches(mllm).startswith(words)

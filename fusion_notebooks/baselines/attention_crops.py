@@ -23,7 +23,7 @@ def vicrop_rel(
     max_new_tokens: int = 32,  # of the answer
     ask: bool = True,  # False makes the crop and leaves the answer to `contrast.beside`
 ) -> Rival:
-    "ViCrop by relative attention"
+    "ViCrop by relative attention (Zhang et al., ICLR 2025, arXiv 2502.17422, rel-att)"
     l, first = _at(mllm, layer, 14 / 32), _look(mllm, image, question)
     plain, grid = mllm.prompt(first.prompt.images, general), first.prompt.grids[0]
     return _with_crop(
@@ -82,7 +82,7 @@ def vicrop_grad(
     max_new_tokens: int = 32,  # of the answer
     ask: bool = True,  # False makes the crop and leaves the answer to `contrast.beside`
 ) -> Rival:
-    "ViCrop by gradient-weighted attention"
+    "ViCrop by gradient-weighted attention (Zhang et al., ICLR 2025, arXiv 2502.17422, grad-att)"
     first = _look(mllm, image, question)
     grid = first.prompt.grids[0]
     a, slope = _attention_slope(mllm, first.prompt, _at(mllm, layer, 14 / 32))

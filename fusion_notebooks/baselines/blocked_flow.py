@@ -74,7 +74,7 @@ def flow(
     width: int | None = None,  # layers in the window; default 9/32 of the depth
     batch: int = 32,  # variants per forward, at first
 ) -> pd.DataFrame:  # sample, layer, flow, width, prediction, base, p, change
-    "Relative change of the answer's probability when one path of attention is closed. Raises `ValueError` for unknown paths and layers, and for models that read through cross-attention."
+    "Relative change of the answer's probability when one path of attention is closed (Zhang et al., CVPR 2025, arXiv 2411.18620). Raises `ValueError` for unknown paths and layers, and for models that read through cross-attention."
     if bad := [f for f in flows if f not in FLOWS]:
         raise ValueError(f"No flow '{bad[0]}': choose from {', '.join(FLOWS)}.")
     if mllm.cross:

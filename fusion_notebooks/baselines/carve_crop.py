@@ -34,7 +34,7 @@ def carve(
     max_new_tokens: int = 32,  # of every answer
     ask: bool = True,  # False makes the crop and leaves the answer to `contrast.beside`
 ) -> Rival:
-    "CARVE: mask, crop and enlarge what the question looks at more than a description does"
+    "CARVE (github.com/YuyaoGe/CARVE): mask, crop and enlarge what the question looks at more than a description does"
     if layers is None:
         first = round(20 / 32 * mllm.n_layers)
         layers = range(first, max(first + 1, round(26 / 32 * mllm.n_layers)))

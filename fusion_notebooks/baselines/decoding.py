@@ -51,7 +51,7 @@ def cd(
     beta: float = 0.1,  # plausible tokens: at least this share of the highest probability
     max_new_tokens: int = 32,  # of the answer
 ) -> Rival:
-    "Contrastive decoding against the same model without the picture"
+    "Contrastive decoding (Li et al., ACL 2023, arXiv 2210.15097) against the same model without the picture"
     p = _prompt(mllm, image, question)
     rows = torch.arange(p.length, device=p.visual.device)
     text = (
@@ -88,7 +88,7 @@ def vcd(
     seed: int = 0,  # of the noise
     max_new_tokens: int = 32,  # of the answer
 ) -> Rival:
-    "Visual contrastive decoding: against the picture under noise"
+    "Visual contrastive decoding: against the picture under noise (Leng et al., CVPR 2024, arXiv 2311.16922)"
     p = _prompt(mllm, image, question)
     noisy = replace(
         p, inputs={k: diffuse(v, step, seed) if k.startswith('pixel_values') else v for k, v in p.inputs.items()}
@@ -143,7 +143,7 @@ def dola(
     beta: float = 0.1,  # plausible tokens: at least this share of the highest probability
     max_new_tokens: int = 32,  # of the answer
 ) -> Rival:
-    "Decoding by contrasting layers. Raises `ValueError` where inner states cannot be read."
+    "Decoding by contrasting layers (DoLa, Chuang et al., ICLR 2024, arXiv 2309.03883). Raises `ValueError` where inner states cannot be read."
     half = mllm.n_layers // 2
     if isinstance(layers, str):
         if layers not in ('high', 'low'):

@@ -51,7 +51,7 @@ def opera(
     weight: float = 1.0,  # of the penalty; 0 gives a beam search among the candidates
     max_new_tokens: int = 25,  # at most 25: rollback, which begins later, is not there
 ) -> Rival:
-    "Beam search with OPERA's over-trust penalty. Raises `ValueError` for longer answers, and where visual tokens are no rows of the decoder."
+    "Beam search with OPERA's over-trust penalty (Huang et al., CVPR 2024, arXiv 2311.17911). Raises `ValueError` for longer answers, and where visual tokens are no rows of the decoder."
     if max_new_tokens > 25:
         raise ValueError(
             f'opera without rollback is exact up to 25 tokens, not {max_new_tokens}: ask for a shorter answer.'

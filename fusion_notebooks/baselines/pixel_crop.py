@@ -116,7 +116,7 @@ def vicrop_pure(
     max_new_tokens: int = 32,  # of the answer
     ask: bool = True,  # False makes the crop and leaves the answer to `contrast.beside`
 ) -> Rival:
-    "ViCrop by pixel gradients"
+    "ViCrop by pixel gradients (Zhang et al., ICLR 2025, arXiv 2502.17422, pure-grad)"
     first = _look(mllm, image, question)
     asked, plain = first.prompt, mllm.prompt(first.prompt.images, general)
     grid, apart = asked.grids[0], _apart(mllm, asked)

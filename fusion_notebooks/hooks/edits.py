@@ -219,7 +219,7 @@ def edit(
     batch=slice(None),  # rows of the batch that are edited: slice or list
     text_from: int | None = None,  # first row counted as text after the image; default: after the last of `visual`
 ):
-    "Edit visual tokens at the input of given layers; the model is as found afterwards, also after an exception. Raises `ValueError`."
+    "Edit visual tokens at the input of given layers (knockout: Geva et al., EMNLP 2023, arXiv 2304.14767); the model is as found afterwards, also after an exception. Raises `ValueError`."
     layers, visual = check_layers(mllm, layers), _positions(mllm, visual)
     if how not in STATE_EDITS + ATTENTION_EDITS:
         raise ValueError(f"No edit '{how}': choose one of {', '.join(STATE_EDITS + ATTENTION_EDITS)}.")
