@@ -166,8 +166,9 @@ def broken(case, name, monkeypatch):
         )
     elif name == 'capture_is_eager':
         record = hooks.recording._record
-        replaced(monkeypatch,
-             hooks,
+        replaced(
+            monkeypatch,
+            hooks,
             '_record',
             lambda tape, i, module, query, key, mask, scaling, *a: record(
                 tape, i, module, query, key, mask, scaling * 1.01, *a
@@ -294,8 +295,9 @@ def test_rounding_that_adds_up_over_many_layers_is_no_wrong_map(monkeypatch):
     assert max(float((at_end(drifting[i]) - at_end(w)).abs().max()) for i, w in deep.maps.items()) > deep.tol
     assert D.capture_is_eager(deep) == ''
     record = hooks.recording._record
-    replaced(monkeypatch,
-         hooks,
+    replaced(
+        monkeypatch,
+        hooks,
         '_record',
         lambda tape, i, module, query, key, mask, scaling, *a: record(
             tape, i, module, query, key, mask, scaling * (2 if i == 40 else 1), *a
@@ -438,3 +440,35 @@ def test_batches_are_said_as_measured(measured, words):
     "It read an attribute that nothing sets, and said 'padded on the left' of every model"
     mllm = type('Handle', (), {'_shared': measured})()
     assert D.report._batches(mllm).startswith(words)
+
+
+@pytest.mark.parametrize('provoke', ['hook', 'edit', 'compiled'])
+def test_the_doctor_names_what_is_active(provoke):
+    "Somebody's hook, an edit that was not ended, a compiled forward: the first check says so"
+    m = MLLM.load('glyph-llava')
+    if provoke == 'hook':
+        m.model.model.multi_modal_projector.register_forward_hook(lambda module, args, out: out)
+    elif provoke == 'edit':
+        left = hooks.edit(m, 2, [5])
+        left.__enter__()
+    else:
+        m.model.forward = torch.compile(m.model.forward, backend='eager')
+    c = type('Case', (), dict(mllm=m))()
+    said = D.CHECKS['nothing_foreign'](c)
+    assert 'of others are active' in said and said.endswith('.')
+
+
+def test_the_doctor_refuses_what_is_incomplete(tmp_path, capsys):
+    "All its checks held on a checkpoint without a projector"
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from fusion_notebooks.cli import main
+
+    folder = tmp_path / 'mine'
+    shutil.copytree('data/models/glyph-llava', folder)
+    kept = {k: v for k, v in load_file(folder / 'model.safetensors').items() if 'projector' not in k}
+    save_file(kept, folder / 'model.safetensors', metadata=dict(format='pt'))
+    assert main(['doctor', str(folder)]) == 2
+    assert 'lack weights that the model needs' in capsys.readouterr().err

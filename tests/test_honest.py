@@ -61,11 +61,7 @@ def test_a_compiled_forward_does_not_swallow_edits(compiled, edited):
         assert (last(m, p.inputs) - plain).abs().max() < 1e-4
     assert torch.isfinite(tape.attention).all()
     table = masking.sweep(m, [Sample(EX, Q, id='a')], 'knockout', layers=[3])
-    assert (
-        table.path.tolist() == ['plain', 'naive']
-        and table.prediction[0] != table.prediction[1]
-        or table.logp[0] != table.logp[1]
-    )
+    assert table.path.tolist() == ['plain', 'naive'] and table.logp[0] != table.logp[1]
 
 
 @pytest.mark.parametrize('kernel', ['flex_attention', 'eager'])

@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from fusion_notebooks import core, explore, vqa
@@ -248,3 +250,36 @@ def test_web_addresses_only_where_asked(server, monkeypatch):
         open_image(f'{server}/a.png', allow_download=True)
     with pytest.raises(ValueError, match='could not be fetched'):
         open_image('http://127.0.0.1:9/a.png', allow_download=True)
+
+
+SUITS = dict(
+    PNG=('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'I;16'), JPEG=('L', 'RGB', 'CMYK'), TIFF=('1', 'L', 'RGB', 'RGBA', 'CMYK')
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(sorted(SUITS)),
+    pick=st.integers(0, 6),
+    orientation=st.sampled_from(sorted(TRANSPOSE)),
+    size=st.tuples(st.integers(2, 40), st.integers(2, 40)),
+    way=st.sampled_from(['bytes', 'stream', 'uri', 'opened']),
+)
+def test_any_mode_orientation_size_and_way(kind, pick, orientation, size, way):
+    "Upright, of its own size, and the same pixels whichever way it comes"
+    mode = SUITS[kind][pick % len(SUITS[kind])]
+    grey = np.random.default_rng(pick).integers(0, 2, size[::-1], dtype='uint8') * 255
+    upright = Image.fromarray(grey)
+    stored = upright if TRANSPOSE[orientation] is None else upright.transpose(TRANSPOSE[orientation])
+    if mode == 'I;16':
+        stored = Image.fromarray(np.asarray(stored).astype('uint16') * 257)
+    elif mode != 'L':
+        stored = (stored.convert('RGBA') if mode in ('LA', 'RGBA') else stored.convert('RGB')).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = file_of(stored, kind, exif=exif, **(dict(quality=100) if kind == 'JPEG' else {}))
+    uri = f'data:image/{kind.lower()};base64,' + base64.b64encode(data).decode()
+    given_as = dict(bytes=data, stream=io.BytesIO(data), uri=uri, opened=Image.open(io.BytesIO(data)))[way]
+    got = open_image(given_as)
+    assert got.mode == 'RGB' and got.size == size == picture_size(data)
+    assert np.abs(np.asarray(got).astype(int)[..., 0] - grey).max() <= (60 if kind == 'JPEG' else 0)

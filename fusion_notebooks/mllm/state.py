@@ -28,8 +28,11 @@ CHANGERS = (
 
 # %% ../../nbs/01_mllm/08_state.ipynb #home
 def _home(function):
-    "The module that a hook or a forward comes from"
-    return str(getattr(getattr(function, 'func', function), '__module__', '')) + '.'
+    "The module whose code a hook or a forward is; `functools.wraps` copies a name, not the code"
+    function = getattr(function, 'func', function)  # of a partial
+    function = getattr(function, '__func__', function)  # of a method
+    names = getattr(function, '__globals__', None)
+    return (names['__name__'] if names else type(function).__module__) + '.'
 
 # %% ../../nbs/01_mllm/08_state.ipynb #reader
 def reader(
