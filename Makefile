@@ -1,5 +1,5 @@
 # make demo   the quick slice of the study, findings and figures      make study   all of settings.ini
-# make test   notebook examples and pytest                            make lab     JupyterLab on the notebooks
+# make test   linter, notebook examples and pytest                            make lab     JupyterLab on the notebooks
 # make bench  what things cost here, against naive: a quarter of an hour on two free cores
 # make docs   the site, in docs/_build/html/index.html
 # make test-browser   headless Chromium (the system's, or that of `playwright install chromium`): the explorer in JupyterLab and Notebook 7, every page of the site
@@ -18,6 +18,7 @@ study: .venv/installed
 	$(BIN)/fusion study --workers 2
 
 test: .venv/installed
+	$(BIN)/ruff check --quiet fusion_notebooks tests benchmarks docs
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 

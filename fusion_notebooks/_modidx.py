@@ -802,6 +802,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'fusion_notebooks/hooks/edits.py'),
                                               'fusion_notebooks.hooks.edits._positions': ( '02_hooks/edits.html#_positions',
                                                                                            'fusion_notebooks/hooks/edits.py'),
+                                              'fusion_notebooks.hooks.edits._running': ( '02_hooks/edits.html#_running',
+                                                                                         'fusion_notebooks/hooks/edits.py'),
                                               'fusion_notebooks.hooks.edits._silence': ( '02_hooks/edits.html#_silence',
                                                                                          'fusion_notebooks/hooks/edits.py'),
                                               'fusion_notebooks.hooks.edits._static_keys': ( '02_hooks/edits.html#_static_keys',

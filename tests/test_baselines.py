@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from scipy import ndimage
 from fusion_notebooks import baselines
-from fusion_notebooks.baselines import FLOWS, GENERAL, METHODS, Rival, answer, counting, flow, question_rows
+from fusion_notebooks.baselines import FLOWS, GENERAL, METHODS, Rival, answer, flow, question_rows
 from fusion_notebooks.contrast import look, view_side, window_box
 from fusion_notebooks.hooks import early_exit, edit
 from fusion_notebooks.engine import facts
@@ -142,7 +142,9 @@ def test_pixel_gradient_of_patches():
     ratio = (slope(p) / slope(g)).reshape(len(p.visual), 4 * 2 * 4 * 4)
     assert p.inputs['pixel_values'].shape == (4 * len(p.visual), 96)
     apart = baselines.pixel_crop._apart(mllm, p)
-    kept = (baselines.pixel_crop._seen_as(mllm, p, baselines.pixel_crop._detail(im, view_side(mllm)), apart) > 0.5).reshape(len(p.visual), -1)
+    kept = (
+        baselines.pixel_crop._seen_as(mllm, p, baselines.pixel_crop._detail(im, view_side(mllm)), apart) > 0.5
+    ).reshape(len(p.visual), -1)
     assert 0.2 < kept.mean() < 0.8
     r = answer(mllm, im, ASK, 'vicrop-pure', max_new_tokens=2)
     assert np.allclose(r.map, (ratio * kept).mean(1), rtol=1e-3)
@@ -184,7 +186,10 @@ def test_what_is_kept_by_size_is_that_of_the_size():
             map(
                 np.array_equal,
                 baselines.pixel_crop._ends(mllm, q),
-                [baselines.pixel_crop._pixels(mllm, q, [Image.new('RGB', q.images[0].size, c)]) for c in ('black', 'white')],
+                [
+                    baselines.pixel_crop._pixels(mllm, q, [Image.new('RGB', q.images[0].size, c)])
+                    for c in ('black', 'white')
+                ],
             )
         )
     assert str(baselines.pixel_crop._places(mllm, p[0])) != str(baselines.pixel_crop._places(mllm, p[1]))
@@ -198,9 +203,9 @@ def test_pixels_land_in_their_cells(name):
     im.paste('white', (48, 0, 96, 48))
     p = mllm.prompt(im, ASK)
     grid = p.grids[0]
-    got = baselines.pixel_crop._on_grid(mllm, p, grid, baselines.pixel_crop._seen_as(mllm, p, im, baselines.pixel_crop._apart(mllm, p))).reshape(
-        grid.h, grid.w
-    )
+    got = baselines.pixel_crop._on_grid(
+        mllm, p, grid, baselines.pixel_crop._seen_as(mllm, p, im, baselines.pixel_crop._apart(mllm, p))
+    ).reshape(grid.h, grid.w)
     centre = (grid.boxes[:, :2] + grid.boxes[:, 2:]).reshape(grid.h, grid.w, 2) / 2
     inside = (centre[..., 0] > 60) & (centre[..., 1] < 36), (centre[..., 0] < 36) | (centre[..., 1] > 60)
     assert inside[0].any() and got[inside[0]].min() > 0.6 > 0.4 > got[inside[1]].max()
@@ -486,7 +491,7 @@ def test_flow_by_hand(any_mllm):
         cols, rws = ends[r.flow]
 
         def close(module, args, kw):
-            m, h = kw.get('attention_mask'), args[0] if args else kw['hidden_states']
+            m, _h = kw.get('attention_mask'), args[0] if args else kw['hidden_states']
             full = (
                 torch.zeros(1, 1, S, S).masked_fill(~torch.ones(S, S, dtype=torch.bool).tril(), -1e9)
                 if m is None

@@ -273,7 +273,8 @@ def test_one_pass_each(tiny, samples, monkeypatch):
     "mask runs the prompt's rows once; crop runs the picture's rows once, and the second time only what the crop adds"
     rows = []
     handle = tiny.layers[0].register_forward_pre_hook(
-        reader(lambda layer, args, kw: rows.append((args[0] if args else kw['hidden_states']).shape[1])), with_kwargs=True
+        reader(lambda layer, args, kw: rows.append((args[0] if args else kw['hidden_states']).shape[1])),
+        with_kwargs=True,
     )
     try:
         p = tiny.prompt(samples[0].image, samples[0].question)

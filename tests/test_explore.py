@@ -7,7 +7,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from fusion_notebooks import baselines, contrast, explore, fusion, hooks, masking
 from fusion_notebooks.mllm import Sample
-from conftest import replaced, noise_image
+from conftest import noise_image
 from twins import FAMILIES, family
 
 QUESTION = 'What color is the circle?'

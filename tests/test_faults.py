@@ -226,7 +226,7 @@ def workers_of(pid):
 
 def killed_workers(s, kills, wait, seed=0, *args, **env):
     "Kill a random worker now and then while the study runs on"
-    rng, p, done, begun = (
+    rng, p, done, _begun = (
         random.Random(seed),
         s.start('study', '--rows', '--workers', 2, '--settings', s.ini, *args, **env),
         0,
@@ -535,7 +535,7 @@ def mutate(data, rng):
 
 def mutated_pictures(folder, n, seed=0):
     "Every mutated file is a picture, or one sentence that names it"
-    import io, warnings
+    import io
     from PIL import Image
     from fusion_notebooks.mllm import open_image
 

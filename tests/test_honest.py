@@ -389,3 +389,29 @@ def test_prompts_and_answers_can_be_pickled(m, p):
 def test_a_placeholder_in_the_question_is_refused(m):
     with pytest.raises(ValueError, match='placeholder <image>'):
         m.prompt(EX, 'What is on <image>?')
+
+
+def test_an_edit_that_nothing_ran_is_an_error(m, p):
+    "Whatever else may swallow hooks: a forward that never calls the layers is told"
+
+    class Traced(torch.nn.Module):
+        "Calls a layer's code without its hooks, as an exported forward does"
+
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def __call__(self, *args, **kw):
+            return self.layer.forward(*args, **kw)
+
+    mine = MLLM.load('glyph-llava')
+    for how in HOWS:
+        original = mine.layers[3]
+        with pytest.raises(ValueError, match='The edit never ran'), edit(mine, 3, p.visual, how):
+            mine.decoder.layers[3] = Traced(original)
+            last(mine, p.inputs)
+        mine.decoder.layers[3] = original
+    with edit(m, 3, p.visual):
+        pass  # no forward, no complaint
+    with pytest.raises(KeyError), edit(m, 3, p.visual):
+        raise KeyError('mine')

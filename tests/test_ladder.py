@@ -374,7 +374,6 @@ def test_hooks_of_others_are_refused(llava):
 
 def test_donor_of_another_size_is_refused():
     m = twin('qwen2_vl')
-    other = Sample(noise_image(7, (48, 96)), 'What?', id='d')
     small = Sample(noise_image(7, (48, 48)), 'What?', id='d')
     with pytest.raises(ValueError, match='of the same size'):
         sweep(m, SAMPLES[:1], 'swap', donors=[small])

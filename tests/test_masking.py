@@ -1,10 +1,9 @@
 "The sweep equals one forward per edit, for every semantic and scope"
 
-import numpy as np, pandas as pd, pytest, torch
+import pytest, torch
 from fusion_notebooks.hooks import edit
 from fusion_notebooks.hooks import mean_states, visual_states
 from fusion_notebooks.masking import scoped, sweep
-from fusion_notebooks.mllm import Sample
 
 KEYS = ['sample', 'how', 'scope', 'layer']
 

@@ -1,6 +1,6 @@
 "The handle: geometry, prompts, batches and what is refused"
 
-import json, numpy as np, pytest, torch
+import numpy as np, pytest, torch
 from PIL import Image
 from fusion_notebooks import demo
 from fusion_notebooks.mllm import MLLM, open_image

@@ -1,6 +1,6 @@
 "The store: whole units or nothing, each unit once, readers undisturbed"
 
-import multiprocessing, os, re, signal, subprocess, sys, time
+import multiprocessing, re, signal, subprocess, sys
 import numpy as np, pandas as pd, pytest
 from pathlib import Path
 from conftest import replaced
@@ -451,7 +451,7 @@ def test_choices_against_their_default():
 
 def test_tables_of_a_study_from_rows_alone(tmp_path, monkeypatch):
     "Every cell of the notebook, on invented rows of two models: no model, no torch"
-    import builtins, json
+    import json
     from types import SimpleNamespace
     from fusion_notebooks import study
 
@@ -497,8 +497,9 @@ def test_tables_of_a_study_from_rows_alone(tmp_path, monkeypatch):
         )
 
     replaced(monkeypatch, study, 'require', require)
-    replaced(monkeypatch,
-         study,
+    replaced(
+        monkeypatch,
+        study,
         'read_settings',
         lambda *_: SimpleNamespace(benchmarks=('gqa', 'pope'), figures=tmp_path, analyses=('refine',)),
     )

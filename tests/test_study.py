@@ -188,7 +188,7 @@ def test_code_counts_with_the_functions_it_uses_and_without_comments():
         != study.code_of('metrics', study.masking_rows)
         != study.code_of('metrics', study.refine_rows)
     )
-    helper, used = study.analyses._reference, []
+    _helper, used = study.analyses._reference, []
     for node in (study.masking_rows, study.early_exit_rows):
         used.append(study.code_of('', node))
     assert used[0] != used[1]
@@ -342,8 +342,9 @@ def test_choices_one_at_a_time(shared, model_folder, monkeypatch):
     "Each row is what `refine` says with that one thing chosen differently, on calibration pictures"
     from fusion_notebooks import contrast
 
-    replaced(monkeypatch,
-         study,
+    replaced(
+        monkeypatch,
+        study,
         'CHOICES',
         dict(
             mask=dict(candidates=('all', 'fixed'), rho=(0.4,), soft=(0.1,)),
@@ -391,7 +392,10 @@ def test_choices_one_at_a_time(shared, model_folder, monkeypatch):
             and abs(mine.logp[key] - r.answer.logp) < 1e-4
             and mine.pre[key] == r.contrast.pre
         )
-    assert [j.split for j in study.jobs(study.work_units.replace(s, analyses=('candidates',)))] == ['calibration', 'calibration']
+    assert [j.split for j in study.jobs(study.work_units.replace(s, analyses=('candidates',)))] == [
+        'calibration',
+        'calibration',
+    ]
 
 
 def test_a_summary_without_findings_says_so(ini, shared, model_folder, capsys):
@@ -403,7 +407,9 @@ def test_a_summary_without_findings_says_so(ini, shared, model_folder, capsys):
     )
     study.require('masking', str(model_folder), settings=shared)
     study.runs._summarise(
-        str(model_folder), 'tiny', study.work_units.replace(shared, compute=False, figures=ini.parent / 'figures' / 'others')
+        str(model_folder),
+        'tiny',
+        study.work_units.replace(shared, compute=False, figures=ini.parent / 'figures' / 'others'),
     )
     said = capsys.readouterr().out
     assert 'No rows' not in said and 'base (evaluation, n = 8)' in said
@@ -711,12 +717,13 @@ def test_rows_of_different_origin_do_not_mix(shared, model_folder):
     both = pd.concat([rows, rows.assign(sample='other', dtype='bfloat16')])
     with pytest.raises(ValueError, match='dtype is float32 and bfloat16: set mixed = yes'):
         study.work_units._one_origin(both, 'attention', shared)
-    assert len(study.work_units._one_origin(both, 'attention', study.work_units.replace(shared, mixed=True))) == 2 * len(rows)
+    assert len(
+        study.work_units._one_origin(both, 'attention', study.work_units.replace(shared, mixed=True))
+    ) == 2 * len(rows)
 
 
 def test_a_model_that_is_no_number_on_a_sample(ini, model_folder, monkeypatch):
     "Its unit fails with the sample's name; all others are as they would be"
-    import torch
 
     s = study.work_units.replace(study.read_settings(ini), unit=2)
     want = study.require('early_exit', str(model_folder), settings=s)

@@ -1,6 +1,6 @@
 "Benchmarks: official files of our own making travel the whole path, from disk and from a Hub that is counted; whatever is wrong is said with file and row"
 
-import csv, json, random, shutil, subprocess, sys, types
+import json, random, shutil, subprocess, sys, types
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
@@ -289,9 +289,7 @@ def test_hub_gives_what_the_files_give(name, hub, tmp_path):
     disk, here = vqa.load(name, 'all', root=ROOT), vqa.load(name, 'all', cache=tmp_path)
     for a, b in zip(disk, here, strict=True):
         assert (a.id, a.question, a.answers, a.picture, a.group) == (b.id, b.question, b.answers, b.picture, b.group)
-        assert np.array_equal(
-            np.asarray(core.open_image(a.image)), np.asarray(core.open_image(b.image))
-        )
+        assert np.array_equal(np.asarray(core.open_image(a.image)), np.asarray(core.open_image(b.image)))
     assert all(kw['streaming'] and kw['revision'] == vqa.BENCHMARKS[name].revision for _, _, kw in hub.asked)
     read, asked = hub.read, len(hub.asked)
     assert vqa.load(name, 'all', cache=tmp_path) == here and ids(vqa.load(name, cache=tmp_path, order='random')) == ids(
@@ -448,7 +446,10 @@ def test_own_parquet_with_pictures_inside(own):
         vqa.load(str(write(own / 'in.parquet', rows)), 'all'),
         vqa.load(str(write(own / 'out.json', OWN)), 'all'),
     )
-    assert [s.picture for s in inside] == [s.picture for s in beside] and core.open_image(inside[0].image).size == (32, 25)
+    assert [s.picture for s in inside] == [s.picture for s in beside] and core.open_image(inside[0].image).size == (
+        32,
+        25,
+    )
     write(own / 'in.parquet', [rows[0] | dict(image=dict(bytes=b'no picture', path=None))])
     with pytest.raises(ValueError, match=r'in.parquet, row 0: the picture cannot be read'):
         vqa.load(str(own / 'in.parquet'), 'all')

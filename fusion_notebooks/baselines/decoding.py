@@ -11,7 +11,7 @@ import torch
 from contextlib import contextmanager
 from dataclasses import replace
 from transformers import LogitsProcessorList
-from ..mllm.handle import Answer, MLLM
+from ..mllm.handle import MLLM
 from ..mllm.batching import _until_end, plain_decoding
 from ..hooks.recording import _hidden, _removing, check_layers
 from ..hooks.edits import edit

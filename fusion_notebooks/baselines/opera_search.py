@@ -8,7 +8,7 @@ __all__ = ['opera']
 # %% ../../nbs/07_baselines/05_opera_search.ipynb #imports
 import torch
 from transformers import LogitsProcessorList
-from ..mllm.handle import Answer, MLLM
+from ..mllm.handle import MLLM
 from ..mllm.batching import in_batches, plain_decoding
 from ..hooks.recording import _listening, Tape
 from ..engine.prefix import fitting

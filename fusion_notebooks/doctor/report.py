@@ -327,7 +327,7 @@ def survey(
 # %% ../../nbs/15_doctor/03_report.ipynb #matrix
 def matrix(
     reports: list,  # of `Report`
-) -> pd.DataFrame:  # class, model_type, ok, one column per check (yes, no or empty), grid, two_pictures, reason
+) -> pd.DataFrame:  # class, model_type, ok, one column per check (yes, no or empty), grid, two_pictures, methods (which answer, and why others do not), reason
     "Classes × capabilities, with the reason for each no"
     word = {True: 'yes', False: 'no'}
 
@@ -340,6 +340,7 @@ def matrix(
             {'class': r.cls, 'model_type': r.kind, 'ok': word[r.ok]}
             | {k: next((word[c.ok] for c in r.checks if c.name == k), '') for k in CHECKS}
             | abilities
+            | dict(methods=r.found.get('methods', ''))
             | dict(reason=f'{r.reason} {more}'.strip())
         )
 

@@ -11,7 +11,7 @@ import torch
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from transformers.cache_utils import Cache, DynamicLayer
-from ..mllm.handle import Answer, MLLM
+from ..mllm.handle import MLLM
 from ..hooks.recording import _hidden, _removing, attending
 from ..hooks.edits import _as_float_mask
 from .prefix import next_position, Stem
@@ -184,7 +184,6 @@ class Ladder:
     def _biased(self, j, here, h, past, mask):
         "The mask of layer j with each row's bias on its visual keys, (rows, 1, T, keys)"
         mask = _as_float_mask(mask, h, past)
-        keys = mask.shape[-1]
         text = torch.arange(past, past + h.shape[1], device=h.device) >= self.text_from
         for b, row in enumerate(here):
             if j not in row.bias:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, ExitStack
 from transformers.cache_utils import StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ..mllm.handle import MLLM
+from ..mllm.state import reader
 from .recording import _hidden, _past, _removing, attending, check_layers, running_eagerly
 
 # %% ../../nbs/02_hooks/02_edits.ipynb #c018
@@ -178,7 +179,7 @@ def _check_batch(mllm, visual, batch):
                 'The visual tokens lie at other positions in other samples of this batch: give visual of shape (batch, n).'
             )
 
-    return hook
+    return reader(hook)
 
 # %% ../../nbs/02_hooks/02_edits.ipynb #edit_cross
 def _edit_cross(mllm, layers, visual, how, value, factor, batch, handles):
@@ -204,6 +205,28 @@ def _take_masks(mllm, how, stack):
     kernel = str(text._attn_implementation)
     if how in ATTENTION_EDITS and kernel not in ('sdpa', 'eager') and not kernel.startswith('fusion_'):
         stack.enter_context(attending(mllm, 'fusion_masked', sdpa_attention_forward))
+
+# %% ../../nbs/02_hooks/02_edits.ipynb #running
+@contextmanager
+def _running(mllm, layers):
+    "Raise where forwards of the model were completed and none of them ran the hooks of its decoder layers"
+    ran = dict(model=0, layers=0)
+
+    def count(what):
+        def hook(module, args, kw=None, out=None):
+            ran[what] += 1
+
+        return reader(hook)
+
+    handles = [mllm.model.register_forward_hook(count('model'), with_kwargs=True)]
+    handles += [mllm.layers[i].register_forward_pre_hook(count('layers'), with_kwargs=True) for i in layers]
+    with _removing(handles):
+        yield
+    if layers and ran['model'] and not ran['layers']:
+        raise ValueError(
+            f'The edit never ran: a forward of {mllm.name} was completed without the hooks of its decoder layers. '
+            'Something calls them in another way (an exported or traced forward): wrap the model without it.'
+        )
 
 # %% ../../nbs/02_hooks/02_edits.ipynb #edit
 @contextmanager
@@ -255,4 +278,5 @@ def edit(
                 handles.append(mllm.layers[i].register_forward_pre_hook(hook, with_kwargs=True))
             _take_masks(mllm, how, stack)
         stack.enter_context(_removing(handles))
+        stack.enter_context(_running(mllm, layers if visual.numel() else []))
         yield

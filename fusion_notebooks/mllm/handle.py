@@ -12,7 +12,6 @@ import threading
 import torch
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from .grids import whole_view
 from .memory import digest
 from .processor import image_inputs

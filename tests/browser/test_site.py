@@ -1,6 +1,5 @@
 "The site that `make docs` built, page by page in Chromium: nothing in the console, nothing asked of the net, every picture there, search and the recorded explorer work (make test-browser)"
 
-import re
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -104,7 +103,14 @@ def test_recorded_explorer(page, here, times):
 def test_shots(page, here, scheme):
     "To look at"
     page.emulate_media(color_scheme=scheme)
-    for name in ('index', 'gallery', 'nbs/guides/comparison', 'matrix', 'nbs/guides/tutorial', 'nbs/14_explore/02_widget'):
+    for name in (
+        'index',
+        'gallery',
+        'nbs/guides/comparison',
+        'matrix',
+        'nbs/guides/tutorial',
+        'nbs/14_explore/02_widget',
+    ):
         page.goto(f'{here}{name}.html')
         page.screenshot(path=SHOTS / f'site-{Path(name).name}-{scheme}.png')
     page.set_viewport_size(dict(width=390, height=844))
