@@ -1413,6 +1413,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fusion_notebooks/study/runs.py'),
                                              'fusion_notebooks.study.runs.Report.code': ( '13_study/runs.html#report.code',
                                                                                           'fusion_notebooks/study/runs.py'),
+                                             'fusion_notebooks.study.runs._claim': ( '13_study/runs.html#_claim',
+                                                                                     'fusion_notebooks/study/runs.py'),
                                              'fusion_notebooks.study.runs._difference': ( '13_study/runs.html#_difference',
                                                                                           'fusion_notebooks/study/runs.py'),
                                              'fusion_notebooks.study.runs._notebook': ( '13_study/runs.html#_notebook',

@@ -415,3 +415,45 @@ def test_an_edit_that_nothing_ran_is_an_error(m, p):
         pass  # no forward, no complaint
     with pytest.raises(KeyError), edit(m, 3, p.visual):
         raise KeyError('mine')
+
+
+def test_a_folder_of_runs_belongs_to_one_model(tmp_path):
+    "In two commands as in one, the notebooks of a second model of the same name do not take the place of the first's"
+    from types import SimpleNamespace
+
+    from fusion_notebooks.study import runs
+
+    s = SimpleNamespace(root=tmp_path, runs=tmp_path / 'runs')
+    one, two = (tmp_path / run / 'checkpoint-1000' for run in ('runA', 'runB'))
+    for folder in (one, two):
+        folder.mkdir(parents=True)
+    runs._claim(s, {str(one): one.name, 'org/name': 'org/name'})
+    runs._claim(s, {str(one): one.name})
+    with pytest.raises(ValueError, match='another model of that name, runA/checkpoint-1000'):
+        runs._claim(s, {str(two): two.name})
+    one.rename(tmp_path / 'elsewhere')
+    runs._claim(s, {str(two): two.name})  # what is gone has no claim
+
+
+FOUND = {
+    'Blip2ForConditionalGeneration': 10,  # opera: the config has no intermediate_size
+    'Gemma4ForConditionalGeneration': 10,  # opera: head_dim differs per layer
+    'Qwen3_5MoeForConditionalGeneration': 8,  # opera; two methods need softmax attention at every layer
+    'FuyuForCausalLM': 9,  # refine: no vision_config; opera cannot repeat its pictures
+    'Granite4VisionForConditionalGeneration': 5,  # copies: features that belong to layers; its tokens have no place
+}
+
+
+@pytest.mark.parametrize('name', FOUND)
+def test_what_broke_on_a_family_answers_or_says_why(name):
+    from transformers import AutoModelForImageTextToText
+
+    from fusion_notebooks import doctor
+
+    def first(classes):
+        return classes[0] if isinstance(classes, (tuple, list)) else classes
+
+    config = next(c for c, m in AutoModelForImageTextToText._model_mapping.items() if first(m).__name__ == name)
+    found = doctor.methods_of(doctor.Case(doctor.twin(config)))
+    assert len(found) == 10 and all(why == '' or why.endswith('.') for why in found.values())
+    assert sum(why == '' for why in found.values()) == FOUND[name], found

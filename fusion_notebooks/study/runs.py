@@ -115,6 +115,24 @@ def _side_by_side(n):
     finally:
         pool.shutdown(cancel_futures=True)
 
+# %% ../../nbs/13_study/07_runs.ipynb #claim
+def _claim(s, names):
+    "Write down whose notebooks lie in a folder of runs. Raises `ValueError` where they are those of another model of that name"
+    for where, name in names.items():
+        folder = Path(where)
+        if not folder.is_dir():
+            continue  # a Hub id is its own name
+        inside = folder.is_relative_to(s.root.resolve())
+        mine = str(folder.relative_to(s.root.resolve()) if inside else folder)
+        marker = s.runs / name / 'model.txt'
+        other = marker.read_text().strip() if marker.exists() else mine
+        if other != mine and (s.root / other).is_dir():
+            raise ValueError(
+                f"{s.runs / name} holds the notebooks of another model of that name, {other}: rename {mine}, or set runs and figures to other folders."
+            )
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.write_text(mine + '\n')
+
 # %% ../../nbs/13_study/07_runs.ipynb #run
 def run(
     settings='settings.ini',  # path, or `Settings` from `choose`
@@ -142,6 +160,8 @@ def run(
             names[where] = name
         except (ValueError, OSError) as e:
             fail(model, model, *_cause(e))
+    if figures:
+        _claim(s, names)
     s = replace(s, models=tuple(names), compute=rows)
     if rows and any(Store(s.results).missing(units(job, s)) for job in jobs(s)):
         with gently():
