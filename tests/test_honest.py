@@ -1,5 +1,7 @@
 "Hooks do what they say, or refuse in a sentence: compiled forwards, other kernels, batches of one's own, threads, odd values"
 
+import copy
+import math
 import threading
 
 import numpy as np
@@ -457,3 +459,65 @@ def test_what_broke_on_a_family_answers_or_says_why(name):
     found = doctor.methods_of(doctor.Case(doctor.twin(config)))
     assert len(found) == 10 and all(why == '' or why.endswith('.') for why in found.values())
     assert sum(why == '' for why in found.values()) == FOUND[name], found
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    names=st.lists(st.sampled_from(sorted(CONFIGS)), min_size=1, max_size=4, unique=True),
+    layer=st.integers(0, 7),
+    how=st.sampled_from(HOWS),
+)
+def test_any_generation_config_leaves_all_paths_alike(m, p, names, layer, how):
+    with edit(m, layer, p.visual, how):
+        want = m.answer(p)
+    before = m.model.generation_config
+    m.model.generation_config = copy.deepcopy(before)
+    try:
+        for name in names:
+            for k, v in CONFIGS[name].items():
+                setattr(m.model.generation_config, k, v)
+        with edit(m, layer, p.visual, how):
+            assert m.answer(p).ids == want.ids
+        table = masking.sweep(m, [Sample(EX, Q, id='a')], how, layers=[layer])
+        assert table.prediction[1] == want.text
+    finally:
+        m.model.generation_config = before
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    at=st.lists(st.integers(-50, 400), min_size=1, max_size=4),
+    strength=st.one_of(st.floats(), st.none()),
+    layer=st.integers(-3, 12),
+    how=st.sampled_from(HOWS),
+)
+def test_any_odd_edit_is_refused_or_gives_a_number(m, p, at, strength, layer, how):
+    fine = 0 <= layer < 8 and all(0 <= k < p.length for k in at) and (strength is None or 0 <= strength < math.inf)
+    try:
+        with edit(m, layer, torch.tensor(at), how, strength):
+            logits = last(m, p.inputs)
+    except ValueError as e:
+        assert str(e).endswith('.') and not fine
+        return
+    assert fine
+    if strength is None or strength < 1e6:
+        assert torch.isfinite(logits).all()
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    where=st.sampled_from(['model', 'decoder', 'layer', 'attention']),
+    layer=st.integers(0, 7),
+    how=st.sampled_from(HOWS),
+)
+def test_whichever_forward_is_compiled(where, layer, how):
+    mine = MLLM.load('glyph-llava')
+    p = mine.prompt(EX, Q)
+    with edit(mine, layer, p.visual, how):
+        want = last(mine, p.inputs)
+    block = mine.layers[layer]
+    module = dict(model=mine.model, decoder=mine.decoder, layer=block, attention=block.self_attn)[where]
+    module.forward = torch.compile(module.forward, backend='eager')
+    last(mine, p.inputs)
+    with edit(mine, layer, p.visual, how):
+        assert (last(mine, p.inputs) - want).abs().max() < 1e-4

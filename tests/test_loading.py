@@ -2,10 +2,13 @@
 
 import json
 import os
+import random
 import shutil
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fusion_notebooks.mllm import MLLM, find_folder
@@ -196,3 +199,22 @@ def test_progress_bars_stay_as_they_were():
         assert logging.is_progress_bar_enabled()
     finally:
         (logging.enable_progress_bar if on else logging.disable_progress_bar)()
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(share=st.floats(0.01, 0.99), seed=st.integers(0, 99))
+def test_whatever_is_missing_is_refused_by_name(share, seed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('part') / 'mine'
+    shutil.copytree(GLYPH, folder)
+    names = sorted(load_file(folder / 'model.safetensors'))
+    rng = random.Random(seed)
+    gone = set(rng.sample(names, max(1, int(share * len(names)))))
+    rewrite(folder, lambda weights: {k: v for k, v in weights.items() if k not in gone} or {'x': torch.zeros(1)})
+    with pytest.raises(ValueError, match='lack weights that the model needs') as e:
+        MLLM.load(folder)
+    named = str(e.value).split('(')[1].split(')')[0].split(' and ')[0].split(', ')
+
+    def tail(name):
+        return name.split('.')[-3:]
+
+    assert named and all(tail(name) in [tail(one) for one in gone] for name in named)

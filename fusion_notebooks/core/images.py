@@ -99,7 +99,7 @@ def _from_text(text, allow_download):
             raise ValueError('The data address does not hold base64 text: encode the picture again.') from None
     if text.startswith(('http://', 'https://')):
         if not allow_download:
-            raise ValueError(f'{text} is a web address: pass allow_download=True to fetch it.')
+            raise ValueError(f'{text} is a web address: open_image(address, allow_download=True) fetches it.')
         return _download(text), text
     return Path(text), text
 
