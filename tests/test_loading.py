@@ -217,4 +217,5 @@ def test_whatever_is_missing_is_refused_by_name(share, seed, tmp_path_factory):
     def tail(name):
         return name.split('.')[-3:]
 
-    assert named and all(tail(name) in [tail(one) for one in gone] for name in named)
+    tied = ['lm_head.weight']  # is the embedding
+    assert named and all(tail(name) in [tail(one) for one in gone] for name in named if name not in tied)
