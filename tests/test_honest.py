@@ -521,3 +521,14 @@ def test_whichever_forward_is_compiled(where, layer, how):
     last(mine, p.inputs)
     with edit(mine, layer, p.visual, how):
         assert (last(mine, p.inputs) - want).abs().max() < 1e-4
+
+
+def test_an_edit_that_fails_while_it_is_set_leaves_no_hook(m, p, monkeypatch):
+    def hooks_set():
+        return sum(len(x._forward_pre_hooks) + len(x._forward_hooks) for x in m.model.modules())
+
+    before = hooks_set()
+    monkeypatch.setattr(hooks.edits, '_take_masks', lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError), edit(m, 3, p.visual, 'knockout'):
+        pass
+    assert hooks_set() == before

@@ -219,3 +219,23 @@ def test_whatever_is_missing_is_refused_by_name(share, seed, tmp_path_factory):
 
     tied = ['lm_head.weight']  # is the embedding
     assert named and all(tail(name) in [tail(one) for one in gone] for name in named if name not in tied)
+
+
+def test_the_base_of_an_adapter_is_part_of_its_revision(folder, tmp_path):
+    "Rows of an adapter on another base would be taken for its own"
+    from fusion_notebooks import study
+
+    (tmp_path / 'tuned').mkdir()
+    (tmp_path / 'tuned/adapter_config.json').write_text(json.dumps(dict(base_model_name_or_path=str(folder))))
+    save_file({'x': torch.zeros(1)}, tmp_path / 'tuned/adapter_model.safetensors')
+    before = study.revision(tmp_path / 'tuned')
+    rewrite(folder, lambda w: {k: v * 2 for k, v in w.items()})
+    assert study.revision(tmp_path / 'tuned') != before
+
+
+def test_old_ways_to_names_and_homes_that_are_not_there():
+    from fusion_notebooks import core, vqa
+
+    assert vqa.Sample is core.Sample
+    with pytest.raises(FileNotFoundError, match='No model folder'):
+        find_folder('~nosuchuser/x')

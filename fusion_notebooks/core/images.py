@@ -8,9 +8,9 @@ __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'FORMATS', 'Sample', 'open_image', 'pictur
 # %% ../../nbs/00_core/00_images.ipynb #imports
 import base64
 import binascii
+import http.client
 import io
 import numpy as np
-import urllib.error
 import urllib.request
 import warnings
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -76,7 +76,7 @@ def _download(url):
             if not kind.startswith('image/'):
                 raise ValueError(f'{url} is {kind}, not a picture: give the address of the picture itself.')
             data = reply.read(MAX_BYTES + 1)
-    except (urllib.error.URLError, TimeoutError) as e:
+    except (OSError, http.client.HTTPException) as e:  # also where the connection ends half-way
         raise ValueError(f'{url} could not be fetched ({e}): check the address and the network.') from None
     if len(data) > MAX_BYTES:
         raise ValueError(f'{url} has more than the {MAX_BYTES:,} bytes allowed: fetch and resize it first.')

@@ -264,6 +264,7 @@ def edit(
     factor = strength if how == 'soft' else 0.0
     handles = []
     with running_eagerly(mllm), ExitStack() as stack:
+        stack.enter_context(_removing(handles))  # before any hook is set: what follows may fail
         if visual.numel() and mllm.cross:
             _edit_cross(mllm, layers, visual, how, value, factor, batch, handles)
         elif visual.numel():
@@ -277,6 +278,5 @@ def edit(
                     hook = _bias_attention(i, visual, factor, batch, text_from)
                 handles.append(mllm.layers[i].register_forward_pre_hook(hook, with_kwargs=True))
             _take_masks(mllm, how, stack)
-        stack.enter_context(_removing(handles))
         stack.enter_context(_running(mllm, layers if visual.numel() else []))
         yield

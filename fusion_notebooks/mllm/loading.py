@@ -8,6 +8,7 @@ __all__ = ['demo_models', 'find_folder']
 # %% ../../nbs/01_mllm/10_loading.ipynb #imports
 import difflib
 import fusion_notebooks
+import os
 import torch
 import warnings
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ def find_folder(
     name,  # demo name, local folder or Hub id
 ) -> Path | None:  # None for a Hub id
     "The folder that a name means. Raises `FileNotFoundError` and `ValueError`."
-    here, demo = Path(name).expanduser(), demo_models() / str(name)
+    here, demo = Path(os.path.expanduser(str(name))), demo_models() / str(name)
     is_demo = Path(name).name == str(name) and demo.is_dir()
     if is_demo and (here / 'config.json').exists() and here.resolve() != demo.resolve():
         raise ValueError(f"'{name}' is a demo model and a folder here: give ./{name} for the folder, or rename it.")

@@ -84,7 +84,7 @@ def _settings(modules):
     return out
 
 # %% ../../nbs/01_mllm/08_state.ipynb #content
-WHOLE = 256_000_000  # bytes of parameters up to which every bit is read
+WHOLE = 256_000_000  # bytes of parameters up to which every number is read
 SOME = 1000  # numbers that are read of each parameter beyond
 
 # %% ../../nbs/01_mllm/08_state.ipynb #random

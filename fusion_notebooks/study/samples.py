@@ -16,6 +16,7 @@ from collections import namedtuple
 from functools import lru_cache
 from pathlib import Path
 from .. import vqa
+from ..core.files import read_json
 from ..core.images import open_image
 from ..results.store import Store
 from .settings import BENCHMARKS, PACKAGE, Settings
@@ -194,6 +195,10 @@ def revision(
                 h.update(data.read(1 << 20))
                 data.seek(-1 << 20, 2)
                 h.update(data.read())
+    if (folder / 'adapter_config.json').exists():  # its base is as much of the weights as it is
+        base = str(read_json(folder / 'adapter_config.json', folder).get('base_model_name_or_path') or '')
+        demo = PACKAGE.parent / 'data/models' / base
+        h.update(revision(str(demo) if demo.is_dir() else base).encode())
     return h.hexdigest()[:12]
 
 # %% ../../nbs/13_study/01_samples.ipynb #config

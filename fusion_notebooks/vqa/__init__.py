@@ -1,5 +1,6 @@
 """Benchmarks."""
 
+from ..core.images import Sample
 from .benchmarks import *
 from .files import *
 from .hub import *
