@@ -229,9 +229,9 @@ def forward_of(kind, side, layers):
     def work(r=0):
         with torch.inference_mode():
             if kind == 'capture':
-                with capture(mllm) as tape:
+                with capture(mllm) as cache:
                     mllm.model(**p.inputs, use_cache=False, logits_to_keep=1)
-                return tape.attention
+                return cache.attention
             return mllm.model(**p.inputs, use_cache=False, logits_to_keep=1, output_attentions=kind == 'eager')
 
     if kind == 'eager':
@@ -291,7 +291,7 @@ def refine_bench(layers, side, repeats, **kw):
     crop = lambda r: contrast.refine(mllm, picture(r), ask, how='crop', base=48)
 
     def twice(r):
-        one = contrast.look(mllm, picture(r), ask)
+        one = contrast.first_pass(mllm, picture(r), ask)
         mllm.answer([picture(r), picture(r).crop((0, 0, 48, 48))], ask)
         return one
 

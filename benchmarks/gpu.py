@@ -320,9 +320,9 @@ def one_model(make, tiny, device, repeats):
     naive = sync(bench.naive(mllm, ask, [L // 2]))
 
     def captured(r):
-        with torch.inference_mode(), capture(mllm) as tape:
+        with torch.inference_mode(), capture(mllm) as cache:
             mllm.model(**mllm.prompt(picture(1000 + r), ask).inputs, use_cache=True, logits_to_keep=1)
-        return tape.attention
+        return cache.attention
 
     def ready(r):
         with torch.inference_mode():

@@ -101,7 +101,7 @@ def _card(model, s):
     file = folder / 'card.html'
     if not file.exists() or file.read_text() != page:
         for b, c in cards.items():
-            plots.save(plots.card(**c), folder, 'card' + f'-{b}' * (len(cards) > 1), c['stamp'])
+            plots.save(plots.card(**c), folder, 'card' + f'-{b}' * (len(cards) > 1), c['provenance'])
         file.write_text(page)  # last: it says that the others are there
     print(f'fusion card: {os.path.relpath(file)}', flush=True)
 
@@ -159,7 +159,7 @@ def ask(a) -> int:
         layers=(c.pre, c.post),
     )
     out = Path(a.out or f'data/runs/ask/{Path(a.image).stem}-{a.refine}.png')
-    print('figure ', plots.save(fig, out.parent, out.stem, mllm.stamp() | dict(question=a.question)))
+    print('figure ', plots.save(fig, out.parent, out.stem, mllm.provenance() | dict(question=a.question)))
     return 0
 
 # %% ../nbs/16_cli.ipynb #known

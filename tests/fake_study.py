@@ -13,7 +13,7 @@ def hit(name, samples):
 
 
 class Model:
-    def stamp(self):
+    def provenance(self):
         return dict(dtype='float32', attention='none', pixels='', device='cpu', commit='')
 
 

@@ -5,10 +5,10 @@ import numpy as np, pytest, torch
 from PIL import Image
 from scipy import ndimage
 from fusion_notebooks import baselines
-from fusion_notebooks.baselines import FLOWS, GENERAL, METHODS, Rival, answer, flow, question_rows
-from fusion_notebooks.contrast import look, view_side, window_box
+from fusion_notebooks.baselines import FLOWS, GENERAL, METHODS, BaselineAnswer, answer, flow, question_rows
+from fusion_notebooks.contrast import first_pass, view_side, window_box
 from fusion_notebooks.hooks import early_exit, edit
-from fusion_notebooks.engine import facts
+from fusion_notebooks.engine import capabilities
 from fusion_notebooks.masking import scoped
 from fusion_notebooks.mllm import Answer, Sample, reader
 from conftest import replaced, noise_image
@@ -358,9 +358,9 @@ def test_over_trust_by_hand(any_mllm, n):
     mllm, p = any_mllm, any_mllm.prompt(picture(any_mllm), ASK)
     tails = torch.from_numpy(np.random.default_rng(n).integers(10, 30, (3, n)))
     want = [over_trust(mllm, p, t.tolist()) for t in tails]
-    first = look(mllm, p.images[0], ASK)
+    first = first_pass(mllm, p.images[0], ASK)
     shared = baselines.opera_search._over_trust(mllm, first, tails, 50.0)
-    first.seen.stem = None  # and every trial by itself
+    first.trace.prefix = None  # and every trial by itself
     assert (
         np.allclose(shared, want, rtol=1e-3)
         and np.allclose(baselines.opera_search._over_trust(mllm, first, tails, 50.0), want, rtol=1e-3)
@@ -416,7 +416,7 @@ def test_costs_are_counted(tiny):
     im, n = noise_image(0), 3
     p, G = tiny.prompt(im, ASK), tiny.prompt(im, GENERAL).length
     S, cut = p.length, int(p.visual.max()) + 1
-    facts(tiny, p)  # probed once per model
+    capabilities(tiny, p)  # probed once per model
     for method in METHODS:
         kw = dict(beams=2, candidates=2) if method == 'opera' else {}
         calls = []
@@ -452,7 +452,7 @@ def test_costs_are_counted(tiny):
 
 def test_every_method_starts_from_a_look(tiny):
     im = noise_image(1)
-    first = look(tiny, im, ASK)
+    first = first_pass(tiny, im, ASK)
     for method in METHODS:
         kw = dict(beams=2, candidates=2) if method == 'opera' else {}
         a, b = (
@@ -584,7 +584,7 @@ def test_other_families(name, method):
     else:
         r = run()
         assert (
-            isinstance(r, Rival)
+            isinstance(r, BaselineAnswer)
             and 1 <= len(r.answer.ids) <= 3
             and r.cost.forwards >= len(r.answer.ids)
             and (r.map is None or np.isfinite(r.map).all())

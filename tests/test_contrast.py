@@ -11,14 +11,14 @@ from fusion_notebooks.contrast import (
     crop_box,
     focus_box,
     js2,
-    look,
+    first_pass,
     lowest,
     refine,
     view_side,
     window_box,
 )
 from fusion_notebooks.hooks import capture, edit
-from fusion_notebooks.engine import facts
+from fusion_notebooks.engine import capabilities
 from fusion_notebooks.mllm import Grid, reader, token_boxes
 
 rng = np.random.default_rng(0)
@@ -168,7 +168,7 @@ def close(a, b):
 
 @pytest.fixture(scope='module')
 def seen(tiny, samples):
-    return look(tiny, samples[0].image, samples[0].question)
+    return first_pass(tiny, samples[0].image, samples[0].question)
 
 
 def test_mask_by_hand(tiny, seen):
@@ -195,9 +195,9 @@ def test_mask_by_hand(tiny, seen):
 def test_mask_reads_before_it_edits(tiny, seen):
     "The maps that choose the tokens are the same in the edited pass: one pass does"
     r = refine(tiny, seen, how='mask', review=5)
-    with edit(tiny, 5, seen.prompt.visual[r.tokens], 'zero'), capture(tiny) as tape:
+    with edit(tiny, 5, seen.prompt.visual[r.tokens], 'zero'), capture(tiny) as cache:
         tiny.answer(seen.prompt)
-    now = tape.attention[0, :, 0].numpy()
+    now = cache.attention[0, :, 0].numpy()
     assert np.abs(now[:5] - seen.maps[:5]).max() < 1e-6 and np.abs(now[5:] - seen.maps[5:]).max() > 1e-5
 
 
@@ -230,7 +230,7 @@ def test_options_of_the_crop_by_hand(tiny, samples, seen):
         r.answer == tiny.answer([r.crop, im], ask) and r.answer != refine(tiny, seen).answer and r.path == 'two passes'
     )
     for kw, word in (
-        (dict(order='beside'), "order is 'after' or 'before'"),
+        (dict(order='answer_with_crops'), "order is 'after' or 'before'"),
         (dict(rule='x'), 'rule is one of'),
         (dict(candidates='x'), 'candidates are'),
         (dict(distance='x'), 'distance is'),
@@ -278,7 +278,7 @@ def test_one_pass_each(tiny, samples, monkeypatch):
     )
     try:
         p = tiny.prompt(samples[0].image, samples[0].question)
-        facts(tiny, p)
+        capabilities(tiny, p)
         rows.clear()
         refine(tiny, samples[0].image, samples[0].question, how='mask')
         assert rows[0] == p.length and set(rows[1:]) == {1}

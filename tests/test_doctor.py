@@ -170,8 +170,8 @@ def broken(case, name, monkeypatch):
             monkeypatch,
             hooks,
             '_record',
-            lambda tape, i, module, query, key, mask, scaling, *a: record(
-                tape, i, module, query, key, mask, scaling * 1.01, *a
+            lambda cache, i, module, query, key, mask, scaling, *a: record(
+                cache, i, module, query, key, mask, scaling * 1.01, *a
             ),
         )
     elif name == 'empty_edit':
@@ -299,8 +299,8 @@ def test_rounding_that_adds_up_over_many_layers_is_no_wrong_map(monkeypatch):
         monkeypatch,
         hooks,
         '_record',
-        lambda tape, i, module, query, key, mask, scaling, *a: record(
-            tape, i, module, query, key, mask, scaling * (2 if i == 40 else 1), *a
+        lambda cache, i, module, query, key, mask, scaling, *a: record(
+            cache, i, module, query, key, mask, scaling * (2 if i == 40 else 1), *a
         ),
     )
     assert D.capture_is_eager(deep).startswith('The map of layer 40 is off eager attention by')

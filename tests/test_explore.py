@@ -24,9 +24,9 @@ def unpacked(m):
 
 def test_maps_are_those_of_a_capture(tiny, seen):
     p = tiny.prompt(noise_image(0), QUESTION)
-    with torch.inference_mode(), hooks.capture(tiny, heads='all') as tape:
+    with torch.inference_mode(), hooks.capture(tiny, heads='all') as cache:
         tiny.model(**p.inputs, use_cache=False)
-    heads = p.grids[0].of(tape.attention[0, :, :, 0].numpy())
+    heads = p.grids[0].of(cache.attention[0, :, :, 0].numpy())
     assert (
         heads.shape == (tiny.n_layers, tiny.model.config.text_config.num_attention_heads, 64)
         and abs(seen.heads - heads).max() < 1e-6
@@ -65,9 +65,9 @@ def test_masked_answer_is_an_edit_by_hand(tiny, how):
     cells, layers, p = [3, 4, 11, 60], [1, 2], tiny.prompt(noise_image(0), QUESTION)
     states = dict(mean=mean, swap=masking.visual_states(tiny, donor)[:, cells]).get(how)
     with hooks.edit(tiny, layers, p.visual[cells], how, states=states, text_from=int(p.visual.max()) + 1):
-        want, plain = tiny.answer(p), seen.look.base
+        want, plain = tiny.answer(p), seen.first_pass.base
         logp = tiny.answer_logits(p, plain.ids)[0].gather(1, torch.tensor(plain.ids)[:, None]).sum().item()
-    got = explore.masked(seen, cells[::-1], layers, how)
+    got = explore.mask_cells(seen, cells[::-1], layers, how)
     assert (
         got.tokens.tolist() == cells
         and got.answer.ids == want.ids
@@ -82,8 +82,8 @@ def test_curves_are_those_of_the_rooms(tiny, seen):
     want = masking.sweep(tiny, [Sample(noise_image(0), QUESTION)], 'zero').query('layer >= 0')
     assert np.allclose(table.logp, want.logp, atol=1e-5) and table.prediction.tolist() == want.prediction.tolist()
     effect, distance, exits = explore.curves(seen, table, 'zero')
-    assert effect['values'] == table.logp.tolist() and effect['base'] == seen.look.base.logp
-    assert np.allclose(distance['values'], fusion.profile(seen.look.maps))
+    assert effect['values'] == table.logp.tolist() and effect['base'] == seen.first_pass.base.logp
+    assert np.allclose(distance['values'], fusion.profile(seen.first_pass.maps))
     with hooks.early_exit(tiny, 1):
         assert exits['labels'][1] == (tiny.answer(noise_image(0), QUESTION).text or '∅')
 
@@ -92,7 +92,7 @@ def test_every_view_loses_the_patch():
     "LLaVA-NeXT sees a picture twice, at once and in tiles: a patch of the one takes its tokens in the other along"
     mllm = family('llava_next')
     seen = explore.see(mllm, noise_image(0, (48, 48)), QUESTION)
-    views = [g for g in seen.look.prompt.views]
+    views = [g for g in seen.first_pass.prompt.views]
     assert len(views) > 1
     cells = [0, 1, seen.grid.w, seen.grid.w + 1]
     union = (*seen.grid.boxes[0][:2], *seen.grid.boxes[cells[-1]][2:])
@@ -119,8 +119,8 @@ def test_families(name):
     )
     assert json.dumps([m['top'] + m['sum'] for m in sent.values()]).find('NaN') < 0
     if seen.grid.mix is None:
-        m = explore.masked(seen, range(n))
-        p = seen.look.prompt
+        m = explore.mask_cells(seen, range(n))
+        p = seen.first_pass.prompt
         with hooks.edit(mllm, None, p.visual[m.tokens], 'knockout', text_from=int(p.visual.max()) + 1):
             assert mllm.answer(p).ids == m.answer.ids
         assert {*seen.grid.index} <= {*m.tokens}
@@ -132,7 +132,7 @@ def test_families(name):
 )
 def test_wrong_patches_and_layers(seen, cells, layers, word):
     with pytest.raises(ValueError, match=word):
-        explore.masked(seen, cells, layers)
+        explore.mask_cells(seen, cells, layers)
 
 
 def test_queries_are_no_patches(seen):
@@ -180,19 +180,19 @@ def view(tiny):
 
 def test_explorer_shows_what_the_model_side_computes(tiny, view):
     seen, c = view.seen, view.canvas
-    assert [a['text'] for a in c.answers] == [seen.look.base.text, explore.refined(seen)[0]['text']] and c.status == ''
+    assert [a['text'] for a in c.answers] == [seen.first_pass.base.text, explore.refined(seen)[0]['text']] and c.status == ''
     assert (
         c.marks == dict(fusion=[1, 2], review=3, pre=seen.contrast.pre, post=2)
         and len(c.curves) == 3
         and len(c.crop) == 4
     )
     c.chosen = [0, 9]
-    want = explore.masked(seen, [0, 9])
+    want = explore.mask_cells(seen, [0, 9])
     assert c.answers[-1]['p'] == want.answer.p and f'{np.exp(want.logp):.3f}' in c.answers[-1]['note']
     view.layers.value = (1, 2)
     view.how.value = 'zero'
     assert (
-        c.answers[-1]['p'] == explore.masked(seen, [0, 9], [1, 2], 'zero').answer.p and '(zero)' in c.curves[0]['title']
+        c.answers[-1]['p'] == explore.mask_cells(seen, [0, 9], [1, 2], 'zero').answer.p and '(zero)' in c.curves[0]['title']
     )
     c.chosen = []
     assert len(c.answers) == 2
@@ -201,7 +201,7 @@ def test_explorer_shows_what_the_model_side_computes(tiny, view):
     assert c.answers[1]['label'] == 'refined by mask' and c.crop == []
     view.question.value = 'Which digit?'
     assert (
-        view.seen.look.prompt.question == 'Which digit?'
+        view.seen.first_pass.prompt.question == 'Which digit?'
         and c.answers[0]['text'] == tiny.answer(noise_image(0), 'Which digit?').text
     )
     c.upload = dict(name='new.png', data=memoryview(png(noise_image(7))))
@@ -209,7 +209,7 @@ def test_explorer_shows_what_the_model_side_computes(tiny, view):
     c.upload = dict(name='<b>', data=memoryview(b'none'))
     assert (
         c.status == 'First look: <b> is not a picture that Pillow can read: give a PNG or JPEG.'
-        and view.seen.look.prompt.images[0] == noise_image(7)
+        and view.seen.first_pass.prompt.images[0] == noise_image(7)
     )
     view.question.value = ' '
     assert 'question is empty' in c.status
@@ -356,7 +356,7 @@ def test_recorded_page_holds_text_only(tiny):
     data = json.loads(re.search(r'still\((\{.*\})\), el:', page)[1])
     raw = base64.b64decode(data['maps']['attention']['data'])
     assert raw == explore.maps(seen)['attention']['data'] and len(data['single']) == 64
-    assert data['single']['5']['p'] == explore.masked(seen, [5]).answer.p
+    assert data['single']['5']['p'] == explore.mask_cells(seen, [5]).answer.p
     assert Image.open(io.BytesIO(base64.b64decode(data['picture']))).size == (384, 384)
 
 

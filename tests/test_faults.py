@@ -492,7 +492,7 @@ def test_notebooks_that_raise_or_hang(tmp_path, want, workers):
     compare(s.table(), want)
 
 
-@pytest.mark.parametrize('moment', ['write_whole', '_summarise'])
+@pytest.mark.parametrize('moment', ['write_atomic', '_summarise'])
 def test_killed_between_notebook_and_summary(fake, moment):
     "No record of a notebook and no summary of earlier rows outlives them"
     text, summary, record = (

@@ -328,7 +328,7 @@ def test_other_errors():
     with pytest.raises(ValueError, match='same sample ids'):
         fusion_layers(samples([0.5])[0], pd.DataFrame(dict(sample=['x'], accuracy=[1.0])))
     with pytest.raises(ValueError, match="how='soft'"):
-        fusion.masked(pd.DataFrame(dict(how=['none'], score=[1.0])), 'soft')
+        fusion.masking_curve(pd.DataFrame(dict(how=['none'], score=[1.0])), 'soft')
 
 
 # sample rows
@@ -386,9 +386,9 @@ def test_store_table_splits_into_curve_and_base():
             base.assign(how='none', scope='', layer=-1),
         ]
     ).rename(columns=dict(accuracy='score'))
-    assert fusion_layers(*fusion.masked(stored, 'knockout', 'single')).layers == (1,)
+    assert fusion_layers(*fusion.masking_curve(stored, 'knockout', 'single')).layers == (1,)
     with pytest.raises(ValueError, match="'scope' holds"):
-        fusion_layers(*fusion.masked(stored, 'knockout'))
+        fusion_layers(*fusion.masking_curve(stored, 'knockout'))
 
 
 def test_the_same_seed_gives_the_same_statement():

@@ -59,9 +59,9 @@ def test_a_compiled_forward_does_not_swallow_edits(compiled, edited):
     for how, want in edited.items():
         with edit(m, 3, p.visual, how):
             assert (last(m, p.inputs) - want).abs().max() < 1e-4
-    with capture(m) as tape:
+    with capture(m) as cache:
         assert (last(m, p.inputs) - plain).abs().max() < 1e-4
-    assert torch.isfinite(tape.attention).all()
+    assert torch.isfinite(cache.attention).all()
     table = masking.sweep(m, [Sample(EX, Q, id='a')], 'knockout', layers=[3])
     assert table.path.tolist() == ['plain', 'naive'] and table.logp[0] != table.logp[1]
 
@@ -137,14 +137,14 @@ def test_batches_of_the_users_own(m, side, order, layer, how):
     ends = inputs['attention_mask'].cumsum(1).argmax(1)
     with edit(m, layer, visual, how), torch.inference_mode():
         got = m.model(**inputs, use_cache=False).logits[torch.arange(3), ends]
-    with capture(m) as tape, torch.inference_mode():
+    with capture(m) as cache, torch.inference_mode():
         m.model(**inputs, use_cache=False)
     for k, p in enumerate(prompts):
         with edit(m, layer, p.visual, how):
             assert (got[k] - last(m, p.inputs)[0]).abs().max() < 1e-3
         with capture(m) as alone:
             last(m, p.inputs)
-        assert (tape.attention[k] - alone.attention[0]).abs().max() < 1e-4
+        assert (cache.attention[k] - alone.attention[0]).abs().max() < 1e-4
     if side == 'left':
         with pytest.raises(ValueError, match='other positions in other samples'), edit(m, layer, visual[0], how):
             last(m, inputs)
@@ -153,12 +153,12 @@ def test_batches_of_the_users_own(m, side, order, layer, how):
 def test_rows_are_counted_without_padding(m):
     prompts = [m.prompt(EX, q) for q in QUESTIONS]
     for side in ('left', 'right'):
-        with capture(m, rows=[-2, 70]) as tape, torch.inference_mode():
+        with capture(m, rows=[-2, 70]) as cache, torch.inference_mode():
             m.model(**padded(m, prompts, side), use_cache=False)
         for k, p in enumerate(prompts):
             with capture(m, rows=[-2, 70]) as alone:
                 last(m, p.inputs)
-            assert (tape.attention[k] - alone.attention[0]).abs().max() < 1e-4
+            assert (cache.attention[k] - alone.attention[0]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_threads_wait_for_each_other():
     answer = m.answer(p)
     with edit(m, 3, p.visual, 'knockout'):
         changed = m.answer(p)
-    with capture(m) as tape:
+    with capture(m) as cache:
         last(m, p.inputs)
     errors = []
 
@@ -211,7 +211,7 @@ def test_threads_wait_for_each_other():
                 if kind == 0:
                     with capture(m) as mine:
                         last(m, p.inputs)
-                    assert torch.allclose(mine.attention, tape.attention, atol=1e-5)
+                    assert torch.allclose(mine.attention, cache.attention, atol=1e-5)
                 elif kind == 1:
                     with edit(m, 3, p.visual, 'knockout'):
                         assert m.answer(p).ids == changed.ids
@@ -267,7 +267,7 @@ def test_one_decoding_policy_for_all_paths(name):
     before = m.model.generation_config
     got = m.answer(EX, Q)
     assert got.ids == want.ids and abs(got.logp - want.logp) < 1e-4
-    assert contrast.look(m, EX, Q).base.ids == want.ids
+    assert contrast.first_pass(m, EX, Q).base.ids == want.ids
     assert masking.sweep(m, [Sample(EX, Q, id='a')], 'knockout', layers=[3]).prediction[0] == want.text
     assert m.model.generation_config is before
 
@@ -287,14 +287,14 @@ def test_answers_that_are_cut_say_so(m, p):
     r = contrast.refine(m, EX, Q, how='mask', max_new_tokens=1)
     assert not r.answer.finished and len(r.answer.ids) == 1
     assert contrast.refine(m, EX, Q).answer.finished
-    assert not contrast.look(m, EX, Q, max_new_tokens=1).base.finished
+    assert not contrast.first_pass(m, EX, Q, max_new_tokens=1).base.finished
 
 
 def test_no_number_is_no_answer():
     "Weights with NaN gave an empty text with logp nan"
     m = MLLM.load('glyph-llava')
     m.layers[4].mlp.up_proj.weight.data[0, 0] = float('nan')
-    for ask in (lambda: m.answer(EX, Q), lambda: contrast.look(m, EX, Q).base, lambda: contrast.refine(m, EX, Q)):
+    for ask in (lambda: m.answer(EX, Q), lambda: contrast.first_pass(m, EX, Q).base, lambda: contrast.refine(m, EX, Q)):
         with pytest.raises(ValueError, match='no number'):
             ask()
 

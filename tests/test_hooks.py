@@ -34,14 +34,14 @@ def eager(tiny, p):
 @pytest.mark.parametrize('rows', ['last', 'all', [3, -2]])
 @pytest.mark.parametrize('heads', ['mean', 'all'])
 def test_capture_equals_eager(tiny, p, eager, rows, heads):
-    with capture(tiny, rows=rows, heads=heads) as tape:
+    with capture(tiny, rows=rows, heads=heads) as cache:
         logits(tiny, p)
     want = torch.stack(eager.attentions, 1)[..., p.visual]  # (1, layers, heads, N, visual)
     want = want[:, :, :, [-1] if rows == 'last' else slice(None) if rows == 'all' else rows]
     if heads == 'mean':
         want = want.mean(2)
-    assert tape.attention.shape == want.shape
-    assert (tape.attention - want).abs().max() < 1e-5
+    assert cache.attention.shape == want.shape
+    assert (cache.attention - want).abs().max() < 1e-5
     assert want.std() > 1e-4  # not uniform: an error would show
 
 
@@ -55,47 +55,47 @@ def test_capture_in_a_left_padded_batch(tiny, samples):
         pixel_values=torch.cat([q.inputs['pixel_values'] for q in ps]),
     )
     assert len({q.length for q in ps}) > 1
-    with capture(tiny) as tape, torch.inference_mode():
+    with capture(tiny) as cache, torch.inference_mode():
         tiny.model(**inputs, use_cache=False)
     for k, q in enumerate(ps):
         with capture(tiny) as one:
             logits(tiny, q)
-        assert (tape.attention[k] - one.attention[0]).abs().max() < 1e-5
+        assert (cache.attention[k] - one.attention[0]).abs().max() < 1e-5
 
 
 def test_capture_during_generate_keeps_the_prompt(tiny, p):
-    with capture(tiny) as tape:
+    with capture(tiny) as cache:
         a = tiny.answer(p)
     with capture(tiny) as one:
         logits(tiny, p)
-    assert len(a.ids) > 1 and (tape.attention - one.attention).abs().max() < 1e-5
+    assert len(a.ids) > 1 and (cache.attention - one.attention).abs().max() < 1e-5
 
 
 def test_hidden_states_and_their_traps(tiny, p, eager):
-    with capture(tiny, rows='all', hidden=True) as tape:
+    with capture(tiny, rows='all', hidden=True) as cache:
         out = logits(tiny, p)
     for i in range(tiny.n_layers):
-        assert (tape.hidden[:, i] - eager.hidden_states[i]).abs().max() < 1e-4
-    last = tape.hidden[:, -1]
+        assert (cache.hidden[:, i] - eager.hidden_states[i]).abs().max() < 1e-4
+    last = cache.hidden[:, -1]
     assert (last - eager.hidden_states[-1]).abs().max() > 0.1  # transformers' last one is already normed
     assert (lens(tiny, last) - out).abs().max() < 1e-4  # ours is normed once
     assert (lens(tiny, eager.hidden_states[-1]) - out).abs().max() > 0.1  # norming twice would show
 
 
 def test_an_edited_state_is_on_the_tape(tiny, p):
-    with edit(tiny, 3, p.visual, 'zero'), capture(tiny, rows=p.visual.tolist(), hidden=True) as tape:
+    with edit(tiny, 3, p.visual, 'zero'), capture(tiny, rows=p.visual.tolist(), hidden=True) as cache:
         logits(tiny, p)
     with capture(tiny, rows=p.visual.tolist(), hidden=True) as plain:
         logits(tiny, p)
-    assert torch.equal(tape.hidden[:, 3], plain.hidden[:, 3])  # the state that leaves layer 2: the edit comes later
-    assert not torch.equal(tape.hidden[:, 4], plain.hidden[:, 4])
+    assert torch.equal(cache.hidden[:, 3], plain.hidden[:, 3])  # the state that leaves layer 2: the edit comes later
+    assert not torch.equal(cache.hidden[:, 4], plain.hidden[:, 4])
 
 
 def test_tape_is_empty_without_a_forward(tiny):
-    with capture(tiny) as tape:
+    with capture(tiny) as cache:
         pass
     with pytest.raises(ValueError, match='Nothing was captured'):
-        tape.attention
+        cache.attention
 
 
 # references: the decoder, layer by layer, by hand
@@ -233,22 +233,22 @@ def test_capture_does_not_change_the_logits(tiny, p):
 
 
 def test_a_second_copy_of_the_module_takes_nothing_away(tiny, p):
-    with capture(tiny) as tape:
+    with capture(tiny) as cache:
         want = logits(tiny, p)
-    maps = tape.attention
+    maps = cache.attention
     AttentionInterface.register('fusion_capture', sdpa_attention_forward)  # as a module that is loaded twice would
-    with capture(tiny) as tape:
+    with capture(tiny) as cache:
         assert torch.equal(logits(tiny, p), want)
-    assert torch.equal(tape.attention, maps)
+    assert torch.equal(cache.attention, maps)
 
 
 def test_early_exit_equals_the_lens(tiny, p):
-    with capture(tiny, hidden=True) as tape:
+    with capture(tiny, hidden=True) as cache:
         logits(tiny, p)
     for i in (0, 3, L - 1):
         with early_exit(tiny, i):
             out = logits(tiny, p)[0, -1]
-        assert (lens(tiny, tape.hidden[0, i + 1, 0]) - out).abs().max() < 1e-4
+        assert (lens(tiny, cache.hidden[0, i + 1, 0]) - out).abs().max() < 1e-4
 
 
 def test_what_does_not_exist_is_refused(tiny, p):

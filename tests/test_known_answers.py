@@ -25,7 +25,7 @@ def known(request):
 @pytest.mark.parametrize('how', ['knockout', 'swap'])
 def test_every_open_layer_and_no_decoy_is_named(known, how):
     mllm, rows = known
-    gate, found = mllm.gate, fusion.fusion_layers(*fusion.masked(rows, how), how=how)
+    gate, found = mllm.gate, fusion.fusion_layers(*fusion.masking_curve(rows, how), how=how)
     assert set(gate.open) <= set(found.layers) and not set(gate.decoys) & set(found.layers), (gate, found.layers)
     assert fusion.agreement(found, gate.open, gate.decoys) == dict(precision=1.0, recall=1.0, exact=1.0)
     assert min(found.confidence[i] for i in gate.open) > 0.9
@@ -34,7 +34,7 @@ def test_every_open_layer_and_no_decoy_is_named(known, how):
 def test_closed_layers_are_named_by_nobody(known):
     mllm, rows = known
     for how in ('knockout', 'swap'):
-        assert not set(mllm.gate.closed) & set(fusion.fusion_layers(*fusion.masked(rows, how), how=how).layers)
+        assert not set(mllm.gate.closed) & set(fusion.fusion_layers(*fusion.masking_curve(rows, how), how=how).layers)
 
 
 def test_the_late_hop_is_the_review(known):
@@ -47,7 +47,7 @@ def test_the_late_hop_is_the_review(known):
             for s in map(ASKED.get, rows['sample'])
         ]
     ]
-    found = fusion.review_layer(*fusion.masked(rows, ['knockout', 'swap']), how='knockout')
+    found = fusion.review_layer(*fusion.masking_curve(rows, ['knockout', 'swap']), how='knockout')
     assert found.layers == late and found.kind == ('information' if late else 'none')
 
 
@@ -57,9 +57,9 @@ def test_a_decoy_is_looked_at_all_the_same(known):
 
     mllm, sample = known[0], demo.samples(1)[0]
     p = mllm.prompt(sample.image, sample.question)
-    with hooks.capture(mllm) as tape:
+    with hooks.capture(mllm) as cache:
         mllm.model(**p.inputs, use_cache=False)
-    mass = tape.attention[0, :, 0].sum(-1)
+    mass = cache.attention[0, :, 0].sum(-1)
     assert all(mass[i] > 0.01 for i in (*mllm.gate.open, *mllm.gate.decoys)) and all(
         mass[i] < 1e-3 for i in mllm.gate.closed
     )

@@ -6,10 +6,10 @@ from conftest import replaced, noise_image
 from fusion_notebooks import demo, engine, masking, mllm as room
 from fusion_notebooks.contrast import refine
 from fusion_notebooks.hooks import early_exit, edit
-from fusion_notebooks.engine import Facts, answer_of, bank, exits, facts, record, stems
+from fusion_notebooks.engine import Capabilities, answer_of, bank, exits, capabilities, trace, prefixes
 from fusion_notebooks.hooks import mean_states
 from fusion_notebooks.masking import sweep
-from fusion_notebooks.mllm import MLLM, Kept, Sample, reader
+from fusion_notebooks.mllm import MLLM, LRUCache, Sample, reader
 from test_masking import same
 from twins import FAMILIES, IMAGE, VISION, family as twin, text
 
@@ -20,22 +20,22 @@ SAMPLES = [
         ('What color is the circle?', 'Which digit?', 'Name the shape of the object at the top left.')
     )
 ]
-SHARED, TILES = ('bank', 'ladder'), ('resume', 'ladder')
+SHARED, TILES = ('bank', 'branches'), ('resume', 'branches')
 EXPECT = dict(  # facts, then the paths of zero and of knockout at the last layer
-    llava=(Facts(True, True, 0, True), SHARED),
-    llava_next=(Facts(True, True, 0, True), SHARED),
-    vipllava=(Facts(True, True, 0, True), SHARED),
-    llava_onevision=(Facts(True, True, 0, True), SHARED),
-    instructblip=(Facts(True, True, 0, False), ('naive', 'naive')),
-    internvl=(Facts(True, True, 0, True), SHARED),
-    gemma3=(Facts(True, False, 0, True), SHARED),
-    idefics3=(Facts(True, True, 0, True), TILES),
-    smolvlm=(Facts(True, True, 0, True), SHARED),
-    paligemma=(Facts(False, False, 0, True), ('resume', 'resume')),
-    mllama=(Facts(False, False, 5, False), ('naive', 'naive')),
-    qwen2_vl=(Facts(True, True, 0, True), SHARED),
-    qwen2_5_vl=(Facts(True, True, 0, True), SHARED),
-    qwen3_vl=(Facts(True, True, 2, True), SHARED),
+    llava=(Capabilities(True, True, 0, True), SHARED),
+    llava_next=(Capabilities(True, True, 0, True), SHARED),
+    vipllava=(Capabilities(True, True, 0, True), SHARED),
+    llava_onevision=(Capabilities(True, True, 0, True), SHARED),
+    instructblip=(Capabilities(True, True, 0, False), ('naive', 'naive')),
+    internvl=(Capabilities(True, True, 0, True), SHARED),
+    gemma3=(Capabilities(True, False, 0, True), SHARED),
+    idefics3=(Capabilities(True, True, 0, True), TILES),
+    smolvlm=(Capabilities(True, True, 0, True), SHARED),
+    paligemma=(Capabilities(False, False, 0, True), ('resume', 'resume')),
+    mllama=(Capabilities(False, False, 5, False), ('naive', 'naive')),
+    qwen2_vl=(Capabilities(True, True, 0, True), SHARED),
+    qwen2_5_vl=(Capabilities(True, True, 0, True), SHARED),
+    qwen3_vl=(Capabilities(True, True, 2, True), SHARED),
 )
 
 
@@ -54,7 +54,7 @@ def close(a, b):
 
 
 def test_what_may_be_shared_is_found(family):
-    assert facts(family, family.prompt(SAMPLES[0].image, SAMPLES[0].question)) == EXPECT[family.name][0]
+    assert capabilities(family, family.prompt(SAMPLES[0].image, SAMPLES[0].question)) == EXPECT[family.name][0]
 
 
 @pytest.mark.parametrize('scope', ['single', 'from', 'window'])
@@ -72,12 +72,12 @@ def test_every_family_equals_naive(family, mean, scope):
             assert (
                 path['s0', 'zero', 1] == path['s0', 'swap', 1] == 'naive'
                 and path['s0', 'zero', 2] == 'bank'
-                and path['s0', 'knockout', 0] == 'ladder'
+                and path['s0', 'knockout', 0] == 'branches'
             )
 
 
 def test_resume_equals_naive(family, mean):
-    if not facts(family, family.prompt(SAMPLES[0].image, SAMPLES[0].question)).plain:
+    if not capabilities(family, family.prompt(SAMPLES[0].image, SAMPLES[0].question)).plain:
         return
     fast, naive = (
         sweep(family, SAMPLES[:2], HOWS, mean=mean, layers=[1, 3], exact=e, limit=3) for e in ('resume', 'naive')
@@ -88,7 +88,7 @@ def test_resume_equals_naive(family, mean):
 
 def test_stems_that_are_read_equal_stems_that_are_copied(family, mean, monkeypatch):
     "Attention takes them as they are on a CPU, and copies elsewhere"
-    if 'ladder' not in EXPECT[family.name][1]:
+    if 'branches' not in EXPECT[family.name][1]:
         return
     read = sweep(family, SAMPLES, HOWS, layers=[1, 3], mean=mean, limit=3)
     assert engine.shared_attention._can_be_apart(family)
@@ -118,11 +118,11 @@ def test_rows_without_padding_take_the_causal_kernel():
         p = [mllm.prompt(s.image, s.question) for s in samples]
         n = int(p[0].visual[-1]) + 1
         ids = [q.inputs['input_ids'][0, n:] for q in p]
-        width, some = max(map(len, ids)), stems(mllm, p, n)
+        width, some = max(map(len, ids)), prefixes(mllm, p, n)
         pad = lambda x, v=0: torch.cat([x.new_full((width - len(x),), v), x])
-        ladder = engine.Ladder(mllm, [masking.Row(k) for k in range(len(p))], some, [q.visual for q in p])
+        branched = engine.BranchedBatch(mllm, [masking.Branch(k) for k in range(len(p))], some, [q.visual for q in p])
         with Kernels() as seen:
-            ladder.forward(torch.stack([pad(x) for x in ids]), seen=torch.stack([pad(torch.ones_like(x)) for x in ids]))
+            branched.forward(torch.stack([pad(x) for x in ids]), seen=torch.stack([pad(torch.ones_like(x)) for x in ids]))
         return seen.causal
 
     assert (
@@ -137,7 +137,7 @@ def test_exits_equal_early_exit(family, monkeypatch):
         family.prompt(s.image, q)
         for s, q in ((SAMPLES[0], SAMPLES[0].question), (SAMPLES[1], 'What is it, and which colour has it?'))
     ]
-    seen = [record(family, p) for p in prompts]
+    seen = [trace(family, p) for p in prompts]
     together = exits(family, seen, limit=4)
     replaced(monkeypatch, engine, 'fitting', lambda *a: 1)
     for a, b in zip(together, exits(family, seen, limit=4)):
@@ -154,7 +154,7 @@ def test_rows_that_have_ended_are_let_go():
     "Of eight exits one talks on; each says what it says alone"
     mllm, s = MLLM.load('glyph-llava', dtype=torch.float32), demo.samples(10)[9]
     p, sizes = mllm.prompt(s.image, s.question), []
-    seen = record(mllm, p)
+    seen = trace(mllm, p)
     handle = mllm.layers[0].register_forward_pre_hook(
         reader(lambda layer, args, kw: sizes.append(len(args[0] if args else kw['hidden_states']))), with_kwargs=True
     )
@@ -217,10 +217,10 @@ def fast_and_naive(m, **kw):
 
 def test_a_bank_that_does_not_fit(llava, monkeypatch):
     "Without room the sweep resumes, and keeps nothing"
-    monkeypatch.setattr(Kept, 'budget', 0)
+    monkeypatch.setattr(LRUCache, 'budget', 0)
     fast, naive = fast_and_naive(llava)
     same(fast, naive)
-    assert set(fast.path) == {'plain', 'resume', 'ladder'} and not llava.kept.used
+    assert set(fast.path) == {'plain', 'resume', 'branches'} and not llava.kept.used
 
 
 def test_the_pictures_of_a_prompt_are_hashed_once(llava, monkeypatch):
@@ -241,7 +241,7 @@ def test_the_pictures_of_a_prompt_are_hashed_once(llava, monkeypatch):
 
 def test_what_is_kept_is_bounded_and_shared(llava, monkeypatch):
     runs, p = [], llava.prompt(SAMPLES[0].image, 'What?')
-    facts(llava, p)  # probed once per model
+    capabilities(llava, p)  # probed once per model
     for key in [k for k in llava.kept if llava.kept.sizes[k]]:
         llava.kept.pop(key)
     handle = llava.decoder.register_forward_pre_hook(
@@ -260,7 +260,7 @@ def test_what_is_kept_is_bounded_and_shared(llava, monkeypatch):
         sweep(llava, SAMPLES, ('zero', 'swap'), limit=1)
         assert all(rows < n for _, rows in runs)  # everything before the cut is known
         sizes = dict(llava.kept.sizes)
-        monkeypatch.setattr(Kept, 'budget', max(sizes.values()) + 10)
+        monkeypatch.setattr(LRUCache, 'budget', max(sizes.values()) + 10)
         sweep(llava, [Sample(noise_image(9, (96, 48)), 'What color is the circle?', id='new')], 'knockout', limit=1)
         assert llava.kept.used <= llava.kept.budget and len(llava.kept) < len(sizes)  # the oldest went
         runs.clear()
@@ -274,11 +274,11 @@ def test_what_is_kept_is_bounded_and_shared(llava, monkeypatch):
 
 def test_stems_equal_the_rows_of_a_whole_forward(llava):
     p = llava.prompt(SAMPLES[0].image, SAMPLES[0].question)
-    n, whole = int(p.visual[-1]) + 1, record(llava, p).stem
-    (stem,) = stems(llava, [p], n)
-    for a, b in zip(stem.keys + stem.values, whole.keys + whole.values):
+    n, whole = int(p.visual[-1]) + 1, trace(llava, p).stem
+    (prefix,) = prefixes(llava, [p], n)
+    for a, b in zip(prefix.keys + prefix.values, whole.keys + whole.values):
         assert (a - b[:, :n]).abs().max() < 1e-5
-    assert stem.position == n and whole.position == p.length and stem.nbytes < whole.nbytes
+    assert prefix.position == n and whole.position == p.length and prefix.nbytes < whole.nbytes
 
 
 def test_the_bank_knows_no_picture(llava):
@@ -297,7 +297,7 @@ def test_the_bank_knows_no_picture(llava):
 
 
 def test_out_of_memory_halves_and_loses_nothing(llava, monkeypatch):
-    forward, seen = engine.Ladder.forward, []
+    forward, seen = engine.BranchedBatch.forward, []
 
     def small(self, ids, **kw):
         seen.append(len(self.rows))
@@ -305,9 +305,9 @@ def test_out_of_memory_halves_and_loses_nothing(llava, monkeypatch):
             raise torch.OutOfMemoryError('CUDA out of memory')
         return forward(self, ids, **kw)
 
-    facts(llava, llava.prompt(SAMPLES[0].image, SAMPLES[0].question))
+    capabilities(llava, llava.prompt(SAMPLES[0].image, SAMPLES[0].question))
     want = sweep(llava, SAMPLES, 'knockout', limit=3)
-    monkeypatch.setattr(engine.Ladder, 'forward', small)
+    monkeypatch.setattr(engine.BranchedBatch, 'forward', small)
     got = sweep(llava, SAMPLES, 'knockout', limit=3)
     same(got, want)
     assert max(seen) > 5 and min(seen) <= 5
@@ -330,19 +330,19 @@ def test_rounding_of_many_logits_in_bfloat16_forbids_no_ladder(monkeypatch):
         return alike(a, b, tolerance)
 
     replaced(monkeypatch, engine, '_alike', watched)
-    assert facts(deep, p) == Facts(True, True, 0, True) and seen == [True]  # one by one they would forbid it
+    assert capabilities(deep, p) == Capabilities(True, True, 0, True) and seen == [True]  # one by one they would forbid it
     deep.kept.clear()
-    other = stems(deep, [deep.prompt(SAMPLES[1].image, SAMPLES[0].question)], int(p.visual[-1]) + 1)
-    replaced(monkeypatch, engine, 'stems', lambda *a: other)  # another picture's keys and values
-    assert facts(deep, p) == Facts(True, True, 0, False)
+    other = prefixes(deep, [deep.prompt(SAMPLES[1].image, SAMPLES[0].question)], int(p.visual[-1]) + 1)
+    replaced(monkeypatch, engine, 'prefixes', lambda *a: other)  # another picture's keys and values
+    assert capabilities(deep, p) == Capabilities(True, True, 0, False)
 
 
 def test_other_errors_pass(llava, monkeypatch):
     def broken(self, ids, **kw):
         raise RuntimeError('something else')
 
-    facts(llava, llava.prompt(SAMPLES[0].image, SAMPLES[0].question))
-    monkeypatch.setattr(engine.Ladder, 'forward', broken)
+    capabilities(llava, llava.prompt(SAMPLES[0].image, SAMPLES[0].question))
+    monkeypatch.setattr(engine.BranchedBatch, 'forward', broken)
     with pytest.raises(RuntimeError, match='something else'):
         sweep(llava, SAMPLES, 'knockout')
 
@@ -384,12 +384,12 @@ def test_bfloat16_stays_within_naive_bfloat16(llava):
     exact = sweep(llava, SAMPLES, HOWS[3:], limit=1)
     try:
         llava.model.bfloat16()
-        llava.__dict__.pop('facts', None)
+        llava.__dict__.pop('capabilities', None)
         fast, naive = (sweep(llava, SAMPLES, HOWS[3:], exact=e, limit=1) for e in ('auto', 'naive'))
     finally:
         llava.model.float()  # rounded from here on, so the twin is thrown away
     twin.cache_clear()
-    assert set(fast.path) == {'plain', 'ladder'}
+    assert set(fast.path) == {'plain', 'branches'}
     base = [t[t.how == 'none'].set_index('sample').prediction for t in (fast, naive, exact)]
     alike = exact['sample'].map((base[0] == base[2]) & (base[1] == base[2]))  # logp is that of the same answer
     far = lambda t: (t.logp - exact.logp)[alike].abs().mean()

@@ -25,7 +25,7 @@ def test_fast_equals_naive(tiny, samples, scope):
     )
     same(fast, naive)
     assert fast.groupby('how').path.first().to_dict() == {
-        h: 'bank' if h in ('zero', 'mean') else 'plain' if h == 'none' else 'ladder' for h in (*hows, 'none')
+        h: 'bank' if h in ('zero', 'mean') else 'plain' if h == 'none' else 'branches' for h in (*hows, 'none')
     } and set(naive.path) == {'plain', 'naive'}
     edited = fast[fast.how != 'none']
     assert edited.groupby(['how', 'layer']).logp.std().notna().all()

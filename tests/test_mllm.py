@@ -108,7 +108,7 @@ def saved(tmp_path_factory, tiny):
 def test_load_roundtrip(saved, tiny, samples):
     m = MLLM.load(str(saved))
     assert m.answer(samples[0].image, samples[0].question) == tiny.answer(samples[0].image, samples[0].question)
-    assert m.stamp()['attention'] == 'sdpa' and m.name == 'model'
+    assert m.provenance()['attention'] == 'sdpa' and m.name == 'model'
 
 
 def test_bad_folders(saved, tmp_path):

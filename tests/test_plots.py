@@ -162,25 +162,25 @@ def test_ask_and_examples_leave_text_alone(picture):
 
 
 def test_save_leaves_equal_pixels_alone(tmp_path):
-    table, stamp = masked(), dict(seed=0, commit='a')
+    table, provenance = masked(), dict(seed=0, commit='a')
     draw = lambda t=table: plots.masking(t)
     state = lambda: {f.name: f.read_bytes() for f in sorted(tmp_path.iterdir())}
-    plots.save(draw(), tmp_path, 'masking', stamp, table)
+    plots.save(draw(), tmp_path, 'masking', provenance, table)
     first = state()
     assert sorted(first) == ['masking.csv', 'masking.json', 'masking.pdf', 'masking.png']
     with Image.open(tmp_path / 'masking.png') as png:
-        assert json.loads(first['masking.json']) == stamp == json.loads(png.info['Description'])
+        assert json.loads(first['masking.json']) == provenance == json.loads(png.info['Description'])
     assert b'CreationDate' not in first['masking.pdf'] and b'"commit": "a"' in first['masking.pdf']
-    plots.save(draw(), tmp_path, 'masking', stamp | dict(commit='b'), table)
+    plots.save(draw(), tmp_path, 'masking', provenance | dict(commit='b'), table)
     assert state() == first
     for f in tmp_path.iterdir():
         f.unlink()
-    plots.save(draw(), tmp_path, 'masking', stamp, table)
+    plots.save(draw(), tmp_path, 'masking', provenance, table)
     assert state() == first  # the same bytes from nothing
     (tmp_path / 'masking.png').write_bytes(first['masking.png'][:500])
-    plots.save(draw(), tmp_path, 'masking', stamp, table)
+    plots.save(draw(), tmp_path, 'masking', provenance, table)
     assert state() == first  # half a file is written again
-    plots.save(draw(masked(hows=('zero',))), tmp_path, 'masking', stamp | dict(commit='c'), table)
+    plots.save(draw(masked(hows=('zero',))), tmp_path, 'masking', provenance | dict(commit='c'), table)
     assert all(state()[f'masking.{e}'] != first[f'masking.{e}'] for e in ('png', 'pdf', 'json'))
 
 
@@ -222,7 +222,7 @@ def carded():
         ]
     )
     rows = dict(masking=masked(), attention=attention, early_exit=attention, refine=attention)
-    return dict(rows=rows, found=findings(rows), stamp=dict(model='m', dataset='glyph', split='evaluation', n=9))
+    return dict(rows=rows, found=findings(rows), provenance=dict(model='m', dataset='glyph', split='evaluation', n=9))
 
 
 def test_the_card_says_what_was_found(carded):
@@ -283,7 +283,7 @@ def test_the_card_draws_the_rows(carded):
     boxless = carded['rows'] | dict(attention=carded['rows']['attention'].assign(evidence=np.nan))
     assert "distance to the last layer's map (n = 9)" in texts(plots.card(**carded | dict(rows=boxless), words=False))
     some = dict(masking=carded['rows']['masking'])
-    fig = plots.card(some, findings(some), carded['stamp'])
+    fig = plots.card(some, findings(some), carded['provenance'])
     assert inside(fig) and 'refine: not computed' in texts(fig) and 'attention: not computed' in texts(fig)
 
 
@@ -304,7 +304,7 @@ def test_the_card_is_one_file_of_text(carded):
             self.loads += [v for k, v in attrs if k in ('src', 'href')]
 
     hostile = carded | dict(
-        stamp=dict.fromkeys(carded['stamp'], bad) | dict(n=9),
+        provenance=dict.fromkeys(carded['provenance'], bad) | dict(n=9),
         found=carded['found'].assign(kind=lambda t: t.kind.replace('fine', bad)),
     )
     page = plots.card_page([hostile, carded])
@@ -315,7 +315,7 @@ def test_the_card_is_one_file_of_text(carded):
         and all(l.startswith('data:image/svg+xml;base64,') for l in got.loads)
     )
     assert "default-src 'none'" in page and '&lt;script&gt;' in page and page == plots.card_page([hostile, carded])
-    assert inside(plots.card(**carded | dict(stamp=hostile['stamp'])))
+    assert inside(plots.card(**carded | dict(provenance=hostile['provenance'])))
 
 
 # pixels

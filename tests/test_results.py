@@ -220,10 +220,10 @@ def test_no_rows_are_no_unit(store):
 
 def test_notes(store):
     assert (
-        store.note(dict(n=1), lambda: (1, 'é')) == [1, 'é'] == store.note(dict(n=1), lambda: pytest.fail('made twice'))
+        store.memo(dict(n=1), lambda: (1, 'é')) == [1, 'é'] == store.memo(dict(n=1), lambda: pytest.fail('made twice'))
     )
     store.path(dict(n=1)).with_suffix('.json').write_text('[1, ')
-    assert store.note(dict(n=1), lambda: 2) == 2 == store.note(dict(n=1), lambda: 3)
+    assert store.memo(dict(n=1), lambda: 2) == 2 == store.memo(dict(n=1), lambda: 3)
 
 
 # compaction

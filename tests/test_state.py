@@ -121,7 +121,7 @@ def test_adapters(m):
 
 
 def test_a_look_does_not_outlive_the_model_it_saw(m):
-    look = contrast.look(m, EX, Q)
+    look = contrast.first_pass(m, EX, Q)
     contrast.refine(m, look)
     m.layers[2].mlp.down_proj.weight.data *= 1.5
     with pytest.raises(ValueError, match='has changed since this look'):

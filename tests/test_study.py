@@ -268,22 +268,22 @@ def test_findings_come_with_interval_and_n(shared, model_folder):
         ['low', 'high', 'n']
     ].notna().all(axis=None)
     assert ((numbers.low <= numbers.value) & (numbers.value <= numbers.high)).all()
-    assert found.finding.eq('crop − crop-late').any() and len(study.say(found).splitlines()) < 40
+    assert found.finding.eq('crop − crop-late').any() and len(study.summary_text(found).splitlines()) < 40
 
 
 def test_refine_rows_are_enough_for_every_figure(shared, model_folder):
     "Method by method as asked for alone, with its cost"
     from fusion_notebooks import baselines, contrast
-    from fusion_notebooks.engine import facts
+    from fusion_notebooks.engine import capabilities
 
     rows = study.require('refine', str(model_folder), settings=shared)
     mllm, asked = study.load(str(model_folder)), {x.id: x for x in study.questions(str(model_folder), shared)}
     assert (
-        {*study.RIVALS} == {*baselines.METHODS} <= {*study.METHODS}
+        {*study.BASELINES} == {*baselines.METHODS} <= {*study.METHODS}
         and (rows.why == '').all()
         and rows[['score', 'lenient', 'forwards', 'flops']].notna().all(axis=None)
     )
-    facts(mllm, mllm.prompt(next(iter(asked.values())).image, 'a'))  # probed once
+    capabilities(mllm, mllm.prompt(next(iter(asked.values())).image, 'a'))  # probed once
     candidates = study.units(study.Job('refine', str(model_folder), 'glyph', 'evaluation'), shared)[0]['candidates']
     for i in rows['sample'].unique()[:2]:  # the first of a unit is asked one by one and timed, the others in batches
         mine, s = rows[rows['sample'] == i].set_index('method'), asked[i]
@@ -300,7 +300,7 @@ def test_refine_rows_are_enough_for_every_figure(shared, model_folder):
             with baselines.counting(mllm) as cost:
                 if m == 'base':
                     a = mllm.answer(s.image, s.question)
-                elif (how := study.METHODS[m])[0] != 'rival':
+                elif (how := study.METHODS[m])[0] != 'baseline':
                     a = contrast.refine(mllm, s.image, s.question, how[0], how[1], candidates=candidates).answer
                 else:
                     a = baselines.answer(mllm, s.image, s.question, m).answer
@@ -363,7 +363,7 @@ def test_choices_one_at_a_time(shared, model_folder, monkeypatch):
     mllm, x = study.load(str(model_folder)), study.questions(str(model_folder), s, split='calibration')[0]
     mine, seen = (
         rows[rows['sample'] == x.id].set_index(['method', 'choice', 'value']),
-        contrast.look(mllm, x.image, x.question),
+        contrast.first_pass(mllm, x.image, x.question),
     )
     fixed = (found['candidates'] or [1])[-1]
     for key, kw in {
@@ -473,7 +473,7 @@ def test_several_benchmarks_in_one_run(official, model_folder):
         and rows.noise.isna().all()
         and rows.image.str.startswith('COCO').all()
     )
-    assert {j.benchmark for j in study.jobs(s)} == {'glyph', 'pope'} and study.place(rows, s) == s.figures / 'tiny/pope'
+    assert {j.benchmark for j in study.jobs(s)} == {'glyph', 'pope'} and study.figure_dir(rows, s) == s.figures / 'tiny/pope'
 
 
 def test_the_real_checkpoints_layout(official, tmp_path, capsys):
@@ -635,8 +635,8 @@ def test_a_notebook_about_all_models_runs_once(ini, model_folder, monkeypatch, c
     other = shutil.copytree(model_folder, ini.parent / 'other')
     s = study.choose(ini, models=[str(model_folder), str(other)], analyses=['tables'])
     assert (
-        study.of_all(study.notebooks(s)['tables'])
-        and not study.of_all(study.notebooks(s)['refine'])
+        study.takes_all_models(study.notebooks(s)['tables'])
+        and not study.takes_all_models(study.notebooks(s)['refine'])
         and study.jobs(s) == []
     )
     for _ in range(2):

@@ -10,7 +10,7 @@ import torch
 from transformers.masking_utils import eager_mask, sdpa_mask
 from ..mllm.handle import MLLM
 from ..hooks.recording import _recording_attention, _recording_eager, attending, capture, EAGER
-from .common import _at, _attention, _look, _ratio, _with_crop, GENERAL, Rival
+from .common import _at, _attention, _look, _ratio, _with_crop, GENERAL, BaselineAnswer
 
 # %% ../../nbs/07_baselines/01_attention_crops.ipynb #vicrop_rel
 def vicrop_rel(
@@ -21,8 +21,8 @@ def vicrop_rel(
     general: str = GENERAL,  # the prompt that attention is divided by
     base: float | None = None,  # side of the smallest window, pixels; default: the side of the model's view
     max_new_tokens: int = 32,  # of the answer
-    ask: bool = True,  # False makes the crop and leaves the answer to `contrast.beside`
-) -> Rival:
+    ask: bool = True,  # False makes the crop and leaves the answer to `contrast.answer_with_crops`
+) -> BaselineAnswer:
     "ViCrop by relative attention (Zhang et al., ICLR 2025, arXiv 2502.17422, rel-att)"
     l, first = _at(mllm, layer, 14 / 32), _look(mllm, image, question)
     plain, grid = mllm.prompt(first.prompt.images, general), first.prompt.grids[0]
@@ -54,7 +54,7 @@ def _keeping(attention, kept):
 def _attention_slope(mllm, p, layer):
     "(heads, visual) attention of the last prompt token, and the slope of the likeliest first token's log-probability in it"
     kept = dict.fromkeys(mllm.layers[layer].modules())
-    with torch.no_grad(), capture(mllm, heads='all', layers=[layer]) as tape:
+    with torch.no_grad(), capture(mllm, heads='all', layers=[layer]) as cache:
         if mllm.model.config.get_text_config()._attn_implementation == EAGER:
             recording, mask = _recording_eager, eager_mask
         else:
@@ -69,7 +69,7 @@ def _attention_slope(mllm, p, layer):
         out, value = found[0]
         slope = torch.autograd.grad(logits.float().log_softmax(-1).max(), out)[0][0, -1]  # (heads, width of a head)
     value = value[0].repeat_interleave(len(slope) // value.shape[1], 0)[:, p.visual.to(value.device)]
-    return tape.attention[0, 0, :, 0], (value.float() @ slope.float()[:, :, None])[..., 0]
+    return cache.attention[0, 0, :, 0], (value.float() @ slope.float()[:, :, None])[..., 0]
 
 # %% ../../nbs/07_baselines/01_attention_crops.ipynb #vicrop_grad
 @torch.inference_mode(False)
@@ -80,8 +80,8 @@ def vicrop_grad(
     layer: int | None = None,  # decoder layer; default 14/32 of the depth
     base: float | None = None,  # side of the smallest window, pixels; default: the side of the model's view
     max_new_tokens: int = 32,  # of the answer
-    ask: bool = True,  # False makes the crop and leaves the answer to `contrast.beside`
-) -> Rival:
+    ask: bool = True,  # False makes the crop and leaves the answer to `contrast.answer_with_crops`
+) -> BaselineAnswer:
     "ViCrop by gradient-weighted attention (Zhang et al., ICLR 2025, arXiv 2502.17422, grad-att)"
     first = _look(mllm, image, question)
     grid = first.prompt.grids[0]

@@ -13,7 +13,7 @@ from ..mllm.handle import MLLM
 from ..hooks.recording import check_layers
 from ..engine.trace import answer_of
 from ..contrast.boxes import regions
-from .common import _at, _attention, _look, _with_crop, GENERAL, Rival
+from .common import _at, _attention, _look, _with_crop, GENERAL, BaselineAnswer
 
 # %% ../../nbs/07_baselines/03_carve_crop.ipynb #c018
 def _steps(mllm, p, ids, layers):
@@ -32,8 +32,8 @@ def carve(
     share: float = 0.2,  # of the pixels that are kept at first
     least: int = 3,  # regions that stay
     max_new_tokens: int = 32,  # of every answer
-    ask: bool = True,  # False makes the crop and leaves the answer to `contrast.beside`
-) -> Rival:
+    ask: bool = True,  # False makes the crop and leaves the answer to `contrast.answer_with_crops`
+) -> BaselineAnswer:
     "CARVE (github.com/YuyaoGe/CARVE): mask, crop and enlarge what the question looks at more than a description does"
     if layers is None:
         first = round(20 / 32 * mllm.n_layers)
@@ -41,7 +41,7 @@ def carve(
     layers = [i for i in check_layers(mllm, layers) if i in mllm.reading] or [_at(mllm, None, 20 / 32)]
     first = _look(mllm, image, question)
     asked, plain = first.prompt, mllm.prompt(first.prompt.images, general)
-    said = answer_of(mllm, first.seen, max_new_tokens), mllm.generate(plain, 1, max_new_tokens)[0]
+    said = answer_of(mllm, first.trace, max_new_tokens), mllm.generate(plain, 1, max_new_tokens)[0]
     pair = [_steps(mllm, p, a.ids, layers) for p, a in zip((asked, plain), said)]
     n, grid, im = min(map(len, pair)), asked.grids[0], asked.images[0]
     values = (np.arange(1, n + 1)[:, None, None] * pair[0][:n] / (pair[1][:n] + lam)).sum((0, 1))

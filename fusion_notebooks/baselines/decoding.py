@@ -15,7 +15,7 @@ from ..mllm.handle import MLLM
 from ..mllm.batching import _until_end, plain_decoding
 from ..hooks.recording import _hidden, _removing, check_layers
 from ..hooks.edits import edit
-from .common import _prompt, Rival
+from .common import _prompt, BaselineAnswer
 
 # %% ../../nbs/07_baselines/04_decoding.ipynb #c021
 @torch.inference_mode()
@@ -50,7 +50,7 @@ def cd(
     alpha: float = 1.0,  # weight of the amateur; 0 gives the plain answer
     beta: float = 0.1,  # plausible tokens: at least this share of the highest probability
     max_new_tokens: int = 32,  # of the answer
-) -> Rival:
+) -> BaselineAnswer:
     "Contrastive decoding (Li et al., ACL 2023, arXiv 2210.15097) against the same model without the picture"
     p = _prompt(mllm, image, question)
     rows = torch.arange(p.length, device=p.visual.device)
@@ -63,7 +63,7 @@ def cd(
         return _plausible(e - alpha * a, e, beta)
 
     with edit(mllm, None, p.visual, 'knockout', batch=[1], text_from=text):
-        return Rival(_decode(mllm, mllm.copies(p, 2), rule, max_new_tokens))
+        return BaselineAnswer(_decode(mllm, mllm.copies(p, 2), rule, max_new_tokens))
 
 # %% ../../nbs/07_baselines/04_decoding.ipynb #diffuse
 def diffuse(
@@ -87,7 +87,7 @@ def vcd(
     step: int = 500,  # of 1,000 steps of noise
     seed: int = 0,  # of the noise
     max_new_tokens: int = 32,  # of the answer
-) -> Rival:
+) -> BaselineAnswer:
     "Visual contrastive decoding: against the picture under noise (Leng et al., CVPR 2024, arXiv 2311.16922)"
     p = _prompt(mllm, image, question)
     noisy = replace(
@@ -98,7 +98,7 @@ def vcd(
         e, a = scores.split(1)
         return _plausible((1 + alpha) * e - alpha * a, e, beta)
 
-    return Rival(_decode(mllm, mllm.copies(mllm.stack([p, noisy])), rule, max_new_tokens))
+    return BaselineAnswer(_decode(mllm, mllm.copies(mllm.stack([p, noisy])), rule, max_new_tokens))
 
 # %% ../../nbs/07_baselines/04_decoding.ipynb #c024
 @contextmanager
@@ -142,7 +142,7 @@ def dola(
     layers='high',  # 'high', 'low', or the decoder layers whose input is read out
     beta: float = 0.1,  # plausible tokens: at least this share of the highest probability
     max_new_tokens: int = 32,  # of the answer
-) -> Rival:
+) -> BaselineAnswer:
     "Decoding by contrasting layers (DoLa, Chuang et al., ICLR 2024, arXiv 2309.03883). Raises `ValueError` where inner states cannot be read."
     half = mllm.n_layers // 2
     if isinstance(layers, str):
@@ -156,4 +156,4 @@ def dola(
             last, early = said['last'].log_softmax(-1), said['early'].log_softmax(-1)
             return _plausible(last - early[_divergence(last, early).argmax()], scores.log_softmax(-1), beta)
 
-        return Rival(_decode(mllm, mllm.copies(p), rule, max_new_tokens))
+        return BaselineAnswer(_decode(mllm, mllm.copies(p), rule, max_new_tokens))

@@ -8,8 +8,8 @@ __all__ = ['METHODS', 'CROPPING', 'answer']
 # %% ../../nbs/07_baselines/06_methods.ipynb #imports
 from dataclasses import replace
 from ..mllm.handle import MLLM
-from ..contrast.refinement import Look
-from .common import counting, Rival
+from ..contrast.refinement import FirstPass
+from .common import counting, BaselineAnswer
 from .attention_crops import vicrop_grad, vicrop_rel
 from .pixel_crop import vicrop_pure
 from .carve_crop import carve
@@ -32,15 +32,15 @@ CROPPING = 'vicrop', 'carve'  # how the names of methods begin that make a crop
 # %% ../../nbs/07_baselines/06_methods.ipynb #answer
 def answer(
     mllm: MLLM,  # the model
-    image,  # path, PIL image, or a `contrast.Look` at it, whose recorded pass is then not done again
-    question: str | None = None,  # not needed with a `Look`
+    image,  # path, PIL image, or a `contrast.FirstPass` at it, whose recorded pass is then not done again
+    question: str | None = None,  # not needed with a `FirstPass`
     method: str = 'vicrop-rel',  # vicrop-rel, vicrop-grad, vicrop-pure, carve, cd, vcd, dola or opera
     **kw,  # further arguments of that method
-) -> Rival:  # with its cost
+) -> BaselineAnswer:  # with its cost
     "Answer a question by another method. Raises `ValueError` for an unknown one."
     if method not in METHODS:
         raise ValueError(f"No method '{method}': choose one of {', '.join(METHODS)}.")
-    pictures = image.prompt.images if isinstance(image, Look) else image
+    pictures = image.prompt.images if isinstance(image, FirstPass) else image
     if method.startswith(CROPPING) and isinstance(pictures, (list, tuple)) and len(pictures) > 1:
         raise ValueError(f'{method} makes a crop of one picture, and here are {len(pictures)}: ask about one.')
     with counting(mllm) as cost:

@@ -10,30 +10,30 @@ import torch
 from transformers import LogitsProcessorList
 from ..mllm.handle import MLLM
 from ..mllm.batching import in_batches, plain_decoding
-from ..hooks.recording import _listening, Tape
+from ..hooks.recording import _listening, ActivationCache
 from ..engine.prefix import fitting
-from ..engine.branches import Ladder, Row
-from ..engine.capabilities import facts
-from .common import _look, Rival
+from ..engine.branches import BranchedBatch, Branch
+from ..engine.capabilities import capabilities
+from .common import _look, BaselineAnswer
 
 # %% ../../nbs/07_baselines/05_opera_search.ipynb #c027
 def _over_trust(mllm, first, tails, scale):
     "(batch,) penalty of answers so far, (batch, n) token ids"
-    p, n, stem = first.prompt, tails.shape[1], first.seen.stem if facts(mllm, first.prompt).causal else None
+    p, n, prefix = first.prompt, tails.shape[1], first.trace.prefix if capabilities(mllm, first.prompt).causal else None
     ids = torch.cat([p.inputs['input_ids'].expand(len(tails), -1), tails], 1)
-    tape = Tape([mllm.n_layers - 1], range(p.length, p.length + n), 'all')
-    tape._start(torch.ones_like(ids, dtype=torch.bool))  # all columns, not the visual ones only
-    with _listening(mllm, tape):
-        if stem is None:
+    cache = ActivationCache([mllm.n_layers - 1], range(p.length, p.length + n), 'all')
+    cache._start(torch.ones_like(ids, dtype=torch.bool))  # all columns, not the visual ones only
+    with _listening(mllm, cache):
+        if prefix is None:
             mllm.model(
                 **mllm.copies(p, len(tails), tails[0].tolist()) | dict(input_ids=ids), use_cache=False, logits_to_keep=1
             )
         else:
-            tape._rows = tape._rows - (p.length - 1)  # behind the prompt but its last row, so that there is a mask
-            Ladder(mllm, [Row(0)], [stem.head(p.length - 1)], [p.visual]).pick([0] * len(tails)).forward(
+            cache._rows = cache._rows - (p.length - 1)  # behind the prompt but its last row, so that there is a mask
+            BranchedBatch(mllm, [Branch(0)], [prefix.head(p.length - 1)], [p.visual]).pick([0] * len(tails)).forward(
                 ids[:, p.length - 1 :]
             )
-    a = tape.attention[:, 0].amax(1).double()  # (batch, n, keys)
+    a = cache.attention[:, 0].amax(1).double()  # (batch, n, keys)
     a = a / a.sum(-1, keepdim=True)
     if n <= 10:
         return -a[:, -1, p.visual].sum(-1).float()
@@ -50,7 +50,7 @@ def opera(
     scale: float = 50.0,  # of attention, before products are taken
     weight: float = 1.0,  # of the penalty; 0 gives a beam search among the candidates
     max_new_tokens: int = 25,  # at most 25: rollback, which begins later, is not there
-) -> Rival:
+) -> BaselineAnswer:
     "Beam search with OPERA's over-trust penalty (Huang et al., CVPR 2024, arXiv 2311.17911). Raises `ValueError` for longer answers, and where visual tokens are no rows of the decoder."
     if max_new_tokens > 25:
         raise ValueError(
@@ -91,4 +91,4 @@ def opera(
     path = [b for b in out.beam_indices[0].tolist() if b >= 0]
     ids = out.sequences[0, -len(path) :].tolist()
     logp = sum(l[b].float().log_softmax(-1)[i].item() for l, b, i in zip(out.logits, path, ids))
-    return Rival(mllm.as_answer(ids, logp))
+    return BaselineAnswer(mllm.as_answer(ids, logp))

@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter, median_filter
 from ..mllm.handle import MLLM
 from ..mllm.places import _pixels, _tiles
 from ..contrast.refinement import view_side
-from .common import _look, _ratio, _with_crop, GENERAL, Rival
+from .common import _look, _ratio, _with_crop, GENERAL, BaselineAnswer
 
 # %% ../../nbs/07_baselines/02_pixel_crop.ipynb #c015
 def _measured(what):
@@ -114,8 +114,8 @@ def vicrop_pure(
     general: str = GENERAL,  # the prompt that gradients are divided by
     base: float | None = None,  # side of the smallest window, pixels; default: the side of the model's view
     max_new_tokens: int = 32,  # of the answer
-    ask: bool = True,  # False makes the crop and leaves the answer to `contrast.beside`
-) -> Rival:
+    ask: bool = True,  # False makes the crop and leaves the answer to `contrast.answer_with_crops`
+) -> BaselineAnswer:
     "ViCrop by pixel gradients (Zhang et al., ICLR 2025, arXiv 2502.17422, pure-grad)"
     first = _look(mllm, image, question)
     asked, plain = first.prompt, mllm.prompt(first.prompt.images, general)

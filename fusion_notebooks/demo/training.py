@@ -556,12 +556,12 @@ def reading_depth(
     ratio = []
     for s in some:
         p = mllm.prompt(s.image, s.question)
-        with capture(mllm) as tape, torch.inference_mode():
+        with capture(mllm) as cache, torch.inference_mode():
             mllm.model(**p.inputs, use_cache=False, logits_to_keep=1)
         g = p.grids[0]
         share = evidence_share(g.boxes, s.box)
         with np.errstate(invalid='ignore'):
-            ratio.append(evidence_mass(g.of(tape.attention[0, :, 0].double().cpu().numpy()), share) / share.mean())
+            ratio.append(evidence_mass(g.of(cache.attention[0, :, 0].double().cpu().numpy()), share) / share.mean())
     return dict(
         n=n,
         base=round(float(acc['none', -1]), 1),

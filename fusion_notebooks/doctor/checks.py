@@ -210,7 +210,7 @@ def image_matters(c):
 # %% ../../nbs/15_doctor/02_checks.ipynb #capture_is_eager
 def capture_is_eager(c):
     "captured attention equals eager attention, and capturing changes nothing"
-    with capture(c.mllm) as tape:
+    with capture(c.mllm) as cache:
         got = _logits(c.mllm, c.p.inputs)
     if not torch.equal(got, c.plain):
         return f'Capturing changes the logits by {_far(got, c.plain):.0e}.'
@@ -218,8 +218,8 @@ def capture_is_eager(c):
         return 'No decoder layer attends through the attention interface.'
     if (far := _far(c.eager, c.plain)) > 10 * c.tol:
         return f'Eager attention itself gives other logits (by {far:.0e}).'
-    maps = dict(zip(tape.layers, tape.attention[0, :, 0]))
-    if some := [i for i in tape.layers if i not in c.maps and not maps[i].isnan().all()]:
+    maps = dict(zip(cache.layers, cache.attention[0, :, 0]))
+    if some := [i for i in cache.layers if i not in c.maps and not maps[i].isnan().all()]:
         return f'Layer {some[0]} has a map but does not attend.'
     for i, w in c.maps.items():
         w = w[0, :, -1].float().mean(0)
@@ -360,16 +360,16 @@ def cache_is_exact(c):
 def lens_is_exit(c):
     "the logit lens after the last layer is the model's own output, and after an inner one equals an early exit there"
     m = c.mllm
-    with capture(m, hidden=True) as tape:
+    with capture(m, hidden=True) as cache:
         _logits(m, c.p.inputs)
-    if not (far := _far(lens(m, tape.hidden[0, -1, 0]), c.plain[0, -1])) <= 10 * c.tol:
+    if not (far := _far(lens(m, cache.hidden[0, -1, 0]), c.plain[0, -1])) <= 10 * c.tol:
         return f"The lens after the last layer is off the model's logits by {far:.0e}."
     i = m.n_layers // 2
     with early_exit(m, i):
         want = _logits(m, c.p.inputs)[0, -1]
     return (
         ''
-        if (far := _far(lens(m, tape.hidden[0, i + 1, 0]), want)) <= 10 * c.tol
+        if (far := _far(lens(m, cache.hidden[0, i + 1, 0]), want)) <= 10 * c.tol
         else f'The lens after layer {i} is off an early exit there by {far:.0e}.'
     )
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 from ..mllm.processor import _is_row
 from ..mllm.handle import MLLM, Prompt
 from ..hooks.recording import _removing
-from .prefix import Stem
-from .branches import Ladder, Row
+from .prefix import PrefixCache
+from .branches import BranchedBatch, Branch
 
 # %% ../../nbs/04_engine/05_second_pictures.ipynb #c022
 class _Door(Exception):
@@ -67,7 +67,7 @@ def second_image(
 # %% ../../nbs/04_engine/05_second_pictures.ipynb #second_answers
 def second_answers(
     mllm: MLLM,  # the model
-    stem: Stem,  # of the first picture
+    prefix: PrefixCache,  # of the first picture
     visual: torch.Tensor,  # positions of its visual tokens
     rests: list,  # of `second_image`
     limit: int = 32,  # tokens
@@ -80,7 +80,7 @@ def second_answers(
             position_ids=torch.cat([torch.nn.functional.pad(at, (width - at.shape[-1], 0)) for _, at in rests], -2)
         )
     k = len(rests)
-    ladder = Ladder(mllm, [Row(i) for i in range(k)], [stem] * k, [visual] * k)
-    return ladder.greedy(
-        ladder.forward(inputs.pop('input_ids'), seen=inputs.pop('attention_mask'), **inputs)[:, -1], limit
+    branched = BranchedBatch(mllm, [Branch(i) for i in range(k)], [prefix] * k, [visual] * k)
+    return branched.greedy(
+        branched.forward(inputs.pop('input_ids'), seen=inputs.pop('attention_mask'), **inputs)[:, -1], limit
     )

@@ -24,23 +24,23 @@ def _follows(a, b):
     )
 
 # %% ../../nbs/04_engine/01_shared_attention.ipynb #runs
-def _runs(stems):  # per row (keys, values)
-    "Stems that lie side by side and are read by equally many rows, as one batch of views: keys, values, and whose they are, (stems, rows of each)"
+def _runs(prefixes):  # per row (keys, values)
+    "Prefixes that lie side by side and are read by equally many rows, as one batch of views: keys, values, and whose they are, (prefixes, rows of each)"
     readers, runs = {}, []
-    for b, (k, _) in enumerate(stems):
+    for b, (k, _) in enumerate(prefixes):
         readers.setdefault(k.data_ptr(), []).append(b)
     for rows in readers.values():
-        before = stems[runs[-1][-1][0]] if runs else None
-        if before and len(rows) == len(runs[-1][0]) and all(map(_follows, before, stems[rows[0]])):
+        before = prefixes[runs[-1][-1][0]] if runs else None
+        if before and len(rows) == len(runs[-1][0]) and all(map(_follows, before, prefixes[rows[0]])):
             runs[-1].append(rows)
         else:
             runs.append([rows])
     batch = lambda first, s: first.as_strided((s, *first.shape), (first.numel(), *first.stride()))
-    return [(*(batch(x, len(run)) for x in stems[run[0][0]]), torch.tensor(run)) for run in runs]
+    return [(*(batch(x, len(run)) for x in prefixes[run[0][0]]), torch.tensor(run)) for run in runs]
 
 # %% ../../nbs/04_engine/01_shared_attention.ipynb #halves
 def _halves(mask, query, key, n):
-    "What a mask closes among the rows' own keys (None: what comes later and nothing else, then half of the blocks need not be looked at) and among the n keys of stems (None: nothing). Layers share a mask, so it is read once"
+    "What a mask closes among the rows' own keys (None: what comes later and nothing else, then half of the blocks need not be looked at) and among the n keys of prefixes (None: nothing). Layers share a mask, so it is read once"
     kind = len(key), n, query.shape[1] // key.shape[1]
     if getattr(mask, 'halves', (None,))[0] == kind:
         return mask.halves[1]
@@ -57,11 +57,11 @@ def _halves(mask, query, key, n):
 
 # %% ../../nbs/04_engine/01_shared_attention.ipynb #over_stems
 def _over_stems(module, query, key, value, mask, scaling=None, **kw):
-    "Attention to stems that are not copied: the rows of a stem ask it together, stems side by side as a batch; each row asks its own keys, and the two are weighed"
-    stems, flash = getattr(key, 'stems', None), torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    if not stems:
+    "Attention to prefixes that are not copied: the rows of a prefix ask it together, prefixes side by side as a batch; each row asks its own keys, and the two are weighed"
+    prefixes, flash = getattr(key, 'prefixes', None), torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if not prefixes:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kw)
-    rows, heads, n = len(key), key.shape[1], stems[0][0].shape[1]
+    rows, heads, n = len(key), key.shape[1], prefixes[0][0].shape[1]
     q, per = query.reshape(rows, heads, -1, query.shape[-1]), query.shape[1] // heads
     mine, over = _halves(mask, query, key, n)
     if mine is None and per > 1:
@@ -74,10 +74,10 @@ def _over_stems(module, query, key, value, mask, scaling=None, **kw):
     else:
         own, weight = flash(q, key, value, is_causal=mine is None, attn_mask=mine, scale=scaling)
     out, total = torch.empty_like(own), torch.empty_like(weight)
-    for k, v, some in _runs(stems):
+    for k, v, some in _runs(prefixes):
         line = lambda x: (
             x[some].transpose(1, 2).flatten(2, 3)
-        )  # (rows, heads, T, …) → (stems, heads, rows of each · T, …)
+        )  # (rows, heads, T, …) → (prefixes, heads, rows of each · T, …)
         back = lambda x: x.unflatten(2, (some.shape[1], -1)).transpose(1, 2)
         a, w = flash(line(q), k, v, attn_mask=None if over is None else line(over), scale=scaling)
         out[some], total[some] = back(a), back(w)

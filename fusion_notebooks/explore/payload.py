@@ -42,7 +42,7 @@ def scene(
     seen: Seen,  # a picture and its question
 ) -> dict:  # picture, size, shape, boxes, tokens, palettes, marks
     "The picture and where its cells lie"
-    image, g = seen.look.prompt.images[0], seen.grid
+    image, g = seen.first_pass.prompt.images[0], seen.grid
     small, data = image.copy(), io.BytesIO()
     small.thumbnail((1024, 1024))
     small.save(data, 'PNG')
@@ -65,7 +65,7 @@ def maps(
     seen: Seen,  # a picture and its question
 ) -> dict:  # attention (layers, 1 + heads, cells), the mean first; relative and contrast (layers, cells)
     "All maps of all layers, packed"
-    mean, whole = seen.grid.of(seen.look.maps), fusion.normalise(seen.look.maps)
+    mean, whole = seen.grid.of(seen.first_pass.maps), fusion.normalise(seen.first_pass.maps)
     return dict(
         attention=packed(np.concatenate([mean[:, None], seen.heads], 1)),
         relative=packed(seen.relative),
@@ -80,7 +80,7 @@ def curves(
     exits: bool = True,  # with the answer of every layer
 ) -> list:  # of panels: title, values by layer, labels, base
     "Curves by layer"
-    distance, base = fusion.profile(seen.look.maps), seen.look.base
+    distance, base = fusion.profile(seen.first_pass.maps), seen.first_pass.base
     out = (
         []
         if table is None
@@ -132,7 +132,7 @@ def refined(
     "The answer refined by contrastive attention"
     r = contrast.refine(
         seen.mllm,
-        seen.look,
+        seen.first_pass,
         how=how,
         candidates=seen.candidates,
         **dict(review=seen.review) if how == 'mask' or seen.review is not None else {},
@@ -150,7 +150,7 @@ def figure(
     how: str = 'crop',  # crop or mask
 ):  # matplotlib figure
     "What the explorer shows, on paper"
-    c, g, image = seen.contrast, seen.grid, seen.look.prompt.images[0]
+    c, g, image = seen.contrast, seen.grid, seen.first_pass.prompt.images[0]
     line, box = refined(seen, how)
     l, r, b, t = g.extent
     return plots.ask(
@@ -158,8 +158,8 @@ def figure(
         *(g.of(m).reshape(g.h, g.w) for m in (c.early, c.late, c.map)),
         box=box or None,
         extent=(l, t, r, b),
-        question=seen.look.prompt.question,
-        before=seen.look.base.text,
+        question=seen.first_pass.prompt.question,
+        before=seen.first_pass.base.text,
         after=line['text'],
         layers=(c.pre, c.post),
     )

@@ -19,7 +19,7 @@ from ..core.images import open_image
 from ..mllm.memory import digest
 from ..mllm.handle import MLLM
 from ..hooks.recording import _removing
-from .session import _check, effect, masked, see, Seen
+from .session import _check, effect, mask_cells, see, Seen
 from .payload import curves, known, maps, marks, opened, refined, row, scene
 
 # %% ../../nbs/14_explore/02_widget.ipynb #c021
@@ -286,7 +286,7 @@ class Explorer:
                 setattr(self.canvas, k, v)
 
     def do_answer(self):
-        self.show('plain', row('plain', self.seen.look.base))
+        self.show('plain', row('plain', self.seen.first_pass.base))
         if self.canvas.chosen:
             self.do_mask()
 
@@ -336,8 +336,8 @@ class Explorer:
     def do_mask(self):
         if not self.canvas.chosen:
             return self.show('masked', None)
-        (first, last), how, plain = self.layers.value, self.how.value, self.seen.look.base
-        m = masked(self.seen, self.canvas.chosen, range(first, last + 1), how)
+        (first, last), how, plain = self.layers.value, self.how.value, self.seen.first_pass.base
+        m = mask_cells(self.seen, self.canvas.chosen, range(first, last + 1), how)
         self.show(
             'masked',
             row(
@@ -378,7 +378,7 @@ def recorded(
     data = scene(seen) | dict(
         maps=maps(seen),
         curves=curves(seen, effect(seen, how), how),
-        answers=[row('plain', seen.look.base), line],
+        answers=[row('plain', seen.first_pass.base), line],
         crop=box,
         chosen=[],
         layer=seen.contrast.post,
@@ -388,11 +388,11 @@ def recorded(
         single={},
     )
     for cell in range(len(seen.grid.boxes)) if patches and seen.grid.mix is None else ():
-        m = masked(seen, [cell], None, how)
+        m = mask_cells(seen, [cell], None, how)
         data['single'][cell] = dict(
             text=m.answer.text,
             p=m.answer.p,
-            note=f'{how}, all layers; “{seen.look.base.text}” keeps p = {np.exp(m.logp):.3f}',
+            note=f'{how}, all layers; “{seen.first_pass.base.text}” keeps p = {np.exp(m.logp):.3f}',
         )
     text = json.dumps(data, default=lambda b: base64.b64encode(b).decode()).replace(
         '<', '\\u003c'

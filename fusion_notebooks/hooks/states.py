@@ -7,7 +7,7 @@ __all__ = ['visual_states', 'mean_states']
 
 # %% ../../nbs/02_hooks/03_states.ipynb #imports
 import torch
-from ..mllm.handle import entering, MLLM, Prompt
+from ..mllm.handle import visual_embeddings, MLLM, Prompt
 from .recording import _hidden, _removing
 
 # %% ../../nbs/02_hooks/03_states.ipynb #c005
@@ -18,7 +18,7 @@ def visual_states(
 ) -> torch.Tensor:  # (n_layers, n, width), float32
     "States of the visual tokens at the input of every layer; where the picture is read through cross-attention, its keys, the same at every layer"
     if mllm.cross:
-        return entering(mllm, p).float().expand(mllm.n_layers, -1, -1)
+        return visual_embeddings(mllm, p).float().expand(mllm.n_layers, -1, -1)
     found, at = [], p.visual
 
     def keep(layer, args, kw):

@@ -14,7 +14,7 @@ from ..mllm.handle import MLLM
 from ..mllm.state import _home, CHANGERS, foreign
 from ..hooks.recording import check_layers
 from ..hooks.edits import ATTENTION_EDITS, STATE_EDITS
-from ..engine.paths import _outcomes, Variant
+from ..engine.paths import run_variants, Variant
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #c028
 def scoped(
@@ -112,7 +112,7 @@ def sweep(
                 Variant(p, h, _touched(mllm, h, i, s, width), 0.1 if strength is None else strength, mean, donor)
                 for h, i, s in keys
             ]
-        found = iter(_outcomes(mllm, variants, exact, limit))
+        found = iter(run_variants(mllm, variants, exact, limit))
         for k in some:
             mine = [next(found) for _ in keys]
             rows.append(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'copies', 'stack', 'in_batches', 'plain_decoding', 'generate', 'answer', 'answers', 'decode',
-           'answer_logits', 'stamp']
+           'answer_logits', 'provenance']
 
 # %% ../../nbs/01_mllm/07_batching.ipynb #imports
 import ast
@@ -239,7 +239,7 @@ def answer(
     return self.generate(p, 1, max_new_tokens)[0]
 
 # %% ../../nbs/01_mllm/07_batching.ipynb #company
-def _company(self, prompts):
+def _batch_mode(self, prompts):
     "How prompts may share a batch: 0 any, padded; 1 of equal length; 2 none. Measured once: both must say what they say alone"
     if len(prompts) < 2:
         return 0
@@ -268,12 +268,12 @@ def answers(
     max_new_tokens: int = 32,  # answers are short
 ) -> list:  # of `Answer`, in the order of the prompts
     "Greedy answers to many prompts; those of similar length run together, or of equal length, or none, where that changes what the model says"
-    like = lambda p: (
+    group_key = lambda p: (
         len(p.visual) if self.cross else 0,
         bool(p.path),
     )  # rows before a picture read all keys of a cross-attention, so that empty tiles would be seen
-    company, out = _company(self, [p for p in prompts if like(p) == like(prompts[0])]), [None] * len(prompts)
-    kind = lambda p: (*like(p), (0, p.length, id(p))[company])
+    mode, out = _batch_mode(self, [p for p in prompts if group_key(p) == group_key(prompts[0])]), [None] * len(prompts)
+    kind = lambda p: (*group_key(p), (0, p.length, id(p))[mode])
     for _, group in groupby(
         sorted(range(len(prompts)), key=lambda k: (kind(prompts[k]), prompts[k].length)), lambda k: kind(prompts[k])
     ):
@@ -323,7 +323,7 @@ def answer_logits(
 MLLM.answer_logits = answer_logits
 
 # %% ../../nbs/01_mllm/07_batching.ipynb #c034
-def stamp(self: MLLM) -> dict:  # of strings and numbers
+def provenance(self: MLLM) -> dict:  # of strings and numbers
     "Versions, precision, attention implementation, pixels and device behind a number"
     try:
         commit = subprocess.run(
@@ -346,5 +346,5 @@ def stamp(self: MLLM) -> dict:  # of strings and numbers
         commit=commit,
     )
 
-# %% ../../nbs/01_mllm/07_batching.ipynb #stamp
-MLLM.stamp = stamp
+# %% ../../nbs/01_mllm/07_batching.ipynb #provenance
+MLLM.provenance = provenance

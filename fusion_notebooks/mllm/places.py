@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from dataclasses import replace
 from .grids import Grid, token_boxes, whole_view
-from .handle import _process, entering, MLLM, Prompt
+from .handle import _process, visual_embeddings, MLLM, Prompt
 
 # %% ../../nbs/01_mllm/05_places.ipynb #ramp
 def _ramp(size, k, n):
@@ -89,7 +89,7 @@ def _projector(mllm, p):
     keep = lambda m, args, out: (
         calls.append((m, out.shape)) if torch.is_tensor(out) and out.ndim > 1 and out.shape[-1] == width else None
     )
-    entering(mllm, p, [(m, keep) for m in mllm.model.modules() if id(m) not in inner])
+    visual_embeddings(mllm, p, [(m, keep) for m in mllm.model.modules() if id(m) not in inner])
     if not calls:
         raise ValueError('no projector found: no module makes visual tokens of the decoder\'s width')
     return calls[-1]
@@ -185,7 +185,7 @@ def _boxes_of_tokens(mllm, p):
     def put(m, args, out):
         return coded.reshape(out.shape).to(out)
 
-    boxes, valid = _decoded(entering(mllm, p, [(module, put)]))
+    boxes, valid = _decoded(visual_embeddings(mllm, p, [(module, put)]))
     if not valid.any():
         raise ValueError('coordinates put into its projector do not arrive at the decoder')
     return boxes, valid, False
@@ -239,7 +239,9 @@ def _query_grids(mllm, p):
         raise ValueError('its Q-Former has no cross-attention that could be read')
     seen = {}
     note = lambda key: lambda m, args, out: seen.__setitem__(key, out.float())
-    entering(mllm, p, [(getattr(m, part), note((k, part))) for k, m in enumerate(readers) for part in ('query', 'key')])
+    visual_embeddings(
+        mllm, p, [(getattr(m, part), note((k, part))) for k, m in enumerate(readers) for part in ('query', 'key')]
+    )
     heads = lambda v, m: v.unflatten(-1, (m.num_attention_heads, -1)).transpose(1, 2)
     weights = sum(
         (heads(seen[k, 'query'], m) @ heads(seen[k, 'key'], m).mT / math.sqrt(m.attention_head_size))
@@ -266,7 +268,7 @@ def _sees_there(mllm, p, grids):
     rng, ranks = np.random.default_rng(0), []
     g = whole_view([g for g in grids if g.image == 0])
     noise = [Image.fromarray(rng.integers(90, 160, (im.height, im.width, 3), dtype='uint8')) for im in p.images]
-    view = lambda ims: entering(mllm, replace(p, inputs=_process(mllm, ims, p.question)[0])).float()
+    view = lambda ims: visual_embeddings(mllm, replace(p, inputs=_process(mllm, ims, p.question)[0])).float()
     before = view(noise)
     for k in rng.choice(len(g.boxes), min(5, len(g.boxes)), replace=False):
         l, t, r, b = (int(round(v)) for v in g.boxes[k])

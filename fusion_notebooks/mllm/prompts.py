@@ -8,7 +8,7 @@ __all__ = ['prompt']
 # %% ../../nbs/01_mllm/06_prompts.ipynb #imports
 import torch
 from ..core.images import open_image
-from .handle import _process, entering, MLLM, Prompt
+from .handle import _process, visual_embeddings, MLLM, Prompt
 from .places import find_views
 
 # %% ../../nbs/01_mllm/06_prompts.ipynb #c017
@@ -40,7 +40,7 @@ def prompt(
         )
     p = Prompt(inputs, visual, images, question, path=path)
     if self.cross:
-        p.visual = torch.arange(len(entering(self, p)), device=visual.device)
+        p.visual = torch.arange(len(visual_embeddings(self, p)), device=visual.device)
     p.find_views = lambda: find_views(self, p)
     return p
 

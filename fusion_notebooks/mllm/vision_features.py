@@ -10,15 +10,15 @@ import torch
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from .memory import Kept
+from .memory import LRUCache
 from .processor import _is_row, image_features
-from .handle import entering, MLLM, Prompt
+from .handle import visual_embeddings, MLLM, Prompt
 
 # %% ../../nbs/01_mllm/09_vision_features.ipynb #kept
-def kept(self: MLLM) -> Kept:  # belongs to the handle
+def kept(self: MLLM) -> LRUCache:  # belongs to the handle
     "What is kept between samples; `mllm.kept.clear()` forgets it"
     if '_kept' not in self.__dict__:
-        self._kept = Kept(self.device)
+        self._kept = LRUCache(self.device)
     return self._kept
 
 # %% ../../nbs/01_mllm/09_vision_features.ipynb #kept-2
@@ -78,7 +78,9 @@ def _reads_features(self, p):
 
     def ask():
         try:
-            return torch.equal(entering(self, p), entering(self, replace(p, inputs=_with_features(self, [p]))))
+            return torch.equal(
+                visual_embeddings(self, p), visual_embeddings(self, replace(p, inputs=_with_features(self, [p])))
+            )
         except (AttributeError, TypeError, KeyError, ValueError, RuntimeError, IndexError):
             return False
 

@@ -161,11 +161,11 @@ def _gains(ax, found):
 def card(
     rows: dict,  # analysis → rows of the store: masking, attention, refine; what is not there is left out
     found: pd.DataFrame,  # findings, see `statements`
-    stamp: dict = None,  # what the rows were made with
+    provenance: dict = None,  # what the rows were made with
     words: bool = True,  # False: the panels alone
 ) -> plt.Figure:  # a page of A4, or its panels
     "One page on a model: where it fuses, whether it reviews, how much it looks at the evidence, what refinement gains or costs"
-    stamp = stamp or {}
+    provenance = provenance or {}
     layers = next(
         (
             int(t.layer.max()) + 1
@@ -203,7 +203,7 @@ def card(
             ax.xaxis.label.set_size(SMALL)
     if not words:
         return fig
-    top.text(0.05, 0.93, _text(stamp.get('model', 'fusion card'), 60), fontsize=18, weight='bold', va='top')
+    top.text(0.05, 0.93, _text(provenance.get('model', 'fusion card'), 60), fontsize=18, weight='bold', va='top')
     top.text(
         0.05,
         0.83,
@@ -211,7 +211,7 @@ def card(
             ' · '.join(
                 [
                     'fusion card',
-                    *(str(stamp[k]) for k in ('dataset', 'split') if k in stamp),
+                    *(str(provenance[k]) for k in ('dataset', 'split') if k in provenance),
                     f'{layers} decoder layers, 0-based',
                 ]
             ),
@@ -230,7 +230,7 @@ def card(
     foot.text(
         0.05,
         0.95,
-        _text(' · '.join(f'{k} {v}' for k, v in stamp.items()), 140),
+        _text(' · '.join(f'{k} {v}' for k, v in provenance.items()), 140),
         fontsize=6.5,
         color='.4',
         va='top',
@@ -266,17 +266,17 @@ def card_page(
     "The same page for a browser, with every number behind it; whatever stands in a table is text, never HTML"
     text, parts = lambda t: html.escape(str(t)), []
     for c in cards:
-        stamp, said = c.get('stamp') or {}, statements(c['found'], c['rows'])
+        provenance, said = c.get('provenance') or {}, statements(c['found'], c['rows'])
         numbers = (
             c['found']
             .assign(layers=c['found'].layers.fillna(''))
             .to_html(index=False, na_rep='', float_format='%.4g', border=0)
         )
         parts += [
-            f"<h2>{text(' · '.join(str(stamp[k]) for k in ('dataset', 'split') if k in stamp))}</h2>",
+            f"<h2>{text(' · '.join(str(provenance[k]) for k in ('dataset', 'split') if k in provenance))}</h2>",
             *(f'<h3>{text(q)}</h3><p>{text(a)}</p>' for q, a in said),
-            f'<img alt="{text(card.__doc__)}" src="data:image/svg+xml;base64,{_svg(card(c["rows"], c["found"], stamp, words=False))}">',
+            f'<img alt="{text(card.__doc__)}" src="data:image/svg+xml;base64,{_svg(card(c["rows"], c["found"], provenance, words=False))}">',
             f'<details><summary>Every number, with its 95 % interval and its n</summary>{numbers}</details>',
-            f"<p class=\"quiet\">{text(' · '.join(f'{k} {v}' for k, v in stamp.items()))}</p>",
+            f"<p class=\"quiet\">{text(' · '.join(f'{k} {v}' for k, v in provenance.items()))}</p>",
         ]
-    return PAGE.format(title=text((cards[0].get('stamp') or {}).get('model', 'model')), body='\n'.join(parts))
+    return PAGE.format(title=text((cards[0].get('provenance') or {}).get('model', 'model')), body='\n'.join(parts))

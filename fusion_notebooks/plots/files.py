@@ -38,11 +38,11 @@ def save(
     fig: plt.Figure,
     folder,  # where figures of one model live; made when missing
     name: str,  # file name without ending
-    stamp: dict,  # what the figure was made with; json
+    provenance: dict,  # what the figure was made with; json
     table: pd.DataFrame = None,  # the numbers in the figure
 ) -> Path:  # the PNG
-    "Write `name`.png, .pdf, .json (stamp) and .csv (table), only what changed"
-    path, text = Path(folder) / f'{name}.png', json.dumps(stamp, sort_keys=True, default=str)
+    "Write `name`.png, .pdf, .json (provenance) and .csv (table), only what changed"
+    path, text = Path(folder) / f'{name}.png', json.dumps(provenance, sort_keys=True, default=str)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = {}
     with plt.rc_context({'pdf.fonttype': 42}):
@@ -61,7 +61,7 @@ def save(
     ):
         return path
     for file, data in zip(
-        files, (drawn['pdf'], (json.dumps(stamp, indent=1, sort_keys=True, default=str) + '\n').encode(), numbers)
+        files, (drawn['pdf'], (json.dumps(provenance, indent=1, sort_keys=True, default=str) + '\n').encode(), numbers)
     ):
         _write(file, data)
     _write(path, drawn['png'])  # last: it is what a rerun looks at

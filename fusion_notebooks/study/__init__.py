@@ -1,6 +1,6 @@
 """From settings.ini to rows, figures and a summary."""
 
-from ..results import FINDINGS, percent, say
+from ..results import FINDINGS, percent, summary_text
 from .settings import *
 from .samples import *
 from .analyses import *

@@ -20,15 +20,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from ..results.store import canonical, digest, Store, write_whole
+from ..results.store import canonical, digest, Store, write_atomic
 from ..results.findings import FINDINGS
-from ..results.sentences import say
+from ..results.sentences import summary_text
 from .settings import BENCHMARKS, notebooks, read_settings, Settings
 from .samples import _config, check_names, find_model, revision
-from .work_units import _cause, ANALYSES, compute, failure, gently, jobs, units
+from .work_units import _cause, ANALYSES, compute, failure, finish_unit_on_signal, jobs, units
 from .reports import _place, findings
 from .workers import _gpus, _pinned, on_cluster, on_workers, work
-from .execution import _stands, execute, of_all
+from .execution import _stands, execute, takes_all_models
 
 # %% ../../nbs/13_study/07_runs.ipynb #c039
 @dataclass
@@ -164,9 +164,9 @@ def run(
         _claim(s, names)
     s = replace(s, models=tuple(names), compute=rows)
     if rows and any(Store(s.results).missing(units(job, s)) for job in jobs(s)):
-        with gently():
+        with finish_unit_on_signal():
             on_cluster(s, scheduler) if scheduler else on_workers(s, workers) if workers > 1 else work(s, wait=figures)
-    whole = [a for a in s.analyses if of_all(notebooks(s)[a])]
+    whole = [a for a in s.analyses if takes_all_models(notebooks(s)[a])]
     places = (
         [(w, _place(names[w], b), replace(s, benchmarks=(b,))) for w in names for b in s.benchmarks] if figures else []
     )
@@ -221,13 +221,13 @@ def _summarise(where, name, s):
     file = s.figures / name / 'summary.csv'
     if not file.exists():
         found = findings(where, [a for a in FINDINGS if a in ANALYSES], settings=s)
-        write_whole(file, lambda f: found.to_csv(f, index=False, float_format='%.6g'))
+        write_atomic(file, lambda f: found.to_csv(f, index=False, float_format='%.6g'))
     found, nothing = (
         pd.read_csv(file, dtype=dict(layers=str)),
         f'No rows of {", ".join(FINDINGS)} yet: what was computed stands in its tables and its notebook.',
     )
     print(
-        f"\n{Path(name).name if s.benchmarks == ('glyph',) else name.removesuffix('/' + s.benchmarks[0])} on {s.benchmarks[0]}{' (quick slice)' if s.quick else ''}\n{say(found) if len(found) else nothing}\n\nfigures and summary.csv: {os.path.relpath(file.parent)}\nexecuted notebooks: {os.path.relpath(s.runs / name)}"
+        f"\n{Path(name).name if s.benchmarks == ('glyph',) else name.removesuffix('/' + s.benchmarks[0])} on {s.benchmarks[0]}{' (quick slice)' if s.quick else ''}\n{summary_text(found) if len(found) else nothing}\n\nfigures and summary.csv: {os.path.relpath(file.parent)}\nexecuted notebooks: {os.path.relpath(s.runs / name)}"
     )
 
 # %% ../../nbs/13_study/07_runs.ipynb #c043

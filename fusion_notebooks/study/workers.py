@@ -17,7 +17,16 @@ from pathlib import Path
 from unittest.mock import patch
 from ..results.store import Store
 from .settings import Settings
-from .work_units import _cause, CALIBRATED, fill, gently, jobs, STOP, teller, units
+from fusion_notebooks.study.work_units import (
+    _cause,
+    CALIBRATED,
+    compute_missing,
+    finish_unit_on_signal,
+    jobs,
+    STOP,
+    progress_reporter,
+    units,
+)
 
 # %% ../../nbs/13_study/05_workers.ipynb #c035
 def _failed_before(s):
@@ -31,14 +40,14 @@ def work(
 ):
     "Compute all rows of a study in this process, model after model"
     old, todo = _failed_before(s) if old is None else old, {job: units(job, s) for job in jobs(s)}
-    tell = teller(todo, s)
+    tell = progress_reporter(todo, s)
     for last in (False, True) if wait else (False,):
         for job in todo:
             try:
                 todo[job] = units(job, s, compute=True)
             except ValueError:
                 continue  # refine without its calibration, which has its own record
-            fill(job, s, todo[job], last, old, tell)
+            compute_missing(job, s, todo[job], last, old, tell)
 
 # %% ../../nbs/13_study/05_workers.ipynb #worker
 def _worker(s, parent, old):
@@ -52,7 +61,7 @@ def _worker(s, parent, old):
 
     threading.Thread(target=watch, daemon=True).start()
     try:
-        with gently([signal.SIGTERM]):
+        with finish_unit_on_signal([signal.SIGTERM]):
             work(s, old=old)
     except KeyboardInterrupt:
         pass
@@ -93,7 +102,7 @@ def on_workers(
         0,
     )
     todo = {job: units(job, s) for job in jobs(s)}
-    tell, before = teller(todo, s), None
+    tell, before = progress_reporter(todo, s), None
 
     def start(i):
         with patch.dict(os.environ, _pinned(i, n, gpus)):
@@ -130,7 +139,7 @@ def on_workers(
 
 # %% ../../nbs/13_study/05_workers.ipynb #on_cluster
 def _on_cluster(job, s, key, old):
-    fill(job, s, [key], False, old)
+    compute_missing(job, s, [key], False, old)
 
 # %% ../../nbs/13_study/05_workers.ipynb #on_cluster-2
 def on_cluster(
@@ -150,7 +159,7 @@ def on_cluster(
     with Client(address, set_as_default=False) as client:
         for late in (False, True):
             todo = {job: units(job, s) for job in jobs(s) if (job.analysis in CALIBRATED) == late}
-            tell = teller(todo, s)
+            tell = progress_reporter(todo, s)
             for _ in range(3):  # what another study had claimed is asked for again
                 asked = {
                     client.submit(_on_cluster, job, s, k, old, pure=False): (job, k)

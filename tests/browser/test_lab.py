@@ -244,7 +244,7 @@ def press(page, i):
 def painted(seen, m, palette):
     "The mean colour of each patch, by hand: the grey picture under the map's colour"
     colours = palette(np.clip((m / abs(m).max() + 1) / 2 if palette is plots.SIGNED else m / m.max(), 0, 1))
-    grey = np.array(seen.look.prompt.images[0], float) @ (0.2126, 0.7152, 0.0722)
+    grey = np.array(seen.first_pass.prompt.images[0], float) @ (0.2126, 0.7152, 0.0722)
     under = patches(np.repeat(grey[..., None], 3, 2))
     return under * (1 - colours[:, 3:]) + 255 * colours[:, :3] * colours[:, 3:]
 
@@ -293,7 +293,7 @@ def page(request, browser, server):
 
 def test_slider_moves_the_map(page, seen, times):
     page.evaluate(WATCH)
-    attention, pictures = seen.grid.of(seen.look.maps), []
+    attention, pictures = seen.grid.of(seen.first_pass.maps), []
     handle = control(page, 'Layer').locator('.noUi-handle')
     handle.focus()
     for _ in range(7):
@@ -324,7 +324,7 @@ def test_slider_by_mouse(page, seen):
     for layer in (0, 5, 7, 2):
         page.mouse.move(track['x'] + track['width'] * layer / 7, y, steps=4)
         moved(page, layer)
-        assert shown(page, painted(seen, seen.grid.of(seen.look.maps)[layer], plots.HEAT)) < 3
+        assert shown(page, painted(seen, seen.grid.of(seen.first_pass.maps)[layer], plots.HEAT)) < 3
     page.mouse.up()
     page.mouse.click(track['x'] + track['width'] - 1, y)
     moved(page, 7)
@@ -355,16 +355,16 @@ def test_maps_and_heads(page, seen):
 
 def test_masked_patches_change_the_answer(page, seen, times):
     before, start = pixels(page), rows(page)
-    assert start['plain'][:2] == (seen.look.base.text, round(seen.look.base.p, 3))
+    assert start['plain'][:2] == (seen.first_pass.base.text, round(seen.first_pass.base.p, 3))
     for k, i in enumerate(STAR):
         began = time.perf_counter()
         press(page, i)
         until(page, f"a => Object.keys(a).some(l => l.startsWith('{k + 1} token'))")
         times['answer with patches masked'].append(time.perf_counter() - began)
-        want = explore.masked(seen, STAR[: k + 1])
+        want = explore.mask_cells(seen, STAR[: k + 1])
         text, p, note = rows(page)[f'{k + 1} token{"s" * (k > 0)} masked']
         assert (text, p) == (want.answer.text, round(want.answer.p, 3)) and f'keeps p = {np.exp(want.logp):.3f}' in note
-    assert want.answer.text != seen.look.base.text
+    assert want.answer.text != seen.first_pass.base.text
     after = pixels(page)
     assert (patches(after)[STAR] < patches(before)[STAR] - 20).all() and np.median(
         abs(patches(after) - patches(before))
@@ -376,7 +376,7 @@ def test_masked_patches_change_the_answer(page, seen, times):
 def test_masking_follows_its_controls(page, seen):
     control(page, 'Mask by').locator('select').select_option('zero')
     until(page, "a => Object.values(a).some(v => v.includes('zero, layers 0 to 7'))")
-    want = explore.masked(seen, STAR, None, 'zero')
+    want = explore.mask_cells(seen, STAR, None, 'zero')
     assert rows(page)['4 tokens masked'][:2] == (want.answer.text, round(want.answer.p, 3))
     get(page, 'svg[aria-label*="(zero)"]').wait_for()  # a job of its own, after the answer
     low = control(page, 'at layers').locator('.noUi-handle-lower')
@@ -384,7 +384,7 @@ def test_masking_follows_its_controls(page, seen):
     for _ in range(6):
         page.keyboard.press('ArrowRight')
     until(page, "a => Object.values(a).some(v => v.includes('zero, layers 6 to 7'))")
-    want = explore.masked(seen, STAR, [6, 7], 'zero')
+    want = explore.mask_cells(seen, STAR, [6, 7], 'zero')
     assert rows(page)['4 tokens masked'][:2] == (want.answer.text, round(want.answer.p, 3))
     for _ in range(6):
         page.keyboard.press('ArrowLeft')
@@ -405,7 +405,7 @@ def test_keys_stay_in_the_canvas(page, seen):
     for key in ('ArrowRight', 'ArrowDown', ' ', 'Shift+ArrowRight', 'PageDown'):
         page.keyboard.press(key)
     until(page, "a => Object.keys(a).some(l => l.startsWith('3 tokens'))")
-    want = explore.masked(seen, [0, 9, 10])
+    want = explore.mask_cells(seen, [0, 9, 10])
     assert rows(page)['3 tokens masked'][:2] == (
         want.answer.text,
         round(want.answer.p, 3),

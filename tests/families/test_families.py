@@ -164,19 +164,19 @@ def test_capture_equals_written_out_attention(double):
         p = mllm.prompt(images, ASK)
         rows = [p.length - 1, p.length - 3]
         plain = logits(mllm, p)
-        with hooks.capture(mllm, rows=rows, heads='all', hidden=True) as tape:
+        with hooks.capture(mllm, rows=rows, heads='all', hidden=True) as cache:
             assert torch.equal(logits(mllm, p), plain)
         with hooks.capture(mllm, hidden=True) as last:
             logits(mllm, p)  # has ways of its own
         assert (
-            (last.attention[:, :, 0] - tape.attention[:, :, :, 0].mean(2)).abs().nan_to_num().max() < 1e-6
-            and last.attention.isnan().equal(tape.attention[:, :, 0, :1].isnan())
-            and torch.equal(last.hidden[:, :, 0], tape.hidden[:, :, 0])
+            (last.attention[:, :, 0] - cache.attention[:, :, :, 0].mean(2)).abs().nan_to_num().max() < 1e-6
+            and last.attention.isnan().equal(cache.attention[:, :, 0, :1].isnan())
+            and torch.equal(last.hidden[:, :, 0], cache.hidden[:, :, 0])
         )
         with naive(mllm):
             logits(mllm, p)
         for i in range(mllm.n_layers):
-            got = tape.attention[0, i]
+            got = cache.attention[0, i]
             if mllm.cross and i not in mllm.cross:
                 assert got.isnan().all()
                 continue
@@ -299,9 +299,9 @@ def test_causality(mllm):
 def test_lens_and_early_exit(mllm):
     p = mllm.prompt(PICTURE, ASK)
     plain = logits(mllm, p)[-1]
-    with hooks.capture(mllm, hidden=True) as tape:
+    with hooks.capture(mllm, hidden=True) as cache:
         logits(mllm, p)
-    seen = hooks.lens(mllm, tape.hidden[0, :, 0])
+    seen = hooks.lens(mllm, cache.hidden[0, :, 0])
     assert (seen[-1] - plain).abs().max() < 2e-5
     for i in (1, mllm.n_layers - 1):
         with hooks.early_exit(mllm, i):
@@ -337,9 +337,9 @@ def test_refine(mllm, how):
         mllm, PICTURE, ASK, how=how, base=30, post=post, review=review if how == 'mask' else None, candidates=[pre]
     )
     p = mllm.prompt(PICTURE, ASK)
-    with hooks.capture(mllm) as tape:
+    with hooks.capture(mllm) as cache:
         logits(mllm, p)
-    A = tape.attention[0, :, 0].double()
+    A = cache.attention[0, :, 0].double()
     want = (A[post] / A[post].sum() - A[pre] / A[pre].sum()).numpy()
     assert np.abs(r.contrast.map - want).max() < 1e-5 and (r.contrast.pre, r.contrast.post) == (pre, post)
     if how == 'crop':
@@ -355,8 +355,8 @@ def test_refine(mllm, how):
 
 def test_many_crops_and_masks_in_one_batch(mllm, monkeypatch):
     "Each crop is answered as beside the picture alone, whatever its size; each mask as by an edit of its own; and so where memory holds one at a time"
-    seen, wide, high = contrast.look(mllm, PICTURE, ASK), PICTURE.crop((0, 0, 60, 30)), PICTURE.crop((10, 4, 40, 64))
-    got = contrast.beside(mllm, seen.seen, [wide, high, wide], 6)
+    seen, wide, high = contrast.first_pass(mllm, PICTURE, ASK), PICTURE.crop((0, 0, 60, 30)), PICTURE.crop((10, 4, 40, 64))
+    got = contrast.answer_with_crops(mllm, seen.trace, [wide, high, wide], 6)
     for crop, (a, path, n) in zip((wide, high), got):
         p = mllm.prompt([PICTURE, crop], ASK)
         b = mllm.generate(p, max_new_tokens=6)[0]
@@ -371,7 +371,7 @@ def test_many_crops_and_masks_in_one_batch(mllm, monkeypatch):
         [np.arange(0, len(seen.prompt.visual), 2), np.arange(len(seen.prompt.visual) // 2)],
         mllm.generate(seen.prompt, max_new_tokens=6)[0],
     )
-    masked = contrast.masked(mllm, seen.prompt, some, review, 6)
+    masked = contrast.answer_masked(mllm, seen.prompt, some, review, 6)
     for tokens, a in zip(some, masked):
         with hooks.edit(mllm, review, seen.prompt.visual[tokens], 'zero'):
             b = mllm.generate(seen.prompt, max_new_tokens=6)[0]
@@ -380,7 +380,7 @@ def test_many_crops_and_masks_in_one_batch(mllm, monkeypatch):
         )
     for module in (contrast, engine):
         replaced(monkeypatch, module, 'fitting', lambda *a: 1)
-    again = [a for a, *_ in contrast.beside(mllm, seen.seen, [wide, high, wide], 6)] + contrast.masked(
+    again = [a for a, *_ in contrast.answer_with_crops(mllm, seen.trace, [wide, high, wide], 6)] + contrast.answer_masked(
         mllm, seen.prompt, some, review, 6
     )
     for a, b in zip([a for a, *_ in got] + masked, again):
