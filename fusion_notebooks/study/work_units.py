@@ -200,7 +200,7 @@ def _cause(e):
     "One sentence for an exception, and whether the input is to blame"
     name, text = (e.ename, e.evalue) if hasattr(e, 'evalue') else (type(e).__name__, str(e))
     text = ' '.join(text.split())
-    ours = name in ('ValueError', 'OSError', 'FileNotFoundError')
+    ours = name in ('BadInput', 'NotSupported', 'ValueError', 'OSError', 'FileNotFoundError')
     return (text if ours else f'{name}: {text}'.rstrip(': '))[:400], ours
 
 # %% ../../nbs/13_study/03_work_units.ipynb #progress_reporter
