@@ -4,7 +4,8 @@ import json, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from conftest import replaced
-from fusion_notebooks import study
+from fusion_notebooks import analyses, study
+from fusion_notebooks.core import catalog
 from fusion_notebooks.results import Store
 
 ROOT = Path(__file__).parents[1]
@@ -188,10 +189,7 @@ def test_code_counts_with_the_functions_it_uses_and_without_comments():
         != study.code_of('metrics', study.masking_rows)
         != study.code_of('metrics', study.refine_rows)
     )
-    _helper, used = study.analyses._reference, []
-    for node in (study.masking_rows, study.early_exit_rows):
-        used.append(study.code_of('', node))
-    assert used[0] != used[1]
+    assert study.code_of('', study.masking_rows) != study.code_of('', study.early_exit_rows)
 
 
 def test_modules_whose_names_begin_with_an_underscore_count(tmp_path, monkeypatch):
@@ -214,7 +212,8 @@ def test_code_of_a_module_that_is_not_there_is_refused():
 def test_names_of_the_methods_are_those_of_contrast():
     from fusion_notebooks import contrast
 
-    assert study.RANKED == dict(mask=contrast.MASKS, crop=contrast.CROPS)
+    for how, known in dict(mask=contrast.MASKS, crop=contrast.CROPS).items():
+        assert [m.by for m in catalog.METHODS.values() if m.how == how] == list(known)
 
 
 def test_unknown_names(shared, model_folder):
@@ -235,7 +234,7 @@ def test_unknown_names(shared, model_folder):
 def test_every_semantic_at_every_layer(shared, model_folder):
     rows = study.require('masking', str(model_folder), settings=shared)
     assert len(rows) == 8 * (1 + 5 * 4) and not rows.duplicated(['sample', 'layer', 'how', 'scope']).any()
-    assert (rows[rows.how == 'none'].layer == -1).all() and set(rows.how) == {'none', *study.HOWS}
+    assert (rows[rows.how == 'none'].layer == -1).all() and set(rows.how) == {'none', *catalog.SEMANTICS}
 
 
 def test_base_is_the_same_in_every_analysis(shared, model_folder):
@@ -258,7 +257,7 @@ def test_refine_uses_what_calibration_found(shared, model_folder):
     c.reviews['zero'].layers = (2,)
     assert c.review == 2 and c.candidates == [0]
     rows = study.require('refine', str(model_folder), settings=shared)
-    assert set(rows.method) == set(study.METHODS) and (rows[rows.method == 'crop-oracle'].hit == 1).all()
+    assert set(rows.method) == set(catalog.METHODS) and (rows[rows.method == 'crop-oracle'].hit == 1).all()
 
 
 def test_findings_come_with_interval_and_n(shared, model_folder):
@@ -279,7 +278,7 @@ def test_refine_rows_are_enough_for_every_figure(shared, model_folder):
     rows = study.require('refine', str(model_folder), settings=shared)
     mllm, asked = study.load(str(model_folder)), {x.id: x for x in study.questions(str(model_folder), shared)}
     assert (
-        {*study.BASELINES} == {*baselines.METHODS} <= {*study.METHODS}
+        [m.name for m in catalog.METHODS.values() if m.how == 'baseline'] == [*baselines.METHODS]
         and (rows.why == '').all()
         and rows[['score', 'lenient', 'forwards', 'flops']].notna().all(axis=None)
     )
@@ -289,19 +288,19 @@ def test_refine_rows_are_enough_for_every_figure(shared, model_folder):
         mine, s = rows[rows['sample'] == i].set_index('method'), asked[i]
         assert set(mine.before) == {mine.prediction['base']} and json.loads(mine.answers['base']) == [*s.answers]
         assert mine[mine.box.notna()].index.tolist() == [
-            m for m in study.METHODS if m.startswith(('crop', 'vicrop', 'carve'))
+            m.name for m in catalog.METHODS.values() if m.crops
         ] and mine.hit.notna().equals(mine.box.notna())
         assert set(mine[mine.seconds.isna()].index) == (
             set()
             if i == rows['sample'].iloc[0]
-            else {m for m in study.METHODS if m.startswith(('crop', 'vicrop', 'carve', 'mask'))}
+            else {m.name for m in catalog.METHODS.values() if m.crops or m.how == 'mask'}
         )
         for m in ('base', 'crop', 'crop-read', 'mask-late', 'vicrop-rel', 'carve', 'dola'):
             with baselines.counting(mllm) as cost:
                 if m == 'base':
                     a = mllm.answer(s.image, s.question)
-                elif (how := study.METHODS[m])[0] != 'baseline':
-                    a = contrast.refine(mllm, s.image, s.question, how[0], how[1], candidates=candidates).answer
+                elif (known := catalog.METHODS[m]).how != 'baseline':
+                    a = contrast.refine(mllm, s.image, s.question, known.how, known.by, candidates=candidates).answer
                 else:
                     a = baselines.answer(mllm, s.image, s.question, m).answer
             assert (mine.prediction[m], mine.forwards[m], mine.rows[m], mine.flops[m]) == (
@@ -344,7 +343,7 @@ def test_choices_one_at_a_time(shared, model_folder, monkeypatch):
 
     replaced(
         monkeypatch,
-        study,
+        analyses,
         'CHOICES',
         dict(
             mask=dict(candidates=('all', 'fixed'), rho=(0.4,), soft=(0.1,)),
@@ -378,7 +377,7 @@ def test_choices_one_at_a_time(shared, model_folder, monkeypatch):
             seen,
             how=key[0],
             review=found['review'],
-            seed=study.analyses.zlib.crc32(x.id.encode()),
+            seed=analyses.seed_of(x),
             **dict(candidates=found['candidates']) | kw,
         )
         if mine.why[key]:  # what a model of random weights cannot do, it says
@@ -509,11 +508,11 @@ def test_the_real_checkpoints_layout(official, tmp_path, capsys):
     assert (
         set(rows.metric) == {'vqa-evalai'}
         and rows['sample'].nunique() == 2
-        and set(rows.method) == {*study.METHODS} - {'crop-oracle'}
+        and set(rows.method) == {*catalog.METHODS} - {'crop-oracle'}
         and (rows.why == '').all()
         and rows.hit.isna().all()
     )
-    assert set(masking.how) == {'none', *study.HOWS} and not set(rows.image) & set(
+    assert set(masking.how) == {'none', *catalog.SEMANTICS} and not set(rows.image) & set(
         study.require('masking', str(folder), 'textvqa', 'calibration', settings=s).image
     )
     figures = s.figures / 'llava-1.5-7b-hf/textvqa'

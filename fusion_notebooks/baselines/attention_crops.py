@@ -10,31 +10,25 @@ import torch
 from transformers.masking_utils import eager_mask, sdpa_mask
 from ..mllm.handle import MLLM
 from ..hooks.recording import _recording_attention, _recording_eager, attending, capture, EAGER
-from .common import _at, _attention, _look, _ratio, _with_crop, GENERAL, BaselineAnswer
+from .common import _at, _attention, _first, _ratio, _window, CropProposal, GENERAL, method
 
 # %% ../../nbs/07_baselines/01_attention_crops.ipynb #vicrop_rel
+@method('vicrop-rel')
 def vicrop_rel(
     mllm: MLLM,  # the model
-    image,  # path or PIL image
+    image,  # path, PIL image or `FirstPass`
     question: str,  # about it
     layer: int | None = None,  # decoder layer; default 14/32 of the depth
     general: str = GENERAL,  # the prompt that attention is divided by
     base: float | None = None,  # side of the smallest window, pixels; default: the side of the model's view
-    max_new_tokens: int = 32,  # of the answer
-    ask: bool = True,  # False makes the crop and leaves the answer to `contrast.answer_with_crops`
-) -> BaselineAnswer:
+) -> CropProposal:
     "ViCrop by relative attention (Zhang et al., ICLR 2025, arXiv 2502.17422, rel-att)"
-    l, first = _at(mllm, layer, 14 / 32), _look(mllm, image, question)
-    plain, grid = mllm.prompt(first.prompt.images, general), first.prompt.grids[0]
-    return _with_crop(
-        mllm,
-        first,
-        grid,
-        _ratio(grid.of(first.maps[l]), plain.grids[0].of(_attention(mllm, plain, [l])[0, 0])),
-        max_new_tokens,
-        ask,
-        base,
-    )
+    layer = _at(mllm, layer, 14 / 32)
+    first = _first(mllm, image, question)
+    plain = mllm.prompt(first.prompt.images, general)
+    asked = first.prompt.grids[0].of(first.maps[layer])
+    described = plain.grids[0].of(_attention(mllm, plain, [layer])[0, 0])
+    return _window(mllm, first, _ratio(asked, described), base)
 
 # %% ../../nbs/07_baselines/01_attention_crops.ipynb #keeping
 def _keeping(attention, kept):
@@ -72,20 +66,17 @@ def _attention_slope(mllm, p, layer):
     return cache.attention[0, 0, :, 0], (value.float() @ slope.float()[:, :, None])[..., 0]
 
 # %% ../../nbs/07_baselines/01_attention_crops.ipynb #vicrop_grad
+@method('vicrop-grad')
 @torch.inference_mode(False)
 def vicrop_grad(
     mllm: MLLM,  # the model
-    image,  # path or PIL image
+    image,  # path, PIL image or `FirstPass`
     question: str,  # about it
     layer: int | None = None,  # decoder layer; default 14/32 of the depth
     base: float | None = None,  # side of the smallest window, pixels; default: the side of the model's view
-    max_new_tokens: int = 32,  # of the answer
-    ask: bool = True,  # False makes the crop and leaves the answer to `contrast.answer_with_crops`
-) -> BaselineAnswer:
+) -> CropProposal:
     "ViCrop by gradient-weighted attention (Zhang et al., ICLR 2025, arXiv 2502.17422, grad-att)"
-    first = _look(mllm, image, question)
-    grid = first.prompt.grids[0]
-    a, slope = _attention_slope(mllm, first.prompt, _at(mllm, layer, 14 / 32))
-    return _with_crop(
-        mllm, first, grid, grid.of((a * slope.relu()).mean(0).double().cpu().numpy()), max_new_tokens, ask, base
-    )
+    first = _first(mllm, image, question)
+    attention, slope = _attention_slope(mllm, first.prompt, _at(mllm, layer, 14 / 32))
+    weighted = (attention * slope.relu()).mean(0).double().cpu().numpy()
+    return _window(mllm, first, first.prompt.grids[0].of(weighted), base)

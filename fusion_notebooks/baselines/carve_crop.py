@@ -13,7 +13,7 @@ from ..mllm.handle import MLLM
 from ..hooks.recording import check_layers
 from ..engine.trace import answer_of
 from ..contrast.boxes import regions
-from .common import _at, _attention, _look, _with_crop, GENERAL, BaselineAnswer
+from .common import _at, _attention, _first, CropProposal, GENERAL, method
 
 # %% ../../nbs/07_baselines/03_carve_crop.ipynb #c018
 def _steps(mllm, p, ids, layers):
@@ -21,39 +21,62 @@ def _steps(mllm, p, ids, layers):
     a = _attention(mllm, p, layers, range(p.length - 1, p.length - 1 + len(ids)), ids[:-1])
     return p.grids[0].of(a).swapaxes(0, 1)
 
+# %% ../../nbs/07_baselines/03_carve_crop.ipynb #carve_layers
+def _carve_layers(mllm, layers):
+    "Those given, or those from 20/32 to below 26/32 of the depth; only layers that read the picture"
+    if layers is None:
+        first = round(20 / 32 * mllm.n_layers)
+        layers = range(first, max(first + 1, round(26 / 32 * mllm.n_layers)))
+    reading = [i for i in check_layers(mllm, layers) if i in mllm.reading]
+    return reading or [_at(mllm, None, 20 / 32)]
+
+# %% ../../nbs/07_baselines/03_carve_crop.ipynb #carve_map
+def _carve_map(asked, described, lam):
+    "(cells,) sum over steps t and layers of t · A_Q / (A_G + λ); both (steps, layers, cells)"
+    n = min(len(asked), len(described))
+    t = np.arange(1, n + 1)[:, None, None]
+    return (t * asked[:n] / (described[:n] + lam)).sum((0, 1))
+
+# %% ../../nbs/07_baselines/03_carve_crop.ipynb #on_pixels
+def _on_pixels(values, grid, image):
+    "(height, width) a map spread over the pixels of a picture, 0 where the grid does not lie"
+    left, right, bottom, top = map(round, grid.extent)
+    spread = Image.fromarray(np.float32(values.reshape(grid.h, grid.w)))
+    over = np.zeros((image.height, image.width))
+    over[top:bottom, left:right] = spread.resize((right - left, bottom - top), Image.Resampling.BILINEAR)
+    return over
+
+# %% ../../nbs/07_baselines/03_carve_crop.ipynb #cut_out
+def _cut_out(image, kept):
+    "(box, crop): what is kept of a picture, the rest black, enlarged to at most four times the picture's area"
+    rows, columns = np.nonzero(kept)
+    box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+    crop = Image.fromarray(np.asarray(image) * np.uint8(kept)[..., None]).crop(box)
+    fill = max(image.width / crop.width, image.height / crop.height)
+    most = 2 * math.sqrt(image.width * image.height / (crop.width * crop.height))
+    size = [max(2, int(min(fill, most) * side)) for side in crop.size]
+    return box, crop.resize(size, Image.Resampling.LANCZOS)
+
 # %% ../../nbs/07_baselines/03_carve_crop.ipynb #carve
+@method('carve')
 def carve(
     mllm: MLLM,  # the model
-    image,  # path or PIL image
+    image,  # path, PIL image or `FirstPass`
     question: str,  # about it
     layers=None,  # decoder layers; default those from 20/32 to below 26/32 of the depth
     general: str = GENERAL,  # the prompt that attention is divided by
     lam: float = 1e-8,  # λ
     share: float = 0.2,  # of the pixels that are kept at first
     least: int = 3,  # regions that stay
-    max_new_tokens: int = 32,  # of every answer
-    ask: bool = True,  # False makes the crop and leaves the answer to `contrast.answer_with_crops`
-) -> BaselineAnswer:
-    "CARVE (github.com/YuyaoGe/CARVE): mask, crop and enlarge what the question looks at more than a description does"
-    if layers is None:
-        first = round(20 / 32 * mllm.n_layers)
-        layers = range(first, max(first + 1, round(26 / 32 * mllm.n_layers)))
-    layers = [i for i in check_layers(mllm, layers) if i in mllm.reading] or [_at(mllm, None, 20 / 32)]
-    first = _look(mllm, image, question)
+    max_new_tokens: int = 32,  # of both answers that are read
+) -> CropProposal:
+    "CARVE (github.com/YuyaoGe/CARVE): keep and enlarge what the question looks at more than a description does"
+    layers = _carve_layers(mllm, layers)
+    first = _first(mllm, image, question)
     asked, plain = first.prompt, mllm.prompt(first.prompt.images, general)
-    said = answer_of(mllm, first.trace, max_new_tokens), mllm.generate(plain, 1, max_new_tokens)[0]
-    pair = [_steps(mllm, p, a.ids, layers) for p, a in zip((asked, plain), said)]
-    n, grid, im = min(map(len, pair)), asked.grids[0], asked.images[0]
-    values = (np.arange(1, n + 1)[:, None, None] * pair[0][:n] / (pair[1][:n] + lam)).sum((0, 1))
-    l, r, b, t = map(round, grid.extent)
-    over = np.zeros((im.height, im.width))
-    over[t:b, l:r] = Image.fromarray(np.float32(values.reshape(grid.h, grid.w))).resize(
-        (r - l, b - t), Image.Resampling.BILINEAR
-    )
-    kept = regions(over, share, least)
-    (ys, xs), (w, h) = np.nonzero(kept), im.size
-    box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
-    crop = Image.fromarray(np.asarray(im) * np.uint8(kept)[..., None]).crop(box)
-    scale = min(max(w / crop.width, h / crop.height), 2 * math.sqrt(w * h / (crop.width * crop.height)))
-    crop = crop.resize([max(2, int(scale * v)) for v in crop.size], Image.Resampling.LANCZOS)
-    return _with_crop(mllm, first, grid, values, max_new_tokens, ask, box=box, crop=crop)
+    answer = answer_of(mllm, first.trace, max_new_tokens)
+    description = mllm.generate(plain, 1, max_new_tokens)[0]
+    values = _carve_map(_steps(mllm, asked, answer.ids, layers), _steps(mllm, plain, description.ids, layers), lam)
+    grid, picture = asked.grids[0], asked.images[0]
+    box, crop = _cut_out(picture, regions(_on_pixels(values, grid, picture), share, least))
+    return CropProposal(values, grid, box, crop)

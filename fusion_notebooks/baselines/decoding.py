@@ -15,7 +15,7 @@ from ..mllm.handle import MLLM
 from ..mllm.batching import _until_end, plain_decoding
 from ..hooks.recording import _hidden, _removing, check_layers
 from ..hooks.edits import edit
-from .common import _prompt, BaselineAnswer
+from .common import _prompt, BaselineAnswer, method
 
 # %% ../../nbs/07_baselines/04_decoding.ipynb #c021
 @torch.inference_mode()
@@ -43,6 +43,7 @@ def _plausible(scores, expert, beta):
     return scores.masked_fill((expert < least) | expert.isinf(), -torch.inf)
 
 # %% ../../nbs/07_baselines/04_decoding.ipynb #cd
+@method('cd')
 def cd(
     mllm: MLLM,  # the model
     image,  # path or PIL image
@@ -78,6 +79,7 @@ def diffuse(
     return math.sqrt(kept) * pixels + math.sqrt(1 - kept) * noise
 
 # %% ../../nbs/07_baselines/04_decoding.ipynb #vcd
+@method('vcd')
 def vcd(
     mllm: MLLM,  # the model
     image,  # path or PIL image
@@ -135,6 +137,7 @@ def _divergence(p, q):
     return ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1)) / 2
 
 # %% ../../nbs/07_baselines/04_decoding.ipynb #dola
+@method('dola')
 def dola(
     mllm: MLLM,  # the model
     image,  # path or PIL image

@@ -14,7 +14,7 @@ from ..hooks.recording import _listening, ActivationCache
 from ..engine.prefix import fitting
 from ..engine.branches import BranchedBatch, Branch
 from ..engine.capabilities import capabilities
-from .common import _look, BaselineAnswer
+from .common import _first, BaselineAnswer, method
 
 # %% ../../nbs/07_baselines/05_opera_search.ipynb #c027
 def _over_trust(mllm, first, tails, scale):
@@ -40,6 +40,7 @@ def _over_trust(mllm, first, tails, scale):
     return torch.stack([1e-7 * (scale * a[:, j:, p.length + j]).prod(1) for j in range(n)], 1).amax(1).float()
 
 # %% ../../nbs/07_baselines/05_opera_search.ipynb #opera
+@method('opera')
 @torch.inference_mode()
 def opera(
     mllm: MLLM,  # the model
@@ -60,7 +61,7 @@ def opera(
         raise ValueError(
             f'{mllm.name} reads its picture through cross-attention: its last layer has no attention to visual tokens that opera could weigh.'
         )
-    first, steps = _look(mllm, image, question), iter(range(max_new_tokens))
+    first, steps = _first(mllm, image, question), iter(range(max_new_tokens))
     p = first.prompt
 
     def punish(ids, scores):

@@ -12,8 +12,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter, median_filter
 from ..mllm.handle import MLLM
 from ..mllm.places import _pixels, _tiles
-from ..contrast.refinement import view_side
-from .common import _look, _ratio, _with_crop, GENERAL, BaselineAnswer
+from ..contrast.first_passes import view_side
+from .common import _first, _ratio, _window, CropProposal, GENERAL, method
 
 # %% ../../nbs/07_baselines/02_pixel_crop.ipynb #c015
 def _measured(what):
@@ -106,20 +106,20 @@ def _on_grid(mllm, p, grid, values):
     return np.bincount(cell, v[inside], grid.h * grid.w) / np.maximum(np.bincount(cell, minlength=grid.h * grid.w), 1)
 
 # %% ../../nbs/07_baselines/02_pixel_crop.ipynb #vicrop_pure
+@method('vicrop-pure')
 @torch.inference_mode(False)
 def vicrop_pure(
     mllm: MLLM,  # the model
-    image,  # path or PIL image
+    image,  # path, PIL image or `FirstPass`
     question: str,  # about it
     general: str = GENERAL,  # the prompt that gradients are divided by
     base: float | None = None,  # side of the smallest window, pixels; default: the side of the model's view
-    max_new_tokens: int = 32,  # of the answer
-    ask: bool = True,  # False makes the crop and leaves the answer to `contrast.answer_with_crops`
-) -> BaselineAnswer:
+) -> CropProposal:
     "ViCrop by pixel gradients (Zhang et al., ICLR 2025, arXiv 2502.17422, pure-grad)"
-    first = _look(mllm, image, question)
-    asked, plain = first.prompt, mllm.prompt(first.prompt.images, general)
-    grid, apart = asked.grids[0], _apart(mllm, asked)
-    kept = _seen_as(mllm, asked, _detail(asked.images[0], view_side(mllm)), apart) > 0.5
-    values = _ratio(*(_pixel_slope(mllm, p, apart) for p in (asked, plain))) * kept
-    return _with_crop(mllm, first, grid, _on_grid(mllm, asked, grid, values), max_new_tokens, ask, base)
+    first = _first(mllm, image, question)
+    asked = first.prompt
+    plain = mllm.prompt(asked.images, general)
+    apart = _apart(mllm, asked)
+    detailed = _seen_as(mllm, asked, _detail(asked.images[0], view_side(mllm)), apart) > 0.5
+    ratio = _ratio(_pixel_slope(mllm, asked, apart), _pixel_slope(mllm, plain, apart))
+    return _window(mllm, first, _on_grid(mllm, asked, asked.grids[0], ratio * detailed), base)

@@ -2,6 +2,9 @@
 
 from .contrastive import *
 from .boxes import *
+from .first_passes import *
+from .answering import *
+from .choices import *
 from .refinement import *
 
 __all__ = [name for name in dir() if not name.startswith('_')]

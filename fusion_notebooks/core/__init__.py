@@ -1,5 +1,6 @@
 """What every room needs: samples and pictures."""
 
+from .catalog import *
 from .errors import *
 from .files import *
 from .images import *

@@ -8,13 +8,25 @@ __all__ = ['scoped', 'sweep']
 # %% ../../nbs/05_masking/00_sweeps.ipynb #imports
 import pandas as pd
 import torch
+from dataclasses import dataclass
 from tqdm import tqdm
+from ..core.catalog import semantic
+from ..core.errors import BadInput
 from ..core.images import same_picture
 from ..mllm.handle import MLLM
 from ..mllm.state import _home, CHANGERS, foreign
 from ..hooks.recording import check_layers
-from ..hooks.edits import ATTENTION_EDITS, STATE_EDITS
 from ..engine.paths import run_variants, Variant
+
+# %% ../../nbs/05_masking/00_sweeps.ipynb #Step
+@dataclass(frozen=True)
+class _Step:
+    "One edit of a sweep"
+
+    how: str  # semantic
+    layer: int  # that names it
+    scope: str  # single, from or window
+    layers: tuple  # that it touches
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #c028
 def scoped(
@@ -23,29 +35,56 @@ def scoped(
     scope: str,  # single, from or window
     width: int = 3,  # layers in a window
 ) -> list:  # decoder layers to edit
-    "The layers that an edit named by layer `i` touches"
-    if scope not in ('single', 'from', 'window'):
-        raise ValueError(f"scope is 'single', 'from' or 'window', not {scope!r}.")
-    low, high = dict(single=(i, i + 1), window=(i - width // 2, i - width // 2 + width)).get(scope, (i, mllm.n_layers))
-    return list(range(max(low, 0), min(high, mllm.n_layers)))
+    "The layers that an edit named by layer `i` touches. Raises `BadInput` for another scope."
+    if scope == 'single':
+        first, end = i, i + 1
+    elif scope == 'from':
+        first, end = i, mllm.n_layers
+    elif scope == 'window':
+        first = i - width // 2
+        end = first + width
+    else:
+        raise BadInput(f"scope is 'single', 'from' or 'window', not {scope!r}.")
+    return list(range(max(first, 0), min(end, mllm.n_layers)))
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #touched
 def _touched(mllm, how, i, scope, width):
     "The layers of a scope; for an edit of attention those of them that have softmax attention"
     layers = scoped(mllm, i, scope, width)
-    if how in STATE_EDITS or mllm.cross or scope == 'single':
-        return layers
-    return [j for j in layers if j in mllm.reading]
+    if semantic(how).cumulative or mllm.cross or scope == 'single':
+        return tuple(layers)
+    return tuple(j for j in layers if j in mllm.reading)
+
+# %% ../../nbs/05_masking/00_sweeps.ipynb #steps
+def _steps(mllm, hows, layers, scope, width):
+    "Every edit of a sweep, in the order of its rows; layers None: all that the semantic can act on"
+    checked, steps = check_layers(mllm, layers), []
+    for how in hows:
+        attention = not semantic(how).cumulative
+        named = mllm.reading if attention and layers is None and not mllm.cross else checked
+        reach = scope if attention else 'single'
+        steps += [_Step(how, i, reach, _touched(mllm, how, i, reach, width)) for i in named]
+    return steps
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #donor
 def _donor(samples, k):
-    "The next sample with another picture"
-    me = samples[k]
+    "The next sample with another picture. Raises `BadInput` where there is none"
     for j in range(1, len(samples)):
         other = samples[(k + j) % len(samples)]
-        if not same_picture(other.image, me.image):
+        if not same_picture(other.image, samples[k].image):
             return other
-    raise ValueError('swap needs another picture: give at least two samples with different images, or donors=.')
+    raise BadInput('swap needs another picture: give at least two samples with different images, or donors=.')
+
+# %% ../../nbs/05_masking/00_sweeps.ipynb #donor_prompt
+def _donor_prompt(mllm, p, donor, name):
+    "The prompt of a donor's picture under the sample's question. Raises `BadInput` where it has another size"
+    other = mllm.prompt(donor.image, p.question)
+    if not torch.equal(other.inputs['input_ids'], p.inputs['input_ids']):
+        raise BadInput(
+            f'Sample {name}: the donor picture has {len(other.visual)} visual tokens, the sample {len(p.visual)}; '
+            'give donors= of the same size.'
+        )
+    return other
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #is_edit
 def _is_edit(hook):
@@ -54,21 +93,44 @@ def _is_edit(hook):
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #ids
 def _ids(samples):
-    "Names of samples, their numbers where they have none. Raises `ValueError` for one that is there twice"
-    ids, seen = [s.id or str(k) for k, s in enumerate(samples)], set()
+    "Names of samples, their numbers where they have none. Raises `BadInput` for one that is there twice"
+    ids = [s.id or str(k) for k, s in enumerate(samples)]
+    seen = set()
     for name in ids:
         if name in seen:
-            raise ValueError(f"Two samples have the id '{name}': their rows could not be told apart.")
+            raise BadInput(f"Two samples have the id '{name}': their rows could not be told apart.")
         seen.add(name)
     return ids
+
+# %% ../../nbs/05_masking/00_sweeps.ipynb #check
+def _check(mllm, hows, scope, exact, mean):
+    "Raises `BadInput` for a sweep that cannot be run"
+    if exact not in ('auto', 'resume', 'naive'):
+        raise BadInput(f"exact is 'auto', 'resume' or 'naive', not {exact!r}.")
+    for how in hows:
+        if semantic(how).needs == 'mean' and mean is None:
+            raise BadInput(f"'{how}' needs mean=: the states that masking.mean_states makes from calibration samples.")
+    scoped(mllm, 0, scope)
+    if any(_is_edit(h) for h in foreign(mllm.model.modules())):
+        raise BadInput('The layers carry hooks: end the edit around this call first.')
+
+# %% ../../nbs/05_masking/00_sweeps.ipynb #rows
+def _rows(name, steps, outcomes):
+    "The rows of one sample: the plain answer first, as layer -1"
+    plain = outcomes[0][0]
+    rows = [dict(sample=name, layer=-1, how='none', scope='none', prediction=plain.text, logp=plain.logp, path='plain')]
+    for step, (_, text, logp, path) in zip(steps, outcomes):
+        edited = dict(sample=name, layer=step.layer, how=step.how, scope=step.scope)
+        rows.append(edited | dict(prediction=text, logp=logp, path=path))
+    return rows
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #sweep
 def sweep(
     mllm: MLLM,  # the model
     samples: list,  # of `Sample`
-    how='zero',  # a semantic or several: zero, mean, swap, knockout, soft
-    scope: str = 'single',  # single, from or window; for knockout and soft
-    layers=None,  # decoder layers; None for all, for knockout and soft those with softmax attention
+    how='zero',  # a semantic of `core.catalog` or several: zero, mean, swap, knockout, soft
+    scope: str = 'single',  # single, from or window; for edits of attention
+    layers=None,  # decoder layers; None for all, for edits of attention those with softmax attention
     exact: str = 'auto',  # auto (the fastest exact path), resume or naive
     strength: float | None = None,  # λ of soft; default .1
     mean: torch.Tensor | None = None,  # (n_layers, width), from `mean_states`; needed for mean
@@ -77,58 +139,24 @@ def sweep(
     limit: int = 32,  # tokens of an answer
     batch: int = 16,  # samples at a time
     progress: bool = False,  # show a bar
-) -> pd.DataFrame:  # sample, layer, how, scope, prediction, logp (of the unmasked answer), path; the unmasked rows have layer -1 and how 'none'
-    "Edit the visual tokens at each layer in turn (paper, sections 1 and 4). Raises `ValueError` for unknown semantics, scopes and layers, and for donors of another size."
-    hows, given = [how] if isinstance(how, str) else list(how), layers
-    layers = check_layers(mllm, layers)
-    if exact not in ('auto', 'resume', 'naive'):
-        raise ValueError(f"exact is 'auto', 'resume' or 'naive', not {exact!r}.")
-    if bad := [h for h in hows if h not in STATE_EDITS + ATTENTION_EDITS]:
-        raise ValueError(f"No edit '{bad[0]}': choose from {', '.join(STATE_EDITS + ATTENTION_EDITS)}.")
-    scoped(mllm, 0, scope, width)
-    if 'mean' in hows and mean is None:
-        raise ValueError("'mean' needs mean=: the states that masking.mean_states makes from calibration samples.")
-    if any(_is_edit(h) for h in foreign(mllm.model.modules())):
-        raise ValueError('The layers carry hooks: end the edit around this call first.')
-    ids = _ids(samples)
-    rows, bar = [], tqdm(total=len(samples), desc='sweep', disable=not progress, mininterval=2)
-    keys = []
-    for h in hows:
-        some = layers
-        if given is None and h in ATTENTION_EDITS and not mllm.cross:
-            some = mllm.reading
-        keys += [(h, i, scope if h in ATTENTION_EDITS else 'single') for i in some]
+) -> pd.DataFrame:  # sample, layer (-1: plain), how, scope, prediction, logp (of the plain answer), path
+    "Edit the visual tokens at each layer in turn (paper, sections 1 and 4). Raises `BadInput`, `NotSupported`."
+    hows = [how] if isinstance(how, str) else list(how)
+    _check(mllm, hows, scope, exact, mean)
+    steps = _steps(mllm, hows, layers, scope, width)
+    ids, rows = _ids(samples), []
+    swaps = any(semantic(h).needs == 'donor' for h in hows)
+    bar = tqdm(total=len(samples), desc='sweep', disable=not progress, mininterval=2)
     for first in range(0, len(samples), batch):
-        some, variants = range(first, min(first + batch, len(samples))), []
+        some = range(first, min(first + batch, len(samples)))
+        variants = []
         for k in some:
             p, donor = mllm.prompt(samples[k].image, samples[k].question), None
-            if 'swap' in hows:
-                donor = mllm.prompt((donors[k] if donors else _donor(samples, k)).image, samples[k].question)
-                if not torch.equal(donor.inputs['input_ids'], p.inputs['input_ids']):
-                    raise ValueError(
-                        f'Sample {ids[k]}: the donor picture has {len(donor.visual)} visual tokens, the sample {len(p.visual)}; give donors= of the same size.'
-                    )
-            variants += [
-                Variant(p, h, _touched(mllm, h, i, s, width), 0.1 if strength is None else strength, mean, donor)
-                for h, i, s in keys
-            ]
-        found = iter(run_variants(mllm, variants, exact, limit))
+            if swaps:
+                donor = _donor_prompt(mllm, p, donors[k] if donors else _donor(samples, k), ids[k])
+            variants += [Variant(p, s.how, list(s.layers), strength, mean, donor) for s in steps]
+        outcomes = iter(run_variants(mllm, variants, exact, limit))
         for k in some:
-            mine = [next(found) for _ in keys]
-            rows.append(
-                dict(
-                    sample=ids[k],
-                    layer=-1,
-                    how='none',
-                    scope='none',
-                    prediction=mine[0][0].text,
-                    logp=mine[0][0].logp,
-                    path='plain',
-                )
-            )
-            rows += [
-                dict(sample=ids[k], layer=i, how=h, scope=sc, prediction=t, logp=lp, path=x)
-                for (h, i, sc), (_, t, lp, x) in zip(keys, mine)
-            ]
+            rows += _rows(ids[k], steps, [next(outcomes) for _ in steps])
             bar.update()
     return pd.DataFrame(rows)

@@ -3,7 +3,7 @@
 from ..results import FINDINGS, percent, summary_text
 from .settings import *
 from .samples import *
-from .analyses import *
+from ..analyses import *
 from .work_units import *
 from .reports import *
 from .workers import *

@@ -89,7 +89,7 @@ def listing(
         if folder.is_dir()
         else []
     )
-    return Store(s.results).note(
+    return Store(s.results).memo(
         dict(samples=list(_asked(job, s)), files=files, code=code_of('demo' if job.benchmark == 'glyph' else 'vqa')),
         lambda: [[x.id, x.kind, _content(x)] for x in draw(*_asked(job, s))],
     )

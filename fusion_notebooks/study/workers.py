@@ -15,18 +15,11 @@ import threading
 import time
 from pathlib import Path
 from unittest.mock import patch
+from ..analyses.records import ANALYSES
 from ..results.store import Store
 from .settings import Settings
-from fusion_notebooks.study.work_units import (
-    _cause,
-    CALIBRATED,
-    compute_missing,
-    finish_unit_on_signal,
-    jobs,
-    STOP,
-    progress_reporter,
-    units,
-)
+from .work_units import _cause, compute_missing, finish_unit_on_signal
+from .work_units import jobs, STOP, progress_reporter, units
 
 # %% ../../nbs/13_study/05_workers.ipynb #c035
 def _failed_before(s):
@@ -158,7 +151,7 @@ def on_cluster(
     store, old = Store(s.results), _failed_before(s)
     with Client(address, set_as_default=False) as client:
         for late in (False, True):
-            todo = {job: units(job, s) for job in jobs(s) if (job.analysis in CALIBRATED) == late}
+            todo = {job: units(job, s) for job in jobs(s) if ANALYSES[job.analysis].calibrated == late}
             tell = progress_reporter(todo, s)
             for _ in range(3):  # what another study had claimed is asked for again
                 asked = {

@@ -1,0 +1,10 @@
+"""The analyses of a study, one module each."""
+
+from .records import *
+from .masking import *
+from .attention import *
+from .early_exit import *
+from .refine import *
+from .candidates import *
+
+__all__ = [name for name in dir() if not name.startswith('_')]
