@@ -19,13 +19,13 @@ def _watched(mllm, image, question):
     p, sinks = mllm.prompt(image, question), []
 
     def watch(layer, args, kw):
-        h = hooks.recording._hidden(args, kw)[0]
+        h = hooks.attaching._hidden(args, kw)[0]
         sinks.append(fusion.massive(h[p.visual.to(h.device)], h[0]))
 
     handles = []
     if not mllm.cross:  # a picture beside the text has no states there
         handles = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in mllm.layers]
-    with torch.inference_mode(), hooks.recording._removing(handles), hooks.capture(mllm) as cache:
+    with torch.inference_mode(), hooks.attaching._removing(handles), hooks.capture(mllm) as cache:
         mllm.model(**mllm.encoded([p]), use_cache=False, logits_to_keep=1)
     maps = cache.attention[0, :, 0].float().cpu().numpy()
     return p, maps, np.stack(sinks) if sinks else np.full(maps.shape, np.nan)

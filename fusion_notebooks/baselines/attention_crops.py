@@ -9,7 +9,8 @@ __all__ = ['vicrop_rel', 'vicrop_grad']
 import torch
 from transformers.masking_utils import eager_mask, sdpa_mask
 from ..mllm.handle import MLLM
-from ..hooks.recording import _recording_attention, _recording_eager, attending, capture, EAGER
+from ..hooks.attaching import attending
+from ..hooks.recording import _recording_attention, _recording_eager, capture, EAGER
 from .common import _at, _attention, _first, _ratio, _window, CropProposal, GENERAL, method
 
 # %% ../../nbs/07_baselines/01_attention_crops.ipynb #vicrop_rel

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from ..mllm.handle import MLLM, Prompt
 from ..mllm.batching import in_batches
-from ..hooks.recording import _hidden, _removing, check_layers
+from ..hooks.attaching import _hidden, _removing, check_layers
 from ..hooks.edits import _as_float_mask
 from ..masking.sweeps import scoped
 

@@ -15,7 +15,8 @@ from ..core import catalog
 from ..core.errors import BadInput, NotSupported
 from ..mllm.grids import Grid
 from ..mllm.handle import Answer, MLLM
-from ..hooks.recording import _hidden, _removing, capture, check_layers
+from ..hooks.attaching import _hidden, _removing, check_layers
+from ..hooks.recording import capture
 from ..contrast.boxes import window_box
 from ..contrast.first_passes import FirstPass, first_pass, view_side
 
@@ -138,8 +139,11 @@ def _attention(mllm, p, layers, rows='last', ids=()):
 
 # %% ../../nbs/07_baselines/00_common.ipynb #first
 def _first(mllm, image, question):
-    "The recorded pass over a sample, made where it is not given"
-    return image if isinstance(image, FirstPass) else first_pass(mllm, image, question)
+    "The recorded pass over a sample, made where it is not given; its tensors may be used for gradients"
+    if isinstance(image, FirstPass):
+        return image
+    with torch.inference_mode(False):
+        return first_pass(mllm, image, question)
 
 # %% ../../nbs/07_baselines/00_common.ipynb #prompt
 def _prompt(mllm, image, question):

@@ -15,7 +15,8 @@ from functools import cached_property
 from ..core.errors import BadInput
 from ..mllm.handle import Answer, MLLM
 from ..mllm.state import holding
-from ..hooks.recording import capture, check_layers
+from ..hooks.attaching import check_layers
+from ..hooks.recording import capture
 from ..hooks.edits import edit
 from .contrastive import candidate_layers, Contrast, contrastive_attention, lowest
 from .first_passes import first_pass, FirstPass, view_side

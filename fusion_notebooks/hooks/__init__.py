@@ -1,5 +1,6 @@
 """Reading and writing inside a forward."""
 
+from .attaching import *
 from .recording import *
 from .logit_lens import *
 from .edits import *

@@ -15,7 +15,7 @@ from ..core.errors import BadInput
 from ..core.images import same_picture
 from ..mllm.handle import MLLM
 from ..mllm.state import _home, CHANGERS, foreign
-from ..hooks.recording import check_layers
+from ..hooks.attaching import check_layers
 from ..engine.paths import run_variants, Variant
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #Step
