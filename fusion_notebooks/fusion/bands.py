@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from functools import lru_cache
 from scipy.stats import norm, t as student
+from ..core.errors import BadInput
 
 # %% ../../nbs/03_fusion/02_bands.ipynb #resample
 @lru_cache(maxsize=4)
@@ -21,108 +22,148 @@ def resample(
     "Bootstrap weights, the same for the same arguments"
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws).astype('float32')
 
-# %% ../../nbs/03_fusion/02_bands.ipynb #c019
+# %% ../../nbs/03_fusion/02_bands.ipynb #check_columns
+def _check_columns(curve):
+    "Raises `BadInput` for a table that is no curve of one model and one semantic"
+    for column in ('layer', 'accuracy'):
+        if column not in curve:
+            raise BadInput(f'curve: column {column!r} is missing; pass a table with layer and accuracy')
+    for column in ('model', 'how', 'scope'):
+        if column in curve and curve[column].nunique() > 1:
+            raise BadInput(
+                f'curve: column {column!r} holds {sorted(curve[column].unique())}; pass the rows of one of them'
+            )
+
+# %% ../../nbs/03_fusion/02_bands.ipynb #check
 def _check(curve, n_layers):
-    if missing := {'layer', 'accuracy'} - set(curve.columns):
-        raise ValueError(f'curve: column {min(missing)!r} is missing; pass a table with layer and accuracy')
-    for c in ('model', 'how', 'scope'):
-        if c in curve and curve[c].nunique() > 1:
-            raise ValueError(f'curve: column {c!r} holds {sorted(curve[c].unique())}; pass the rows of one of them')
+    "(curve with whole layers and a dataset, depth). Raises `BadInput`"
+    _check_columns(curve)
     curve = curve[curve.accuracy.notna()]
     if not len(curve):
-        raise ValueError('curve: no row with an accuracy; measure at least one layer')
+        raise BadInput('curve: no row with an accuracy; measure at least one layer')
     if not curve.accuracy.between(0, 100).all():
-        raise ValueError('curve: an accuracy lies outside 0 to 100; pass percent or shares')
+        raise BadInput('curve: an accuracy lies outside 0 to 100; pass percent or shares')
     depth = int(n_layers or curve.layer.max() + 1)
     wrong = curve.layer[(curve.layer < 0) | (curve.layer >= depth) | (curve.layer % 1 != 0)]
     if len(wrong):
-        raise ValueError(
-            f'curve: layer {wrong.iloc[0]} does not exist in a model of {depth} decoder layers (0 to {depth - 1}); drop these rows'
+        raise BadInput(
+            f'curve: layer {wrong.iloc[0]} does not exist in a model of {depth} decoder layers (0 to {depth - 1}); '
+            'drop these rows'
         )
-    return curve.assign(layer=curve.layer.astype(int), dataset=curve['dataset'] if 'dataset' in curve else ''), depth
+    dataset = curve['dataset'] if 'dataset' in curve else ''
+    return curve.assign(layer=curve.layer.astype(int), dataset=dataset), depth
 
 # %% ../../nbs/03_fusion/02_bands.ipynb #unmasked
 def _unmasked(base, dataset):
-    "One dataset's base: a number, or a Series over samples"
+    "One dataset's base: a number, or a Series over samples. Raises `BadInput` where it has none"
     if isinstance(base, pd.DataFrame):
         rows = base[base['dataset'] == dataset] if 'dataset' in base else base
         return rows.groupby('sample').accuracy.mean() if 'sample' in rows else rows.accuracy.mean()
     if isinstance(base, dict) and dataset not in base:
-        raise ValueError(f'base: dataset {dataset!r} has no unmasked accuracy; known are {sorted(base)}')
+        raise BadInput(f'base: dataset {dataset!r} has no unmasked accuracy; known are {sorted(base)}')
     return base[dataset] if isinstance(base, dict) else base
 
 # %% ../../nbs/03_fusion/02_bands.ipynb #scale
 def _scale(curve, bases):
+    "100 where accuracies are percent, 1 where they are shares. Raises `BadInput` where curve and base differ in that"
     known, most = max(np.max(b) for b in bases.values()), curve.accuracy.max()
     if not 0 <= known <= 100:
-        raise ValueError(f'base: {known} is no accuracy; pass percent or shares')
+        raise BadInput(f'base: {known} is no accuracy; pass percent or shares')
     if known <= 1 and most > 1.5:
-        raise ValueError(f'base: {known:g} is a share, but the curve reaches {most:g} percent; pass both in one unit')
+        raise BadInput(f'base: {known:g} is a share, but the curve reaches {most:g} percent; pass both in one unit')
     return 100.0 if max(known, most) > 1.5 else 1.0
+
+# %% ../../nbs/03_fusion/02_bands.ipynb #by_picture
+def _resampled_pictures(rows, base, draws, seed):
+    "(k+1,) accuracies by layer, base last · (draws, k+1) the same of resampled pictures · number of pictures"
+    cells = rows.pivot_table(index='sample', columns='layer', values='accuracy')
+    cells['base'] = base
+    if cells.base.isna().all():
+        raise BadInput('base: no sample of the curve has an unmasked accuracy; both need the same sample ids')
+    picture = cells.index
+    if 'image' in rows:
+        picture = rows.groupby('sample')['image'].first().reindex(cells.index)
+    sums = cells.groupby(np.asarray(picture)).sum().values
+    counts = cells.notna().astype(float).groupby(np.asarray(picture)).sum().values
+    w = resample(len(sums), draws, seed)
+    with np.errstate(invalid='ignore'):
+        return sums.sum(0) / counts.sum(0), (w @ sums) / (w @ counts), len(sums)
+
+# %% ../../nbs/03_fusion/02_bands.ipynb #by_count
+def _resampled_counts(rows, base, n, draws, seed):
+    "The same for accuracies behind which n answers stand; without n there are no draws"
+    x = np.r_[rows.groupby('layer').accuracy.mean(), np.mean(base)]
+    if not n and 'n' in rows and rows['n'].notna().all():
+        n = int(rows['n'].min())
+    if not n:
+        return x, np.empty((0, len(x))), None
+    rng = np.random.default_rng(seed)
+    return x, rng.beta(n * x + 0.5, n * (1 - x) + 0.5, (draws, len(x))), n
 
 # %% ../../nbs/03_fusion/02_bands.ipynb #resampled
 def _resampled(rows, base, n, draws, seed):
-    "One dataset's accuracies, base last, all as shares: measured (k+1,), resampled (draws, k+1), and the number of clusters"
+    "One dataset's accuracies as shares: measured (k+1,), base last, resampled (draws, k+1), and the number of clusters"
     if 'sample' in rows:
-        cells = rows.pivot_table(index='sample', columns='layer', values='accuracy')
-        cells['base'] = base
-        if cells.base.isna().all():
-            raise ValueError('base: no sample of the curve has an unmasked accuracy; both need the same sample ids')
-        image = rows.groupby('sample')['image'].first().reindex(cells.index) if 'image' in rows else cells.index
-        sums, counts = (t.groupby(np.asarray(image)).sum().values for t in (cells, cells.notna().astype(float)))
-        w = resample(len(sums), draws, seed)
-        with np.errstate(invalid='ignore'):
-            return sums.sum(0) / counts.sum(0), (w @ sums) / (w @ counts), len(sums)
-    x = np.r_[rows.groupby('layer').accuracy.mean(), np.mean(base)]
-    n = n or (int(rows['n'].min()) if 'n' in rows and rows['n'].notna().all() else None)
-    if n is None:
-        return x, np.empty((0, len(x))), None
-    return x, np.random.default_rng(seed).beta(n * x + 0.5, n * (1 - x) + 0.5, (draws, len(x))), n
+        return _resampled_pictures(rows, base, draws, seed)
+    return _resampled_counts(rows, base, n, draws, seed)
 
-# %% ../../nbs/03_fusion/02_bands.ipynb #c021
+# %% ../../nbs/03_fusion/02_bands.ipynb #cumulative
 def _cumulative(x):
-    return x[..., 1:] - np.maximum.accumulate(x, -1)[..., :-1], np.ones(x.shape[-1] - 1)
+    "The rise from layer i to i + 1, counted from the best accuracy that any earlier cut still reached"
+    best = np.maximum.accumulate(x, -1)
+    return x[..., 1:] - best[..., :-1], np.ones(x.shape[-1] - 1)
 
 # %% ../../nbs/03_fusion/02_bands.ipynb #single
 def _single(x):
+    "What is lost at the layer: base − accuracy"
     return x[..., -1:] - x[..., :-1], np.ones(x.shape[-1] - 1)
 
 # %% ../../nbs/03_fusion/02_bands.ipynb #valley
 def _valley(x):
-    left, right = np.maximum.accumulate(x, -1), np.maximum.accumulate(x[..., ::-1], -1)[..., ::-1]
+    "Depth below the water that fills the curve from its highest points on either side"
+    left = np.maximum.accumulate(x, -1)
+    right = np.maximum.accumulate(x[..., ::-1], -1)[..., ::-1]
     level = np.minimum(left, right)[..., :-1]
     return level - x[..., :-1], level
 
 # %% ../../nbs/03_fusion/02_bands.ipynb #isolated
 def _isolated(x):
-    level = np.full_like(x[..., :-1], np.nan)  # layer 0 has no neighbour below
+    "Depth below the lower of the two neighbours; layer 0 has none below"
+    level = np.full_like(x[..., :-1], np.nan)
     level[..., 1:] = np.minimum(x[..., :-2], x[..., 2:])
     return level - x[..., :-1], level
 
 # %% ../../nbs/03_fusion/02_bands.ipynb #gaps
 def _gaps(reading, mine, depth):
-    "Layers whose neighbours are too far away for this reading"
+    "(layers,) of bool: where the neighbours that a reading needs are too far away"
     steps = np.diff(np.r_[mine, depth])
-    far = steps > 2 * np.median(steps[:-1] if len(steps) > 1 else [1])
-    return {_cumulative: far, _isolated: far | np.r_[False, far[:-1]]}.get(reading, far & False)
+    usual = np.median(steps[:-1]) if len(steps) > 1 else 1
+    far = steps > 2 * usual
+    if reading is _cumulative:
+        return far
+    if reading is _isolated:
+        return far | np.r_[False, far[:-1]]
+    return np.zeros(len(far), bool)
 
 # %% ../../nbs/03_fusion/02_bands.ipynb #c022
-def _pool(parts, share):  # (2, datasets, ...) drop and level; whether the drop is a share of the level
+def _pool(parts, share):
+    "Mean drop and level over the datasets of (2, datasets, …); with `share` the drop is divided by its level"
     drop, level = np.nanmean(parts, 1)
-    return (np.divide(drop, level, out=np.full_like(drop, np.nan), where=level > 1e-9) if share else drop), level
+    if share:
+        drop = np.divide(drop, level, out=np.full_like(drop, np.nan), where=level > 1e-9)
+    return drop, level
 
 # %% ../../nbs/03_fusion/02_bands.ipynb #band
 def _band(drop, many, clusters, level):
+    "(low, high) of drops (layers,) that hold for all layers at once, from resampled ones (draws, layers)"
     if not len(many) or not np.isfinite(drop).any():
         return drop * np.nan, drop * np.nan
     if clusters < 2:
         return drop - np.inf, drop + np.inf  # one picture says nothing of others
-    se, z = (
-        np.maximum(np.nanstd(many, 0), 0.5 / clusters),
-        norm.ppf(0.5 + level / 2),
-    )  # a handful of equal scores is no certainty
-    width = max(z, np.nanquantile(np.nanmax(np.abs(many - np.nanmean(many, 0)) / se, 1), level))
-    width *= (
-        np.sqrt(clusters / (clusters - 1)) * student.ppf(0.5 + level / 2, clusters - 1) / z
-    )  # as in `metrics.interval`
+    se = np.maximum(np.nanstd(many, 0), 0.5 / clusters)  # a handful of equal scores is no certainty
+    z = norm.ppf(0.5 + level / 2)
+    largest = np.nanmax(np.abs(many - np.nanmean(many, 0)) / se, 1)
+    width = max(z, np.nanquantile(largest, level))
+    small_sample = np.sqrt(clusters / (clusters - 1)) * student.ppf(0.5 + level / 2, clusters - 1) / z
+    width *= small_sample  # as in `metrics.interval`
     return drop - width * se, drop + width * se

@@ -9,14 +9,18 @@ __all__ = ['LOST', 'LATE', 'Layers', 'fusion_layers', 'review_layer', 'masking_c
 import numpy as np
 import pandas as pd
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from ..core import catalog
+from ..core.errors import BadInput
 from .bands import _band, _check, _cumulative, _gaps, _isolated, _pool, _resampled, _scale
 from .bands import _single, _unmasked, _valley
 
-# %% ../../nbs/03_fusion/03_layers.ipynb #c017
+# %% ../../nbs/03_fusion/03_layers.ipynb #Layers
 @dataclass
 class Layers:
-    "Layers found in a curve, with what speaks for them"
+    "Layers found in a curve, and their evidence"
 
     layers: tuple  # 0-based decoder layers, ascending; () is an answer
     confidence: dict  # layer -> share of the resampled curves (each without one dataset where there are three and no samples) that choose it
@@ -28,211 +32,281 @@ class Layers:
     note: str = ''  # what keeps the curve from being read, in words
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #LOST
-LOST, LATE = (
-    0.25,
-    0.6,
-)  # smallest loss that counts, as a share of the base; share of the depth behind which a layer is late
+LOST = 0.25  # smallest loss that counts, as a share of the base
+LATE = 0.6  # share of the depth behind which a layer is late
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #Rule
+@dataclass
+class _Rule:
+    "How layers are chosen from a curve"
+
+    reading: Callable  # (…, k+1) accuracies → drop and level per layer, see `bands`
+    first: float  # only layers deeper than this share of the depth …
+    end: float  # … and not deeper than this
+    choose: Callable  # (drop, level, mean base) → which layers, all (…, layers)
+    words: str  # the rule in words
+
+    @property
+    def relative(self):
+        "Are accuracies read as shares of the base?"
+        return self.reading in (_valley, _isolated)
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #Judged
+@dataclass
+class _Judged:
+    "One dataset of a curve, measured and resampled"
+
+    base: float  # unmasked accuracy, a share
+    clusters: int | None  # what was resampled; None: nothing
+    kept: np.ndarray  # (layers,) accuracy as a share of the base, NaN where not measured
+    parts: np.ndarray  # (2, 1 + draws, layers) drop and level; row 0 as measured
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #judge_dataset
+def _judge_dataset(rows, base, rule, layers, depth, n, draws, seed):
+    "Drop and level at each layer of one dataset; rows and base are shares"
+    mine = np.unique(rows.layer)
+    measured = np.isin(layers, mine)
+    x, boot, clusters = _resampled(rows, base, n, draws, seed)
+    known = x[-1]
+    x = np.vstack([x[None], boot])
+    if rule.relative:
+        above = (x[:, -1:] > 0) & (known > 0)
+        x = np.divide(x, x[:, -1:], out=np.full_like(x, np.nan), where=above)
+    kept = np.full(len(layers), np.nan)
+    kept[measured] = x[0, :-1] / (x[0, -1] or np.nan)
+    parts = np.full((2, len(x), len(layers)), np.nan)
+    gaps = _gaps(rule.reading, mine, depth)
+    for part, value in zip(parts, rule.reading(x)):
+        part[:, measured] = np.where(gaps, np.nan, value)
+    return _Judged(known, clusters, kept, parts)
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #judge_datasets
+def _judge_datasets(curve, bases, scale, rule, depth, n, draws, seed):
+    "(layers, `_Judged` of each dataset). Raises `BadInput` where none has enough layers"
+    layers, judged = np.unique(curve.layer), []
+    for name, rows in curve.groupby('dataset'):
+        some = rows.layer.nunique()
+        if 2 * some < len(layers):
+            warnings.warn(f'dataset {name!r} left out: it has {some} of {len(layers)} layers')
+            continue
+        rows = rows.assign(accuracy=rows.accuracy / scale)
+        judged.append(_judge_dataset(rows, bases[name] / scale, rule, layers, depth, n, draws, seed + len(judged)))
+    if not judged:
+        raise BadInput('curve: every dataset has too few of the layers; measure at least one dataset throughout')
+    return layers, judged
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #stacked
+def _stacked(judged, rule, layers, depth):
+    "(2, datasets, 1 + draws, layers) drop and level, NaN outside the part of the depth that the rule reads"
+    parts = [j.parts for j in judged]
+    if any(j.clusters is None for j in judged):
+        parts = [p[:, :1] for p in parts]  # one dataset of unknown n: no interval for the mean either
+    inside = (layers > rule.first * depth) & (layers <= rule.end * depth)
+    return np.where(inside, np.stack(parts, 1), np.nan)
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #picks
+def _picks(parts, chosen, curve, rule, mean_base):
+    "(curves, layers) what the rule chooses on resampled curves; without samples each of them lacks one dataset"
+    datasets, draws = parts.shape[1], chosen[1:]
+    if 'sample' in curve or datasets < 3:
+        return draws
+    again = parts[:, :, 1:].copy() if len(draws) else np.repeat(parts, datasets, 2)
+    for d in range(datasets):
+        again[:, d, d::datasets] = np.nan
+    return rule.choose(*_pool(again, rule.reading is _valley), mean_base)
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #found
+def _found(table, words, recovered):
+    "`Layers` from the table of judged layers"
+    layers = tuple(table.layer[table.chosen].tolist())
+    confidence = dict(zip(table.layer.tolist(), table.confidence.tolist()))
+    return Layers(layers, confidence, table, words, recovered=recovered if recovered >= 0 else np.nan)
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #judge
-def _judge(curve, base, reading, where, choose, rule, n, n_layers, seed, draws=2000, level=0.95):
-    "Drops of the layers in `where` (shares of the depth) with their band; `choose(drop, level, mean base)` is repeated on every resampled curve"
+def _judge(curve, base, rule, n, n_layers, seed, draws=2000, level=0.95):
+    "`Layers` that a rule finds in a curve, with simultaneous bands and the share of resampled curves that agree"
     curve, depth = _check(curve, n_layers)
     bases = {name: _unmasked(base, name) for name in curve.dataset.unique()}
-    scale, relative = _scale(curve, bases), reading in (_valley, _isolated)
-    layers, clusters, known, parts, kept = np.unique(curve.layer), [], [], [], []
-    for name, rows in curve.groupby('dataset'):
-        mine = np.unique(rows.layer)
-        if 2 * len(mine) < len(layers):
-            warnings.warn(f'dataset {name!r} left out: it has {len(mine)} of {len(layers)} layers')
-            continue
-        x, boot, m = _resampled(
-            rows.assign(accuracy=rows.accuracy / scale), bases[name] / scale, n, draws, seed + len(known)
-        )
-        known.append(x[-1])
-        clusters.append(m)
-        out = np.full((2, 1 + len(boot), len(layers)), np.nan)  # drop and level; row 0 as measured
-        x = np.vstack([x[None], boot])
-        if relative:
-            x = np.divide(x, x[:, -1:], out=np.full_like(x, np.nan), where=(x[:, -1:] > 0) & (known[-1] > 0))
-        kept.append(np.full(len(layers), np.nan))
-        kept[-1][np.isin(layers, mine)] = x[0, :-1] / (x[0, -1] or np.nan)
-        for part, value in zip(out, reading(x)):
-            part[:, np.isin(layers, mine)] = np.where(_gaps(reading, mine, depth), np.nan, value)
-        parts.append(out)
-    if not parts:
-        raise ValueError('curve: every dataset has too few of the layers; measure at least one dataset throughout')
-    if None in clusters:
-        parts = [p[:, :1] for p in parts]  # one dataset of unknown n: no interval for the mean either
-    parts = np.where(
-        (layers > where[0] * depth) & (layers <= where[1] * depth), np.stack(parts, 1), np.nan
-    )  # (2, datasets, 1 + draws, layers)
+    scale = _scale(curve, bases)
+    layers, judged = _judge_datasets(curve, bases, scale, rule, depth, n, draws, seed)
+    parts = _stacked(judged, rule, layers, depth)
+    mean_base = np.mean([j.base for j in judged])
+    clusters = min((j.clusters for j in judged if j.clusters), default=1)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)  # what no dataset can judge stays NaN
-        drop, levels = _pool(parts, reading is _valley)
-        recovered = np.nanmax(np.nanmean(kept, 0)[layers > LATE * depth], initial=-1)
-        low, high = _band(drop[0], drop[1:], min((c for c in clusters if c), default=1), level)
-        chosen = choose(drop, levels, np.mean(known))
-        picks = chosen[1:]
-        if 'sample' not in curve and len(clusters) > 2:  # each resampled curve without one dataset
-            again = parts[:, :, 1:].copy() if len(picks) else np.repeat(parts, len(clusters), 2)
-            for d in range(len(clusters)):
-                again[:, d, d :: len(clusters)] = np.nan
-            picks = choose(*_pool(again, reading is _valley), np.mean(known))
-    unit = 1 if relative else scale
-    table = pd.DataFrame(
-        dict(
-            layer=layers,
-            drop=drop[0] * unit,
-            low=low * unit,
-            high=high * unit,
-            confidence=picks.mean(0) if len(picks) else np.nan,
-            chosen=chosen[0] & ~(low <= 0),
-        )
-    )[np.isfinite(drop[0])].reset_index(drop=True)
-    return Layers(
-        tuple(table.layer[table.chosen].tolist()),
-        dict(zip(table.layer.tolist(), table.confidence.tolist())),
-        table,
-        rule,
-        recovered=float(recovered) if recovered >= 0 else np.nan,
-    )
+        drop, levels = _pool(parts, rule.reading is _valley)
+        kept = np.nanmean([j.kept for j in judged], 0)
+        recovered = np.nanmax(kept[layers > LATE * depth], initial=-1)
+        low, high = _band(drop[0], drop[1:], clusters, level)
+        chosen = rule.choose(drop, levels, mean_base)
+        picks = _picks(parts, chosen, curve, rule, mean_base)
+    unit = 1 if rule.relative else scale
+    table = dict(layer=layers, drop=drop[0] * unit, low=low * unit, high=high * unit)
+    table['confidence'] = picks.mean(0) if len(picks) else np.nan
+    table['chosen'] = chosen[0] & ~(low <= 0)
+    return _found(pd.DataFrame(table)[np.isfinite(drop[0])].reset_index(drop=True), rule.words, float(recovered))
 
-# %% ../../nbs/03_fusion/03_layers.ipynb #c024
+# %% ../../nbs/03_fusion/03_layers.ipynb #never
 def _never(found):
     "A curve without a recovery has no shallow and no late part: nothing is read from it"
     found.layers, found.kind, found.table['chosen'] = (), 'never recovers', False
     found.note = f'never recovers: no layer deeper than {LATE:g} L keeps more than {found.recovered:.2f} of the base'
     return found
 
+# %% ../../nbs/03_fusion/03_layers.ipynb #deepest
+def _deepest_valleys(drop, level, mean_base, least, most):
+    "Valleys deeper than `least` of their level, and of more than 5 points; of many the deepest"
+    drop = np.where((drop > least) & (drop * level > 0.05), drop, -1)
+    limit = np.sort(drop, -1)[..., -min(most, drop.shape[-1]), None]
+    return (drop > 0) & (drop >= limit)
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #enough
+def _large_drops(drop, level, mean_base, threshold):
+    "Drops above a threshold; None: 5 % of the base, at least 2 points"
+    return drop > (max(0.02, 0.05 * mean_base) if threshold is None else threshold)
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #paper_rule
+def _paper_rule(threshold, before, most):
+    "Valleys of the curve itself, in the first part of the depth"
+    least = 0.5 if threshold is None else threshold
+    choose = partial(_deepest_valleys, least=least, most=most)
+    words = f'paper: valley deeper than {least:g} of its level, in the first {before:g} L'
+    return _Rule(_valley, -1, before, choose, words)
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #information_rule
+def _information_rule(threshold, cumulative):
+    "What each layer adds"
+    what = 'rise to the next layer' if cumulative else 'drop at the layer'
+    least = '5 % of the base and 2 points' if threshold is None else threshold
+    choose = partial(_large_drops, threshold=threshold)
+    return _Rule(_cumulative if cumulative else _single, -1, 1, choose, f'information: {what} above {least}')
+
 # %% ../../nbs/03_fusion/03_layers.ipynb #fusion_layers
 def fusion_layers(
     curve: pd.DataFrame,  # layer, accuracy [, dataset, run, sample, image, n]; one semantic
     base,  # unmasked accuracy: number, dict per dataset, or table with sample and accuracy
-    how: str = 'knockout',  # semantic of the curve: zero, mean, swap (cumulative) or knockout, soft
+    how: str = 'knockout',  # semantic of the curve, see `core.catalog`
     rule: str = 'information',  # or 'paper'
-    scope: str = 'single',  # of knockout and soft; 'from' is cumulative too
+    scope: str = 'single',  # of edits of attention; 'from' is cumulative, as edits of states are
     n: int = None,  # samples behind each accuracy, for curves without sample rows
     n_layers: int = None,  # depth of the model; None: the last layer of the curve is the model's last
-    threshold: float = None,  # smallest drop: share (information; None: 5 % of base, at least .02), share of the level (paper; None: .5)
+    threshold: float = None,  # smallest drop; information: None is 5 % of base, at least .02; paper: share of the level, .5
     before: float = LATE,  # paper: only the first part of the depth
     most: int = 10,  # paper: no more layers than this, the deepest valleys
     seed: int = 0,  # of the resampling
 ) -> Layers:  # `drop` in the unit of the curve (information) or relative (paper)
-    "Layers at which vision meets language. Raises `ValueError` for what is no curve, and for unknown rules and semantics."
+    "Layers at which vision meets language. Raises `BadInput` for what is no curve, and for unknown rules and semantics."
     if rule not in ('information', 'paper'):
-        raise ValueError(f"fusion_layers: rule {rule!r} does not exist; choose 'information' or 'paper'")
-    if how not in ('zero', 'mean', 'swap', 'knockout', 'soft'):
-        raise ValueError(f'fusion_layers: semantic {how!r} does not exist; choose zero, mean, swap, knockout or soft')
+        raise BadInput(f"fusion_layers: rule {rule!r} does not exist; choose 'information' or 'paper'")
+    if how not in catalog.SEMANTICS:
+        known = ', '.join(catalog.SEMANTICS)
+        raise BadInput(f'fusion_layers: semantic {how!r} does not exist; choose one of {known}')
     if rule == 'paper':
-        least = 0.5 if threshold is None else threshold
-
-        def choose(drop, level, mean):
-            drop = np.where((drop > least) & (drop * level > 0.05), drop, -1)
-            return (drop > 0) & (drop >= np.sort(drop, -1)[..., -min(most, drop.shape[-1]), None])
-
-        found = _judge(
-            curve,
-            base,
-            _valley,
-            (-1, before),
-            choose,
-            f'paper: valley deeper than {least:g} of its level, in the first {before:g} L',
-            n,
-            n_layers,
-            seed,
-        )
+        found = _judge(curve, base, _paper_rule(threshold, before, most), n, n_layers, seed)
         return _never(found) if found.recovered < 1 - LOST else found
-    cumulative = how in ('zero', 'mean', 'swap') or scope == 'from'
-    choose = lambda drop, level, mean: drop > (max(0.02, 0.05 * mean) if threshold is None else threshold)
-    words = f'information: {"rise to the next layer" if cumulative else "drop at the layer"} above {"5 % of the base and 2 points" if threshold is None else threshold}'
-    return _judge(curve, base, _cumulative if cumulative else _single, (-1, 1), choose, words, n, n_layers, seed)
+    cumulative = catalog.SEMANTICS[how].cumulative or scope == 'from'
+    return _judge(curve, base, _information_rule(threshold, cumulative), n, n_layers, seed)
 
-# %% ../../nbs/03_fusion/03_layers.ipynb #c028
-def _semantics(curve, base, how):
-    "The rows of one semantic, and those of knockout and swap with their base"
+# %% ../../nbs/03_fusion/03_layers.ipynb #semantics
+def _semantics(curve, how):
+    "(rows of one semantic, {semantic: rows} of those under which a drop shows that the picture is read)"
+    honest = [s.name for s in catalog.SEMANTICS.values() if s.in_distribution]
     if 'how' not in curve or curve.how.nunique() < 2:
-        return curve, {how: curve} if how in ('knockout', 'swap') else {}
+        return curve, {how: curve} if how in honest else {}
     if how not in set(curve.how):
-        raise ValueError(f"curve: column 'how' holds {sorted(curve.how.unique())}; name one of them with how=")
-    return curve[curve.how == how], {h: curve[curve.how == h] for h in ('knockout', 'swap') if (curve.how == h).any()}
+        raise BadInput(f"curve: column 'how' holds {sorted(curve.how.unique())}; name one of them with how=")
+    there = set(curve.how)
+    return curve[curve.how == how], {h: curve[curve.how == h] for h in honest if h in there}
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #default_how
+def _default_how(curve):
+    "Knockout, which alone shows a planted review; else zero, that of published curves; else the only one there is"
+    if 'how' not in curve or not len(curve):
+        return 'zero'
+    there = set(curve.how)
+    for how in ('knockout', 'zero'):
+        if how in there:
+            return how
+    return curve.how.iloc[0]
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #clear_dips
+def _clear_dips(drop, level, mean_base, threshold):
+    "Dips that are deep, and larger than what the neighbours themselves lack to the base"
+    return (drop > threshold) & (drop > 1 - level)
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #dip_rule
+def _dip_rule(how, threshold, late):
+    words = f'{how}: dip below both neighbours above {threshold:g} of the base, deeper than {late:g} L'
+    return _Rule(_isolated, late, 1, partial(_clear_dips, threshold=threshold), words)
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #shown_layers
+def _layers_read(honest, base, threshold, late, n, n_layers, seed):
+    "Layers that a semantic which shows reading names, as a dip of its own or as a fusion layer"
+    shown = set()
+    for how, curve in honest.items():
+        dips = _judge(curve, base, _dip_rule(how, threshold, late), n, n_layers, seed)
+        fusing = fusion_layers(curve, base, how=how, n=n, n_layers=n_layers, seed=seed)
+        shown |= {*dips.layers, *fusing.layers}
+    return shown
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #review_layer
 def review_layer(
     curve: pd.DataFrame,  # as in `fusion_layers`; may hold the rows of several semantics
     base,  # as in `fusion_layers`
-    how: str = None,  # the semantic whose dips are read; None: knockout, which alone shows a planted review, where its rows are there; else zero, that of published curves, or the only one there is
+    how: str = None,  # semantic whose dips are read; None: knockout, else zero, else the only one there is
     rule: str = 'paper',  # accepted so that both functions can be called alike
     n: int = None,  # samples behind each accuracy, for curves without sample rows
     n_layers: int = None,  # depth of the model; None: the last layer of the curve is the model's last
     threshold: float = LOST,  # smallest dip, as a share of the base
     late: float = LATE,  # only layers deeper than this share of the depth
     seed: int = 0,  # of the resampling
-) -> Layers:  # deepest dip first; `.dip` = (dip as a share of the base, low, high) of it, or of the deepest late one when none counts
-    "The layer of a second, isolated, late drop, if there is one. Raises `ValueError` for what is no curve."
-    if how is None:
-        how = (
-            next((h for h in ('knockout', 'zero') if h in set(curve.how)), curve.how.iloc[0])
-            if 'how' in curve and len(curve)
-            else 'zero'
-        )
-    curve, honest = _semantics(curve, base, how)
-    choose = lambda drop, level, mean: (drop > threshold) & (drop > 1 - level)
-
-    def dips(curve, how):
-        return _judge(
-            curve,
-            base,
-            _isolated,
-            (late, 1),
-            choose,
-            f'{how}: dip below both neighbours above {threshold:g} of the base, deeper than {late:g} L',
-            n,
-            n_layers,
-            seed,
-        )
-
-    found = dips(curve, how)
+) -> (
+    Layers
+):  # deepest dip first; `.dip` (share of the base, low, high) of it, or of the deepest late one where none counts
+    "The layer of a second, isolated, late drop, if there is one. Raises `BadInput` for what is no curve."
+    how = how or _default_how(curve)
+    curve, honest = _semantics(curve, how)
+    found = _judge(curve, base, _dip_rule(how, threshold, late), n, n_layers, seed)
     if found.recovered < 1 - LOST:
         found = _never(found)
     rows = found.table[found.table.chosen] if found.layers else found.table
     rows = rows.sort_values('drop', ascending=False, kind='stable')
     found.dip = tuple(float(v) for v in rows[['drop', 'low', 'high']].values[0]) if len(rows) else ()
-    found.layers = tuple(rows.layer.tolist()) if found.layers else ()
-    if found.layers:
-        shown = {
-            i
-            for h, c in honest.items()
-            for f in (dips(c, h), fusion_layers(c, base, how=h, n=n, n_layers=n_layers, seed=seed))
-            for i in f.layers
-        }
-        kinds = {i: 'information' if i in shown else 'edit' for i in found.layers}
-        found.table['kind'] = found.table.layer.map(kinds).fillna('')
-        found.kind = kinds[found.layers[0]]
-        if not honest:
-            found.note = 'no rows of knockout or swap: whether the picture is read there was not asked'
-    else:
+    if not found.layers:
         found.kind = found.kind or 'none'
+        return found
+    found.layers = tuple(rows.layer.tolist())
+    shown = _layers_read(honest, base, threshold, late, n, n_layers, seed)
+    kinds = {i: 'information' if i in shown else 'edit' for i in found.layers}
+    found.table['kind'] = found.table.layer.map(kinds).fillna('')
+    found.kind = kinds[found.layers[0]]
+    if not honest:
+        found.note = 'no rows of knockout or swap: whether the picture is read there was not asked'
     return found
 
-# %% ../../nbs/03_fusion/03_layers.ipynb #c031
+# %% ../../nbs/03_fusion/03_layers.ipynb #masking_curve
 def masking_curve(
     table: pd.DataFrame,  # masking rows of the store: sample, layer, how, scope, score [, dataset, image]
     how='knockout',  # semantic, or a list of several
     scope: str = None,  # single, from or window; None: the only one there is
     value: str = 'score',  # column to read
 ) -> tuple:  # (curve, base) for `fusion_layers` and `review_layer`
-    "The curve of one semantic, or of several, with the paired unmasked rows. Raises `ValueError` where the table lacks them."
+    "The curve of one semantic, or of several, with the paired unmasked rows. Raises `BadInput` where the table lacks them."
     hows = [how] if isinstance(how, str) else list(how)
     rows, base = table[table.how.isin(hows)], table[table.how == 'none']
     if scope is not None:
         rows = rows[rows.scope == scope]
-    if bad := [h for h in (*hows, 'none') if not ((base if h == 'none' else rows).how == h).any()]:
-        raise ValueError(f'masked: no rows with how={bad[0]!r}; the table has {sorted(table.how.unique())}')
-    keep = [c for c in ('dataset', 'sample', 'image', 'layer', 'how', 'scope', value) if c in table]
-    return tuple(
-        t[keep].rename(columns={value: 'accuracy'}).reset_index(drop=True)
-        for t in (rows, base.drop(columns='scope', errors='ignore').assign(scope=''))
-    )
+    there = {*rows.how, *base.how}
+    for h in (*hows, 'none'):
+        if h not in there:
+            raise BadInput(f'masking_curve: no rows with how={h!r}; the table has {sorted(table.how.unique())}')
+    columns = ('dataset', 'sample', 'image', 'layer', 'how', 'scope', value)
+
+    def kept(t):
+        some = t[[c for c in columns if c in table]]
+        return some.rename(columns={value: 'accuracy'}).reset_index(drop=True)
+
+    return kept(rows), kept(base.drop(columns='scope', errors='ignore').assign(scope=''))
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #agree1
 def agreement(
@@ -241,10 +315,11 @@ def agreement(
     decoys,  # layers at which something else is read
 ) -> dict:  # precision (NaN where none of the two sorts is named), recall, exact (1: every open layer and no decoy)
     "Precision and recall over open and decoy layers"
-    found, opened, decoys = set(getattr(found, 'layers', found)), set(opened), set(decoys)
-    hits, wrong = len(found & opened), len(found & decoys)
+    named = set(getattr(found, 'layers', found))
+    hits = len(named & set(opened))
+    wrong = len(named & set(decoys))
     return dict(
         precision=hits / (hits + wrong) if hits + wrong else np.nan,
-        recall=hits / len(opened) if opened else np.nan,
-        exact=float(hits == len(opened) and not wrong),
+        recall=hits / len(set(opened)) if opened else np.nan,
+        exact=float(hits == len(set(opened)) and not wrong),
     )
