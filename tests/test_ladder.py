@@ -274,7 +274,7 @@ def test_what_is_kept_is_bounded_and_shared(llava, monkeypatch):
 
 def test_stems_equal_the_rows_of_a_whole_forward(llava):
     p = llava.prompt(SAMPLES[0].image, SAMPLES[0].question)
-    n, whole = int(p.visual[-1]) + 1, trace(llava, p).stem
+    n, whole = int(p.visual[-1]) + 1, trace(llava, p).prefix
     (prefix,) = prefixes(llava, [p], n)
     for a, b in zip(prefix.keys + prefix.values, whole.keys + whole.values):
         assert (a - b[:, :n]).abs().max() < 1e-5
@@ -323,10 +323,10 @@ def test_rounding_of_many_logits_in_bfloat16_forbids_no_ladder(monkeypatch):
         image_seq_length=16,
     )
     deep = MLLM(T.LlavaForConditionalGeneration(c).to(torch.bfloat16), twin('llava').processor)
-    p, alike, seen = deep.prompt(SAMPLES[0].image, SAMPLES[0].question), engine.capabilities._alike, []
+    p, alike, seen = deep.prompt(SAMPLES[0].image, SAMPLES[0].question), engine.probes._alike, []
 
     def watched(a, b, tolerance):
-        seen.append(not engine.capabilities._near(a, b, tolerance))
+        seen.append(not engine.probes._near(a, b, tolerance))
         return alike(a, b, tolerance)
 
     replaced(monkeypatch, engine, '_alike', watched)

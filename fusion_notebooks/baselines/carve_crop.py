@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from ..mllm.handle import MLLM
 from ..hooks.attaching import check_layers
-from ..engine.trace import answer_of
+from ..engine.traces import answer_of
 from ..contrast.boxes import regions
 from .common import _at, _attention, _first, CropProposal, GENERAL, method
 

@@ -13,7 +13,7 @@ from ..mllm.batching import in_batches, plain_decoding
 from ..hooks.recording import _listening, ActivationCache
 from ..engine.prefix import fitting
 from ..engine.branches import BranchedBatch, Branch
-from ..engine.capabilities import capabilities
+from ..engine.probes import capabilities
 from .common import _first, BaselineAnswer, method
 
 # %% ../../nbs/07_baselines/05_opera_search.ipynb #c027

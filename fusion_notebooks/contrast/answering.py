@@ -13,8 +13,8 @@ from ..mllm.state import holding
 from ..hooks.edits import edit
 from ..engine.prefix import fitting, slides
 from ..engine.branches import BranchedBatch, Branch
-from ..engine.capabilities import capabilities
-from ..engine.trace import Trace
+from ..engine.probes import capabilities
+from ..engine.traces import Trace
 from ..engine.second_pictures import second_answers, second_image
 
 # %% ../../nbs/06_contrast/03_answering.ipynb #same_crop

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from ..mllm.handle import MLLM
 from ..mllm.state import holding
-from ..engine.trace import answer_of, Trace, trace
+from ..engine.traces import answer_of, Trace, trace
 
 # %% ../../nbs/06_contrast/02_first_passes.ipynb #FirstPass
 @dataclass

@@ -1,8 +1,8 @@
-"""What every room needs: samples and pictures."""
+"""What every room needs: errors, files, samples and pictures, the catalog."""
 
-from .catalog import *
 from .errors import *
 from .files import *
 from .images import *
+from .catalog import *
 
 __all__ = [name for name in dir() if not name.startswith('_')]

@@ -3,8 +3,8 @@
 from .prefix import *
 from .shared_attention import *
 from .branches import *
-from .capabilities import *
-from .trace import *
+from .probes import *
+from .traces import *
 from .second_pictures import *
 from .paths import *
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from transformers.cache_utils import Cache, DynamicLayer
 from ..mllm.handle import MLLM
-from ..hooks.recording import _hidden, _removing, attending
+from ..hooks.attaching import _hidden, _removing, attending
 from ..hooks.edits import _as_float_mask
 from .prefix import next_position, PrefixCache
 from .shared_attention import _can_be_apart, _over_stems, STEMS

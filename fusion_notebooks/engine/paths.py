@@ -19,7 +19,7 @@ from ..hooks.edits import edit
 from ..hooks.states import visual_states
 from .prefix import _key, fitting, head_of, slides, PrefixCache, prefixes
 from .branches import BranchedBatch, decode_branches, Branch
-from .capabilities import capabilities
+from .probes import capabilities
 
 # %% ../../nbs/04_engine/06_paths.ipynb #Variant
 @dataclass

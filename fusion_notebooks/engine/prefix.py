@@ -14,7 +14,7 @@ from ..mllm.memory import digest, free_memory
 from ..mllm.processor import _is_row
 from ..mllm.handle import MLLM, Prompt
 from ..mllm.batching import in_batches
-from ..hooks.recording import _removing
+from ..hooks.attaching import _removing
 
 # %% ../../nbs/04_engine/00_prefix.ipynb #c010
 @dataclass

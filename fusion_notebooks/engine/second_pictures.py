@@ -10,7 +10,7 @@ import torch
 from dataclasses import replace
 from ..mllm.processor import _is_row
 from ..mllm.handle import MLLM, Prompt
-from ..hooks.recording import _removing
+from ..hooks.attaching import _removing
 from .prefix import PrefixCache
 from .branches import BranchedBatch, Branch
 

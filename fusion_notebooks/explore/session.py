@@ -14,7 +14,8 @@ from .. import baselines, contrast, engine, fusion, masking
 from ..core.images import Sample
 from ..mllm.grids import Grid
 from ..mllm.handle import Answer, MLLM
-from ..hooks.recording import capture, check_layers
+from ..hooks.attaching import check_layers
+from ..hooks.recording import capture
 from ..hooks.edits import edit
 
 # %% ../../nbs/14_explore/00_session.ipynb #c005

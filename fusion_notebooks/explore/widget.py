@@ -18,7 +18,7 @@ from threading import Event, Lock
 from ..core.images import open_image
 from ..mllm.memory import digest
 from ..mllm.handle import MLLM
-from ..hooks.recording import _removing
+from ..hooks.attaching import _removing
 from .session import _check, effect, mask_cells, see, Seen
 from .payload import curves, known, maps, marks, opened, refined, row, scene
 

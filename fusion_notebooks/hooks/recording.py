@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from ..core.errors import BadInput
 from ..mllm.handle import MLLM
-from .attaching import _hidden, _past, _removing, attending, check_layers, running_eagerly
+from .attaching import _hidden, _removing, attending, check_layers, running_eagerly
 
 # %% ../../nbs/02_hooks/01_recording.ipynb #rows_of
 def _rows_of(rows, own):
