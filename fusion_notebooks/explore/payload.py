@@ -91,7 +91,7 @@ def curves(
                 labels=table.prediction.tolist(),
                 usual=base.text,
                 base=base.logp,
-                colour=plots.HOWS[how][0],
+                colour=plots.style_of(how)[0],
             )
         ]
     )

@@ -13,10 +13,11 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.patches import Rectangle
+from ..core import catalog
 from .. import metrics
 from ..results.findings import percent
 from .style import _band, _colour, _flat, _inner, _layers, _legend, _percent, _style, _text
-from .style import FAMILIES, FUSION, HOWS, LARGE, REACH, REVIEW, SMALL
+from .style import FAMILIES, FUSION, LARGE, REACH, REVIEW, SMALL, style_of
 
 # %% ../../nbs/12_plots/04_cards.ipynb #card1
 def statements(
@@ -90,7 +91,7 @@ def statements(
 # %% ../../nbs/12_plots/04_cards.ipynb #found_layers
 def _found_layers(ax, found, n_layers):
     "One line per semantic, one cell per layer"
-    hows = [h for h in HOWS if h != 'none']
+    hows = list(catalog.SEMANTICS)
     for y, how in enumerate(hows):
         for finding, colour, letter in (('fusion layers', FUSION, 'F'), ('review layer', REVIEW, 'R')):
             for r in found[(found.finding == finding) & (found.kind == how)].itertuples():
@@ -131,7 +132,7 @@ def _taken(ax, table):
                 ax,
                 _percent(metrics.curve(table[table.how == how])),
                 'accuracy',
-                *HOWS[how],
+                *style_of(how),
                 label=f"{how} ({REACH['from' if how == 'zero' else 'single'][0]})",
             )
     _flat(ax, _percent(metrics.curve(table[table.how == 'none'])).iloc[0], 'accuracy', 'unmasked')

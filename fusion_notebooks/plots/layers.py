@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.patches import Patch
 from .. import metrics
-from .style import _band, _figure, _flat, _heading, _layers, _percent, FUSION, HOWS, LARGE
-from .style import REACH, REVIEW, SMALL
+from .style import _band, _figure, _flat, _heading, _layers, _percent
+from .style import FUSION, LARGE, line_of, reach_of, REACH, REVIEW, SMALL, style_of
 
 # %% ../../nbs/12_plots/01_layers.ipynb #c007
 def masking(
@@ -41,14 +41,14 @@ def masking(
         for (how, scope), part in (
             rows[rows.how != 'none'].sort_values('layer').groupby(['how', 'scope'], sort=False, dropna=False)
         ):
-            reach = 'from' if how in ('zero', 'mean', 'swap') else scope
+            reach = reach_of(how, scope)
             _band(
                 ax,
                 part,
                 column,
-                HOWS[how][0],
-                REACH[scope][1] if how in ('knockout', 'soft') and scope in ('from', 'window') else HOWS[how][1],
-                f'{how} ({REACH[reach or "single"][0]})',
+                style_of(how)[0],
+                line_of(how, scope),
+                f'{how} ({REACH[reach][0]})',
             )
         for row in rows[rows.how == 'none'].itertuples():
             _flat(ax, pd.Series(row._asdict()), column, 'unmasked')

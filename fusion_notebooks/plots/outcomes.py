@@ -14,7 +14,18 @@ from matplotlib.ticker import MaxNLocator
 from .. import metrics
 from ..core.images import open_image
 from .style import _band, _colour, _figure, _flat, _inner, _layers, _legend, _model
-from .style import _percent, _text, _title, CHOSEN, FAMILIES, HOWS, LARGE, REACH, SMALL
+from fusion_notebooks.plots.style import (
+    _percent,
+    _text,
+    _title,
+    CHOSEN,
+    FAMILIES,
+    LARGE,
+    REACH,
+    reach_of,
+    SMALL,
+    style_of,
+)
 from .maps import _cut, _outline, _overlay, _picture, HEAT, SIGNED
 
 # %% ../../nbs/12_plots/03_outcomes.ipynb #c022
@@ -32,7 +43,7 @@ def early_exit(
                 ax,
                 _percent(metrics.curve(rows, column), 'accuracy' if column == 'score' else column),
                 'accuracy' if column == 'score' else column,
-                *HOWS[how],
+                *style_of(how),
                 label=label,
             )
     _flat(ax, _percent(metrics.curve(base)).iloc[0], 'accuracy', 'whole model')
@@ -51,15 +62,16 @@ def known_answers(
     for ax, column in zip(axes[0], ('recall', 'precision')):
         for (how, scope), part in table.groupby(['how', 'scope'], sort=False):
             per = 100 * part.groupby('n')[column].mean()
+            lasting = reach_of(how) == 'from'
             ax.plot(
                 per.index,
                 per,
-                color=HOWS[how][0],
-                ls=REACH[scope][1] if how in ('knockout', 'soft') else HOWS[how][1],
+                color=style_of(how)[0],
+                ls=style_of(how)[1] if lasting else REACH[scope][1],
                 marker='o',
                 ms=3,
                 lw=1.4,
-                label=how if how in ('zero', 'mean', 'swap') else f'{how}, {REACH[scope][0]}',
+                label=how if lasting else f'{how}, {REACH[scope][0]}',
             )
         ax.set(
             xscale='log',
