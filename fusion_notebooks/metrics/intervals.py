@@ -9,17 +9,37 @@ __all__ = ['interval', 'paired', 'holm', 'curve']
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, norm, t as student
+from ..core.errors import BadInput
 from ..fusion.bands import resample
 
 # %% ../../nbs/09_metrics/01_intervals.ipynb #c019
 def _groups(values, clusters):
+    "(values, sums, counts): the (n,) values that are not NaN, and their sum and number in each of the m clusters"
     values = np.asarray(values, float)
     ids = np.arange(len(values)) if clusters is None else pd.factorize(np.asarray(clusters))[0]
     if len(ids) != len(values):
-        raise ValueError(f'clusters: {len(ids)} for {len(values)} values; pass one per value')
+        raise BadInput(f'clusters: {len(ids)} for {len(values)} values; pass one per value')
     good = ~np.isnan(values)
     ids = np.unique(ids[good], return_inverse=True)[1]
     return values[good], np.bincount(ids, values[good]), np.bincount(ids).astype(float)
+
+# %% ../../nbs/09_metrics/01_intervals.ipynb #bounds
+def _bounds(values, lowest):
+    "(smallest, largest) value of a score; infinite where a value above 1 says that it is a measure"
+    if np.abs(values).max() > 1:
+        return -np.inf, np.inf
+    if lowest is None:
+        lowest = -1.0 if values.min() < 0 else 0.0
+    return lowest, 1.0
+
+# %% ../../nbs/09_metrics/01_intervals.ipynb #bootstrap_widths
+def _bootstrap_widths(mean, sums, counts, seed, level):
+    "(below, above): how far the interval reaches from the mean of m clusters, by resampling them"
+    m = len(sums)
+    weights = resample(m, seed=seed)  # (draws, m)
+    means = (weights @ sums) / (weights @ counts)
+    reach = np.abs(np.quantile(means - mean, [0.5 - level / 2, 0.5 + level / 2]))
+    return reach * np.sqrt(m / (m - 1)) * student.ppf(0.5 + level / 2, m - 1) / norm.ppf(0.5 + level / 2)
 
 # %% ../../nbs/09_metrics/01_intervals.ipynb #interval
 def interval(
@@ -34,36 +54,36 @@ def interval(
     values, sums, counts = _groups(values, clusters)
     if not len(values):
         return np.nan, np.nan, np.nan
-    m, z, mean = len(sums), norm.ppf(0.5 + level / 2), values.mean()
-    lowest, highest = (
-        (-np.inf, np.inf)
-        if np.abs(values).max() > 1
-        else ((-1.0 if values.min() < 0 else 0.0) if lowest is None else lowest, 1.0)
-    )
-    if np.ptp(values) == 0 and (graded or np.isinf(highest)):
-        low = high = 0.0
-    elif np.ptp(values) == 0:
-        low = high = z**2 / (m + z**2)
+    m = len(sums)
+    mean = values.mean()
+    lowest, highest = _bounds(values, lowest)
+    if np.ptp(values) == 0:
+        z = norm.ppf(0.5 + level / 2)
+        below = above = 0.0 if graded or np.isinf(highest) else z**2 / (m + z**2)
     elif m == 1:
-        low = high = np.inf  # one picture says nothing of others
+        below = above = np.inf  # one picture says nothing of others
     else:
-        w = resample(m, seed=seed)
-        low, high = (
-            np.abs(np.quantile((w @ sums) / (w @ counts) - mean, [0.5 - level / 2, 0.5 + level / 2]))
-            * np.sqrt(m / (m - 1))
-            * student.ppf(0.5 + level / 2, m - 1)
-            / z
-        )
-    return tuple(float(v) for v in (mean, max(mean - low, lowest), min(mean + high, highest)))
+        below, above = _bootstrap_widths(mean, sums, counts, seed, level)
+    return float(mean), float(max(mean - below, lowest)), float(min(mean + above, highest))
 
 # %% ../../nbs/09_metrics/01_intervals.ipynb #c022
 def _sign_flip(sums, seed, draws=9999):
+    "Two-sided p-value of the (m,) sums of differences per cluster under random signs, all 2^m of them where m ≤ 12"
     sums = sums[sums != 0]
-    if len(sums) <= 12:
-        signs = 1 - 2 * ((np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums))) & 1)
+    m = len(sums)
+    if m <= 12:
+        signs = 1 - 2 * ((np.arange(2**m)[:, None] >> np.arange(m)) & 1)  # (2^m, m)
     else:
-        signs = np.vstack([np.ones(len(sums)), np.random.default_rng(seed).choice([-1.0, 1.0], (draws, len(sums)))])
+        drawn = np.random.default_rng(seed).choice([-1.0, 1.0], (draws, m))
+        signs = np.vstack([np.ones(m), drawn])  # what was seen is one of the draws
     return float((np.abs(signs @ sums) >= np.abs(sums.sum()) - 1e-9).mean())
+
+# %% ../../nbs/09_metrics/01_intervals.ipynb #mcnemar
+def _mcnemar(d):
+    "McNemar's exact p-value of differences −1, 0 or 1 of 0/1 scores"
+    won = int((d > 0).sum())
+    lost = int((d < 0).sum())
+    return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 # %% ../../nbs/09_metrics/01_intervals.ipynb #paired
 def paired(
@@ -74,15 +94,19 @@ def paired(
     level: float = 0.95,  # coverage of the interval
 ) -> tuple:  # (difference a − b, low, high, p)
     "Paired difference of two methods with interval and p-value"
-    a, b = np.asarray(a, float), np.asarray(b, float)
+    a = np.asarray(a, float)
+    b = np.asarray(b, float)
     if a.shape != b.shape:
-        raise ValueError(f'paired: {a.shape} against {b.shape} values; pass the same samples in the same order')
+        raise BadInput(f'paired: {a.shape} against {b.shape} values; pass the same samples in the same order')
     difference, low, high = interval(a - b, clusters, seed, level, lowest=-1.0)
     d, sums, counts = _groups(a - b, clusters)
-    if len(counts) == len(d) and np.isin(np.r_[a, b][~np.isnan(np.r_[a, b])], (0, 1)).all():
-        won, lost = int((d > 0).sum()), int((d < 0).sum())
-        return difference, low, high, float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
-    return difference, low, high, _sign_flip(sums, seed) if len(sums) else np.nan
+    both = np.r_[a, b]
+    right_or_wrong = np.isin(both[~np.isnan(both)], (0, 1)).all()
+    if right_or_wrong and len(counts) == len(d):
+        p = _mcnemar(d)
+    else:
+        p = _sign_flip(sums, seed) if len(sums) else np.nan
+    return difference, low, high, p
 
 # %% ../../nbs/09_metrics/01_intervals.ipynb #c024
 def holm(
@@ -90,11 +114,24 @@ def holm(
 ) -> np.ndarray:  # (k,) adjusted p-values, same order
     "Holm's step-down adjustment for many comparisons"
     p = np.asarray(p, float)
-    out, order = np.full(p.shape, np.nan), np.argsort(p)[: np.isfinite(p).sum()]
+    order = np.argsort(p)[: np.isfinite(p).sum()]
+    out = np.full(p.shape, np.nan)
     out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
     return out
 
-# %% ../../nbs/09_metrics/01_intervals.ipynb #c027
+# %% ../../nbs/09_metrics/01_intervals.ipynb #cluster_column
+def _cluster_column(table):
+    "The column by which rows are resampled: their picture, else the sample; None where neither is there"
+    return next((c for c in ('image', 'sample') if c in table), None)
+
+# %% ../../nbs/09_metrics/01_intervals.ipynb #check_columns
+def _check_columns(table, needed):
+    "Raise `BadInput` where a table lacks one of a set of columns"
+    missing = needed - set(table.columns)
+    if missing:
+        raise BadInput(f'curve: column {min(missing)!r} is missing; the table has {", ".join(table.columns)}')
+
+# %% ../../nbs/09_metrics/01_intervals.ipynb #curve
 def curve(
     table: pd.DataFrame,  # rows with layer, how, scope, sample and the value; `image` where samples share pictures
     value: str = 'score',  # column to average; names that end in score are scores, others measures
@@ -102,22 +139,14 @@ def curve(
     seed: int = 0,  # of the resampling
 ) -> pd.DataFrame:  # [*by,] layer, how, scope, accuracy (named after `value` if that is not score), low, high, n
     "Mean per layer with interval and n"
-    keys = [*([by] if isinstance(by, str) else by), *(c for c in ('layer', 'how', 'scope') if c in table)]
-    if missing := {*keys, value, 'layer'} - set(table.columns):
-        raise ValueError(f'curve: column {min(missing)!r} is missing; the table has {", ".join(table.columns)}')
-    image, name = (
-        ('image' if 'image' in table else 'sample' if 'sample' in table else None),
-        'accuracy' if value == 'score' else value,
-    )
-    rows = [
-        dict(zip(keys, key))
-        | dict(
-            zip(
-                (name, 'low', 'high'),
-                interval(g[value], g[image] if image else None, seed, graded=not value.endswith('score')),
-            )
-        )
-        | dict(n=int(g[value].notna().sum()))
-        for key, g in table.groupby(keys, dropna=False)
-    ]
+    by = [by] if isinstance(by, str) else by
+    keys = [*by, *(c for c in ('layer', 'how', 'scope') if c in table)]
+    _check_columns(table, {*keys, value, 'layer'})
+    cluster = _cluster_column(table)
+    graded = not value.endswith('score')
+    rows = []
+    for key, g in table.groupby(keys, dropna=False):
+        mean, low, high = interval(g[value], g[cluster] if cluster else None, seed, graded=graded)
+        rows.append((*key, mean, low, high, int(g[value].notna().sum())))
+    name = 'accuracy' if value == 'score' else value
     return pd.DataFrame(rows, columns=[*keys, name, 'low', 'high', 'n'])

@@ -1,6 +1,9 @@
 """Rows, and what they say."""
 
+from .files import *
 from .store import *
+from .claims import *
+from .packs import *
 from .findings import *
 from .sentences import *
 from .tables import *

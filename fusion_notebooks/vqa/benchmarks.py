@@ -10,31 +10,38 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from ..core.errors import BadInput
 from ..core.images import Sample
 
 # %% ../../nbs/08_vqa/00_benchmarks.ipynb #c007
 SHORT = '\nAnswer the question using a single word or phrase.'
 UNSURE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT
 CHOICE = "{hint}\n{question}\n{options}\nAnswer with the option's letter from the given choices directly."
+_QWEN_CHOICE = (
+    'Hint: {hint}\nQuestion: {question}\nOptions:\n{options}\nPlease select the correct answer from the options above.'
+)
 _QWEN = dict(
-    mmbench='Hint: {hint}\nQuestion: {question}\nOptions:\n{options}\nPlease select the correct answer from the options above.',
+    mmbench=_QWEN_CHOICE,
     pope='{question} Please answer yes or no.',
     other='{question}\nPlease try to answer the question with short words or phrases if possible.',
 )
-PROMPTS = dict(
-    qwen2_vl=_QWEN, qwen2_5_vl=_QWEN, instructblip=dict(mmbench=CHOICE, other='Question: {question} Short Answer:')
-)  # config.model_type → template; others take the benchmark's
+_INSTRUCTBLIP = dict(mmbench=CHOICE, other='Question: {question} Short Answer:')
+# config.model_type → benchmark → template; every other family takes the benchmark's own
+PROMPTS = dict(qwen2_vl=_QWEN, qwen2_5_vl=_QWEN, instructblip=_INSTRUCTBLIP)
 
 # %% ../../nbs/08_vqa/00_benchmarks.ipynb #said
 def _said(answers):
+    "The texts of answers that stand alone or as objects with `answer`"
     return [a['answer'] if isinstance(a, dict) else a for a in answers]
 
 # %% ../../nbs/08_vqa/00_benchmarks.ipynb #number
 def _number(text):
+    "A whole number where the text is one, so that 007 and 7 are the same id"
     return int(text) if str(text).isdigit() else text
 
 # %% ../../nbs/08_vqa/00_benchmarks.ipynb #gqa
 def _gqa(r, part):
+    "GQA: an object keyed by question id"
     return dict(
         key=r['id'],
         image=r.get('image') or f"{r['imageId']}.jpg",
@@ -46,9 +53,10 @@ def _gqa(r, part):
 
 # %% ../../nbs/08_vqa/00_benchmarks.ipynb #coco
 def _coco(r, part, per=1000):
-    "VQAv2 and OKVQA; question ids are the picture's number times 1000 or 10, plus a count"
+    "VQAv2, and OKVQA with `per` = 10: a question id is the picture's number times `per`, plus a count"
     number = int(r.get('image_id', int(r['question_id']) // per))
-    name, kind = f'COCO_val2014_{number:012d}', r['answer_type'] if per == 1000 else r['question_type']
+    name = f'COCO_val2014_{number:012d}'
+    kind = r['answer_type'] if per == 1000 else r['question_type']
     return dict(
         key=r['question_id'],
         image=r.get('image') or f'{name}.jpg',
@@ -60,10 +68,12 @@ def _coco(r, part, per=1000):
 
 # %% ../../nbs/08_vqa/00_benchmarks.ipynb #okvqa
 def _okvqa(r, part):
+    "OKVQA: as VQAv2, with at most ten questions per picture"
     return _coco(r, part, 10)
 
 # %% ../../nbs/08_vqa/00_benchmarks.ipynb #vizwiz
 def _vizwiz(r, part):
+    "VizWiz: one question per picture, so the picture's name is the id"
     key = Path(r.get('question_id') or r['image']).stem
     return dict(
         key=key,
@@ -76,6 +86,7 @@ def _vizwiz(r, part):
 
 # %% ../../nbs/08_vqa/00_benchmarks.ipynb #textvqa
 def _textvqa(r, part):
+    "TextVQA: pictures named after their id"
     return dict(
         key=r['question_id'],
         image=r.get('image') or f"{r['image_id']}.jpg",
@@ -86,6 +97,7 @@ def _textvqa(r, part):
 
 # %% ../../nbs/08_vqa/00_benchmarks.ipynb #docvqa
 def _docvqa(r, part):
+    "DocVQA: a picture is a page of a document"
     kinds = r.get('question_types') or []
     return dict(
         key=r['questionId'],
@@ -96,17 +108,23 @@ def _docvqa(r, part):
         kind=kinds[0] if kinds else '',
     )
 
+# %% ../../nbs/08_vqa/00_benchmarks.ipynb #filled
+def _filled(r, column):
+    "Whether a cell of MMBench's table holds something; empty ones come as '', 'nan' or NaN"
+    empty = (None, '', 'nan')
+    return r.get(column) not in empty and r[column] == r[column]  # NaN is not equal to itself
+
 # %% ../../nbs/08_vqa/00_benchmarks.ipynb #mmbench
 def _mmbench(r, part):
-    there = lambda c: r.get(c) not in (None, '', 'nan') and r[c] == r[c]  # NaN is not itself
-    options = [str(r[c]) for c in 'ABCDE' if there(c)]
-    turn, group = divmod(int(r['index']), 10**6)  # rotations repeat the question at index + n·10⁶
+    "MMBench: the answers are the right letter and then the options; rotations of a question have its index + n·10⁶"
+    options = [str(r[c]) for c in 'ABCDE' if _filled(r, c)]
+    turn, group = divmod(int(r['index']), 10**6)
     return dict(
         key=f'{group}.{turn}',
         group=group,
         image=r['image'],
         question=r['question'],
-        hint=r['hint'] if there('hint') else '',
+        hint=r['hint'] if _filled(r, 'hint') else '',
         options=options,
         answers=[r['answer'], *options],
         kind=r['category'],
@@ -114,7 +132,9 @@ def _mmbench(r, part):
 
 # %% ../../nbs/08_vqa/00_benchmarks.ipynb #pope
 def _pope(r, part):
-    kind, name = part.rsplit('_')[-1], r.get('image_source') or r['image']
+    "POPE: its three settings are three files or splits, whose question ids repeat"
+    kind = part.rsplit('_')[-1]
+    name = r.get('image_source') or r['image']
     return dict(
         key=f"{kind}-{_number(r['question_id'])}",
         image=r['image'],
@@ -124,20 +144,25 @@ def _pope(r, part):
         kind=kind,
     )
 
+# %% ../../nbs/08_vqa/00_benchmarks.ipynb #listed
+def _listed(value):
+    "A list that a table without nesting (CSV) holds as JSON text; anything else as it is"
+    return json.loads(value) if isinstance(value, str) and value.lstrip().startswith('[') else value
+
 # %% ../../nbs/08_vqa/00_benchmarks.ipynb #own
 def _own(r, part):
-    listed = lambda v: json.loads(v) if isinstance(v, str) and v.lstrip().startswith('[') else v
-    answers, box, image = (
-        listed(r['answers'] if 'answers' in r else r['answer']),
-        listed(r.get('box') or None),
-        r['image'],
-    )
-    image = image.get('bytes') or image['path'] if isinstance(image, dict) else image
+    "A table of one's own; a row without an id has a hash of picture and question, whatever its place in the file"
+    answers = _listed(r['answers'] if 'answers' in r else r['answer'])
+    box = _listed(r.get('box') or None)
+    image = r['image']
+    if isinstance(image, dict):  # Parquet with pictures inside
+        image = image.get('bytes') or image['path']
     name = hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else image
+    key = r.get('id')
+    if key in (None, ''):
+        key = hashlib.sha256(f"{name}\n{r['question']}".encode()).hexdigest()[:12]
     return dict(
-        key=r['id']
-        if r.get('id') not in (None, '')
-        else hashlib.sha256(f"{name}\n{r['question']}".encode()).hexdigest()[:12],
+        key=key,
         image=image,
         question=r['question'],
         answers=[answers] if isinstance(answers, str) else answers,
@@ -172,11 +197,11 @@ class Benchmark:
 # %% ../../nbs/08_vqa/00_benchmarks.ipynb #BENCHMARKS
 BENCHMARKS = dict(
     gqa=Benchmark(
-        'gqa',
-        '{question}' + SHORT,
-        _gqa,
-        ('testdev_balanced_questions.json',),
-        'images',
+        metric='gqa',
+        prompt='{question}' + SHORT,
+        fields=_gqa,
+        files=('testdev_balanced_questions.json',),
+        images='images',
         hub='lmms-lab/GQA',
         revision='78e9ec37481de666feb0180c7b5a773741cb47ca',
         config='testdev_balanced_instructions',
@@ -184,66 +209,66 @@ BENCHMARKS = dict(
         pictures='testdev_balanced_images',
     ),
     vqav2=Benchmark(
-        'vqa',
-        '{question}' + SHORT,
-        _coco,
-        ('v2_OpenEnded_mscoco_val2014_questions.json', 'v2_mscoco_val2014_annotations.json'),
-        'val2014',
-        10,
+        metric='vqa',
+        prompt='{question}' + SHORT,
+        fields=_coco,
+        files=('v2_OpenEnded_mscoco_val2014_questions.json', 'v2_mscoco_val2014_annotations.json'),
+        images='val2014',
+        people=10,
         join=True,
         hub='lmms-lab/VQAv2',
         revision='32665d35052eb4a6d4414851c3c829a72754915a',
         splits=('validation',),
     ),
     okvqa=Benchmark(
-        'vqa',
-        '{question}' + UNSURE,
-        _okvqa,
-        ('OpenEnded_mscoco_val2014_questions.json', 'mscoco_val2014_annotations.json'),
-        'val2014',
-        10,
+        metric='vqa',
+        prompt='{question}' + UNSURE,
+        fields=_okvqa,
+        files=('OpenEnded_mscoco_val2014_questions.json', 'mscoco_val2014_annotations.json'),
+        images='val2014',
+        people=10,
         join=True,
         hub='lmms-lab/OK-VQA',
         revision='c9f858961f4095a9aeef615057b0822cce967096',
         splits=('val2014',),
     ),
     vizwiz=Benchmark(
-        'vqa-evalai',
-        '{Question}' + UNSURE,
-        _vizwiz,
-        ('val.json',),
-        'val',
-        10,
+        metric='vqa-evalai',
+        prompt='{Question}' + UNSURE,
+        fields=_vizwiz,
+        files=('val.json',),
+        images='val',
+        people=10,
         hub='lmms-lab/VizWiz-VQA',
         revision='953efc2d9481069d770ed231ee1ffac2ed10c723',
         splits=('val',),
     ),
     textvqa=Benchmark(
-        'vqa-evalai',
-        '{Question}' + SHORT,
-        _textvqa,
-        ('TextVQA_0.5.1_val.json',),
-        'train_images',
-        10,
+        metric='vqa-evalai',
+        prompt='{Question}' + SHORT,
+        fields=_textvqa,
+        files=('TextVQA_0.5.1_val.json',),
+        images='train_images',
+        people=10,
         hub='lmms-lab/textvqa',
         revision='9c0699cd19768ac5ab97568f6b3cbac4c0062884',
         splits=('validation',),
     ),
     docvqa=Benchmark(
-        'anls',
-        '{question}' + SHORT,
-        _docvqa,
-        ('val_v1.0_withQT.json|val_v1.0.json',),
+        metric='anls',
+        prompt='{question}' + SHORT,
+        fields=_docvqa,
+        files=('val_v1.0_withQT.json|val_v1.0.json',),
         hub='lmms-lab/DocVQA',
         revision='539088ef8a8ada01ac8e2e6d4e372586748a265e',
         config='DocVQA',
         splits=('validation',),
     ),
     mmbench=Benchmark(
-        'mmbench',
-        CHOICE,
-        _mmbench,
-        ('mmbench_dev_20230712.tsv|MMBench_DEV_EN.tsv',),
+        metric='mmbench',
+        prompt=CHOICE,
+        fields=_mmbench,
+        files=('mmbench_dev_20230712.tsv|MMBench_DEV_EN.tsv',),
         circular=True,
         hub='lmms-lab/MMBench',
         revision='56ba1af8954932c4804bd3f522e05ed96e63b654',
@@ -251,29 +276,28 @@ BENCHMARKS = dict(
         splits=('dev',),
     ),
     pope=Benchmark(
-        'pope',
-        '{question}' + SHORT,
-        _pope,
-        ('coco_pope_random.json', 'coco_pope_popular.json', 'coco_pope_adversarial.json'),
-        'val2014',
+        metric='pope',
+        prompt='{question}' + SHORT,
+        fields=_pope,
+        files=('coco_pope_random.json', 'coco_pope_popular.json', 'coco_pope_adversarial.json'),
+        images='val2014',
         hub='lmms-lab/POPE',
         revision='4db1276663dfa5eb8ad16a52d24c31a09e470896',
         config='Full',
         splits=('random', 'popular', 'adversarial'),
     ),
 )
-TABLES = ('.json', '.jsonl', '.csv', '.tsv', '.parquet')
+TABLES = ('.json', '.jsonl', '.csv', '.tsv', '.parquet')  # formats of a table of one's own
 
 # %% ../../nbs/08_vqa/00_benchmarks.ipynb #benchmark
 def benchmark(
     name: str,  # a key of `BENCHMARKS`, or a table of your own
     metric: str = 'gqa',  # for a table of your own
 ) -> Benchmark:
-    "The record of a benchmark. Raises `ValueError` for a name that is neither."
+    "The record of a benchmark. Raises `BadInput` for a name that is neither."
     if Path(name).suffix.lower() in TABLES:
         return Benchmark(metric, '{question}', _own, (Path(name).name,))
     if name not in BENCHMARKS:
-        raise ValueError(
-            f"No benchmark '{name}'; known: {', '.join(BENCHMARKS)}, or a table of your own ({', '.join(TABLES)})."
-        )
+        known = f"{', '.join(BENCHMARKS)}, or a table of your own ({', '.join(TABLES)})"
+        raise BadInput(f"No benchmark '{name}'; known: {known}.")
     return BENCHMARKS[name]

@@ -16,94 +16,125 @@ import pyarrow.parquet as pq
 import sys
 from pathlib import Path
 from pyarrow import ArrowException
+from ..core.errors import BadInput
 
-# %% ../../nbs/08_vqa/01_files.ipynb #c011
-def _objects(path):
-    "The rows of a JSON file, with what names them"
-    text, data = path.read_text('utf-8-sig'), None
+# %% ../../nbs/08_vqa/01_files.ipynb #json_lines
+def _json_lines(path, text):
+    "Yield (number, value) of a file with one JSON value per line; only line feeds end a line"
+    lines = (line for line in text.split('\n') if line.strip())
+    for i, line in enumerate(lines):
+        try:
+            yield i, json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as e:
+            raise BadInput(f'{path.name}, row {i}: not JSON ({e}); download it again.') from None
+
+# %% ../../nbs/08_vqa/01_files.ipynb #json_value
+def _json_value(path, text):
+    "The one value of a JSON file; None where more than one stands in it, as in a file with one object per line"
     try:
-        data = None if path.suffix.lower() == '.jsonl' else json.loads(text)
+        return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as e:
-        if not str(e).startswith('Extra data'):
-            raise ValueError(f'{path.name} is not JSON ({e}): download it again.') from None
-    if data is None:
-        for i, line in enumerate(l for l in text.split('\n') if l.strip()):
-            try:
-                yield i, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as e:
-                raise ValueError(f'{path.name}, row {i}: not JSON ({e}); download it again.') from None
-        return
+        if str(e).startswith('Extra data'):
+            return None
+        raise BadInput(f'{path.name} is not JSON ({e}): download it again.') from None
+
+# %% ../../nbs/08_vqa/01_files.ipynb #listed_rows
+def _listed_rows(path, data):
+    "(number or id, row) pairs of a JSON value: a list, a list under a key, or rows keyed by their id"
     for key in ('data', 'questions', 'annotations'):
         if isinstance(data, dict) and isinstance(data.get(key), list):
             data = data[key]
-    if not isinstance(data, (list, dict)):
-        raise ValueError(f'{path.name} holds no list of rows.')
-    yield from (
-        [(k, r | dict(id=k) if isinstance(r, dict) else r) for k, r in data.items()]
-        if isinstance(data, dict)
-        else enumerate(data)
-    )
+    if isinstance(data, list):
+        return enumerate(data)
+    if isinstance(data, dict):
+        return [(k, r | dict(id=k) if isinstance(r, dict) else r) for k, r in data.items()]
+    raise BadInput(f'{path.name} holds no list of rows.')
+
+# %% ../../nbs/08_vqa/01_files.ipynb #c011
+def _objects(path):
+    "Yield (number or id, row) of a JSON file"
+    text = path.read_text('utf-8-sig')
+    data = None if path.suffix.lower() == '.jsonl' else _json_value(path, text)
+    yield from _json_lines(path, text) if data is None else _listed_rows(path, data)
+
+# %% ../../nbs/08_vqa/01_files.ipynb #csv_rows
+def _csv_rows(path, delimiter):
+    "(number, row) pairs of a table with a header; all values are texts"
+    csv.field_size_limit(sys.maxsize)  # MMBench has pictures in base64
+    text = io.StringIO(path.read_text('utf-8-sig'), newline='')
+    return enumerate(csv.DictReader(text, delimiter=delimiter))
+
+# %% ../../nbs/08_vqa/01_files.ipynb #numbered_rows
+def _numbered_rows(path):
+    "(number or id, value) pairs of an annotation file, by its ending"
+    match path.suffix.lower():
+        case '.csv':
+            return _csv_rows(path, ',')
+        case '.tsv':
+            return _csv_rows(path, '\t')
+        case '.parquet':
+            return enumerate(pq.read_table(path).to_pylist())
+        case _:
+            return _objects(path)
 
 # %% ../../nbs/08_vqa/01_files.ipynb #table
 def _table(path):
-    "(where, row) of an annotation file"
-    suffix = path.suffix.lower()
+    "Yield (place, row) of an annotation file, where place is its name and the row's number or id"
     try:
-        if suffix in ('.csv', '.tsv'):
-            csv.field_size_limit(sys.maxsize)  # pictures in base64
-            rows = enumerate(
-                csv.DictReader(
-                    io.StringIO(path.read_text('utf-8-sig'), newline=''), delimiter='\t' if suffix == '.tsv' else ','
-                )
-            )
-        elif suffix == '.parquet':
-            rows = enumerate(pq.read_table(path).to_pylist())
-        else:
-            rows = _objects(path)
-        for i, row in rows:
+        for i, row in _numbered_rows(path):
             if not isinstance(row, dict):
-                raise ValueError(f'{path.name}, row {i}: {str(row)[:60]!r} is not a row with named columns.')
+                raise BadInput(f'{path.name}, row {i}: {str(row)[:60]!r} is not a row with named columns.')
             yield f'{path.name}, row {i}', row
+    # one per kind of file: not text, not a table, not Parquet, and what the disk does
     except (UnicodeDecodeError, csv.Error, ArrowException, OSError) as e:
-        raise ValueError(f'{path.name} cannot be read as {suffix[1:]} ({str(e).splitlines()[0][:100]}).') from None
+        cause = str(e).splitlines()[0][:100]
+        raise BadInput(f'{path.name} cannot be read as {path.suffix.lower()[1:]} ({cause}).') from None
 
 # %% ../../nbs/08_vqa/01_files.ipynb #inside
 def _inside(folder, name, where):
-    "The path of a file in a folder; a name or a link that leads out of it is refused"
+    "The path of a file in a folder. Raises `BadInput` for one outside of it, `FileNotFoundError` where there is none."
     if not isinstance(name, str) or not name:
-        raise ValueError(f'{where}: {name!r} is not the name of a file.')
+        raise BadInput(f'{where}: {name!r} is not the name of a file.')
+    path = folder / name
     try:
-        inside, there = (folder / name).resolve().is_relative_to(folder.resolve()), (folder / name).is_file()
-    except (OSError, ValueError, RuntimeError) as e:
-        raise ValueError(
-            f'{where}: {name[:60]!r} is not the name of a file ({str(getattr(e, "strerror", None) or e)[:60]}).'
-        ) from None  # too long, a null, a loop of links
+        inside = path.resolve().is_relative_to(folder.resolve())
+        there = path.is_file()
+    except (OSError, ValueError, RuntimeError) as e:  # too long, a null, a loop of links
+        cause = str(getattr(e, 'strerror', None) or e)[:60]
+        raise BadInput(f'{where}: {name[:60]!r} is not the name of a file ({cause}).') from None
     if not inside:
-        raise ValueError(f'{where}: {name} leads out of {folder}; put the file itself there.')
+        raise BadInput(f'{where}: {name} leads out of {folder}; put the file itself there.')
     if not there:
         raise FileNotFoundError(f'{where}: no file {name} in {folder}.')
-    return folder / name
+    return path
+
+# %% ../../nbs/08_vqa/01_files.ipynb #question_id
+def _question_id(r):
+    "The id that questions and annotations share, as text and within limits"
+    return str(r.get('question_id'))[:40]
 
 # %% ../../nbs/08_vqa/01_files.ipynb #joined
 def _joined(questions, annotations):
-    "Official questions with their annotations"
-    known, key = {}, lambda r: str(r.get('question_id'))[:40]
+    "Yield (place, row) of official questions, each with its annotation"
+    known = {}
     for where, r in annotations:
-        if known.setdefault(key(r), r) is not r:
-            raise ValueError(f'{where}: question_id {key(r)} is there twice.')
+        if known.setdefault(_question_id(r), r) is not r:
+            raise BadInput(f'{where}: question_id {_question_id(r)} is there twice.')
     for where, q in questions:
-        if (a := known.get(key(q))) is None:
-            raise ValueError(f'{where}: no annotation has its question_id {key(q)}.')
+        a = known.get(_question_id(q))
+        if a is None:
+            raise BadInput(f'{where}: no annotation has its question_id {_question_id(q)}.')
         if q.get('image_id') != a.get('image_id'):
-            raise ValueError(
-                f"{where}: image_id {str(q.get('image_id'))[:40]}, but its annotation says {str(a.get('image_id'))[:40]}."
-            )
+            asked = str(q.get('image_id'))[:40]
+            annotated = str(a.get('image_id'))[:40]
+            raise BadInput(f'{where}: image_id {asked}, but its annotation says {annotated}.')
         yield where, a | q
 
 # %% ../../nbs/08_vqa/01_files.ipynb #decoded
 def _decoded(rows):
-    "MMBench's pictures are base64 text, or the index of the row that holds it"
-    rows, done = list(rows), {}
+    "Yield (place, row) with the picture as bytes: MMBench's are base64 text, or the index of the row that holds it"
+    rows = list(rows)
+    done = {}  # text → bytes: rotations of a question share their picture
     texts = {str(r.get('index')): r.get('image') or '' for _, r in rows}
     for where, r in rows:
         text = r.get('image') or ''
@@ -112,37 +143,56 @@ def _decoded(rows):
             try:
                 done[text] = base64.b64decode(text, validate=True)
             except ValueError:
-                raise ValueError(f'{where}: the picture is not base64 text.') from None
+                raise BadInput(f'{where}: the picture is not base64 text.') from None
         yield where, r | dict(image=done[text])
+
+# %% ../../nbs/08_vqa/01_files.ipynb #official_file
+def _official_file(root, names, ours):
+    "The path of an annotation file that goes by several names; a benchmark's (not `ours`) must lie in the folder"
+    known = names.split('|')
+    path = next((root / name for name in known if (root / name).exists()), root / known[0])
+    if ours and path.is_file():
+        return path
+    return _inside(root, path.name, f'{root.name or root}')
+
+# %% ../../nbs/08_vqa/01_files.ipynb #picture_folder
+def _picture_folder(b, root, images):
+    "The folder of a benchmark's pictures: `images`, or its own. Raises `BadInput` where a link leads out of `root`."
+    folder = Path(images) if images else root / b.images
+    if not images and not folder.resolve().is_relative_to(root.resolve()):
+        raise BadInput(f'{folder} leads out of {root}; give the folder of the pictures as images=.')
+    if not folder.is_dir():
+        raise FileNotFoundError(f'No folder of pictures at {folder}; give it as images=.')
+    return folder
+
+# %% ../../nbs/08_vqa/01_files.ipynb #tables
+def _tables(b, files):
+    "One iterator over (place, row) per annotation file; questions and annotations together are one"
+    if b.join:
+        questions, annotations = files
+        return [_joined(_table(questions), _table(annotations))]
+    if b.circular:
+        return [_decoded(_table(f)) for f in files]
+    return [_table(f) for f in files]
 
 # %% ../../nbs/08_vqa/01_files.ipynb #file_rows
 def _file_rows(b, root, images):
-    "(where, name of the file, row, folder of the pictures) from official files"
+    "Yield (place, name of the file, row, folder of the pictures) from the official files in the folder `root`"
     root = Path(root)
-    files = [
-        next((root / f for f in names.split('|') if (root / f).exists()), None) or root / names.split('|')[0]
-        for names in b.files
-    ]
-    files = [_inside(root, f.name, f'{root.name or root}') if b.hub or not f.is_file() else f for f in files]
-    folder = Path(images) if images else root / b.images
-    if not images and not folder.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f'{folder} leads out of {root}; give the folder of the pictures as images=.')
-    if not folder.is_dir():
-        raise FileNotFoundError(f'No folder of pictures at {folder}; give it as images=.')
-    tables = (
-        [_joined(*map(_table, files))] if b.join else [_decoded(_table(f)) if b.circular else _table(f) for f in files]
-    )
-    for f, table in zip(files, tables):
+    files = [_official_file(root, names, ours=not b.hub) for names in b.files]
+    folder = _picture_folder(b, root, images)
+    for f, table in zip(files, _tables(b, files)):
         for where, row in table:
             yield where, f.stem, row, folder
 
 # %% ../../nbs/08_vqa/01_files.ipynb #c013
 def _keep(row, images):
-    "A row as JSON values, its pictures written to files"
+    "A row as JSON values: pictures are written to the folder `images`, and their hashes stand in the row"
     for k, v in row.items():
         if not (isinstance(v, dict) and isinstance(v.get('bytes'), bytes)):
             continue
         row[k] = hashlib.sha256(v['bytes']).hexdigest()
-        (tmp := images / f'{row[k]}.{os.getpid()}.tmp').write_bytes(v['bytes'])
+        tmp = images / f'{row[k]}.{os.getpid()}.tmp'
+        tmp.write_bytes(v['bytes'])
         tmp.replace(images / row[k])
     return row

@@ -9,42 +9,51 @@ __all__ = []
 import json
 import os
 from pathlib import Path
+from ..core.errors import BadInput
 from .files import _keep
 
-# %% ../../nbs/08_vqa/02_hub.ipynb #stream
-def _stream(hub, config, split, revision, cache):
-    "The rows of a split, each downloaded once"
-    from filelock import FileLock  # comes with datasets and huggingface_hub
+# %% ../../nbs/08_vqa/02_hub.ipynb #open_stream
+def _open_stream(datasets, hub, config, split, revision):
+    "A split as a stream of rows, pictures as the bytes of their files"
+    stream = datasets.load_dataset(hub, config, split=split, revision=revision, streaming=True)
+    for k, v in (stream.features or {}).items():
+        if isinstance(v, datasets.Image):
+            stream = stream.cast_column(k, datasets.Image(decode=False))
+    return stream
 
-    folder = cache / hub.replace('/', '--') / revision / f'{config or "default"}-{split}'
-    images = cache / hub.replace('/', '--') / 'images'
-    for d in (folder, images):
-        d.mkdir(parents=True, exist_ok=True)
-    known, complete = folder / 'rows.jsonl', folder / 'complete'
-    with FileLock(folder / 'lock'):
-        yield from _continued(hub, config, split, revision, known, complete, images)
+# %% ../../nbs/08_vqa/02_hub.ipynb #known_lines
+def _known_lines(known):
+    "The lines of the rows that were kept, as bytes; one that was cut off by a kill is removed from the file"
+    lines = known.read_bytes().splitlines(keepends=True) if known.exists() else []
+    if lines and not lines[-1].endswith(b'\n'):
+        lines = lines[:-1]
+        known.write_bytes(b''.join(lines))
+    return lines
+
+# %% ../../nbs/08_vqa/02_hub.ipynb #need_datasets
+def _need_datasets(hub):
+    "The package `datasets`. Raises `BadInput` where it is not installed."
+    try:
+        import datasets
+    except ImportError:
+        install = "pip install 'fusion_notebooks[benchmarks]'"
+        raise BadInput(
+            f'Reading {hub} from the Hub needs the package datasets: {install}, '
+            'or give the folder of the official files as root=.'
+        ) from None
+    return datasets
 
 # %% ../../nbs/08_vqa/02_hub.ipynb #continued
 def _continued(hub, config, split, revision, known, complete, images):
-    "Rows that are known, then the rest of the stream"
-    lines = known.read_bytes().splitlines(keepends=True) if known.exists() else []
-    if lines and not lines[-1].endswith(b'\n'):
-        known.write_bytes(b''.join(lines := lines[:-1]))  # killed while writing
+    "Yield the rows that are known, then the rest of the stream, which is kept. Raises `OSError` where the Hub fails."
+    lines = _known_lines(known)
     for line in lines:
         yield json.loads(line)
     if complete.exists():
         return
+    datasets = _need_datasets(hub)
     try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            f"Reading {hub} from the Hub needs the package datasets: pip install 'fusion_notebooks[benchmarks]', or give the folder of the official files as root=."
-        ) from None
-    try:
-        stream = datasets.load_dataset(hub, config, split=split, revision=revision, streaming=True)
-        for k, v in (stream.features or {}).items():
-            if isinstance(v, datasets.Image):
-                stream = stream.cast_column(k, datasets.Image(decode=False))
+        stream = _open_stream(datasets, hub, config, split, revision)
         with known.open('a') as f:
             for row in stream.skip(len(lines)) if lines else stream:
                 row = _keep(dict(row), images)
@@ -52,27 +61,56 @@ def _continued(hub, config, split, revision, known, complete, images):
                 f.flush()
                 yield row
         complete.touch()
-    except Exception as e:
+    except Exception as e:  # datasets, huggingface_hub, fsspec, pyarrow and the HTTP client each have their own errors
+        cause = ' '.join(str(e).split())[:160]
         raise OSError(
-            f'{hub} could not be read from the Hub ({" ".join(str(e).split())[:160]}): check the connection, or give the folder of the official files as root=.'
+            f'{hub} could not be read from the Hub ({cause}): check the connection, '
+            'or give the folder of the official files as root=.'
         ) from e
+
+# %% ../../nbs/08_vqa/02_hub.ipynb #dataset_folder
+def _dataset_folder(cache, hub):
+    "Where a dataset's rows and pictures are kept"
+    return cache / hub.replace('/', '--')
+
+# %% ../../nbs/08_vqa/02_hub.ipynb #stream
+def _stream(hub, config, split, revision, cache):
+    "Yield the rows of a split, each downloaded once; another process that wants the split waits"
+    from filelock import FileLock  # comes with datasets and huggingface_hub
+
+    folder = _dataset_folder(cache, hub) / revision / f'{config or "default"}-{split}'
+    images = _dataset_folder(cache, hub) / 'images'
+    for d in (folder, images):
+        d.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / 'lock'):
+        yield from _continued(hub, config, split, revision, folder / 'rows.jsonl', folder / 'complete', images)
+
+# %% ../../nbs/08_vqa/02_hub.ipynb #default_cache
+def _default_cache():
+    "The folder of the user's caches, by the rule of freedesktop.org"
+    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'fusion_notebooks'
+
+# %% ../../nbs/08_vqa/02_hub.ipynb #picture_of
+def _picture_of(row, pictures, seen, missing):
+    "The picture that a row names by `imageId`: from `seen` (id → picture), else the stream is read until it comes"
+    while row.get('imageId') not in seen:
+        p = next(pictures, None)
+        if p is None:
+            raise BadInput(missing)
+        seen[p['id']] = p['image']
+    return seen[row['imageId']]
 
 # %% ../../nbs/08_vqa/02_hub.ipynb #hub_rows
 def _hub_rows(b, cache):
-    "(where, split, row, folder of the pictures) from the Hub"
-    cache = Path(cache or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'fusion_notebooks')
-    images, pictures, seen = (
-        cache / b.hub.replace('/', '--') / 'images',
-        b.pictures and _stream(b.hub, b.pictures, b.splits[0], b.revision, cache),
-        {},
-    )
+    "Yield (place, split, row, folder of the pictures) from the Hub"
+    cache = Path(cache or _default_cache())
+    images = _dataset_folder(cache, b.hub) / 'images'
+    pictures = _stream(b.hub, b.pictures, b.splits[0], b.revision, cache) if b.pictures else None
+    seen = {}
     for split in b.splits:
         for i, row in enumerate(_stream(b.hub, b.config, split, b.revision, cache)):
             where = f'{b.hub}@{b.revision[:7]} {split}, row {i}'
             if pictures:
-                while row.get('imageId') not in seen:
-                    if (p := next(pictures, None)) is None:
-                        raise ValueError(f"{where}: no picture {row.get('imageId')} in {b.pictures}.")
-                    seen[p['id']] = p['image']
-                row['image'] = seen[row['imageId']]
+                missing = f"{where}: no picture {row.get('imageId')} in {b.pictures}."
+                row['image'] = _picture_of(row, pictures, seen, missing)
             yield where, split, row, images

@@ -10,66 +10,93 @@ import hashlib
 import math
 import re
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
+from ..core.errors import BadInput
 from ..core.images import picture_size
 from .benchmarks import benchmark, PROMPTS, Sample
 from .files import _file_rows, _inside
 from .hub import _hub_rows
 
-# %% ../../nbs/08_vqa/03_samples.ipynb #c015
-def _checked(b, where, part, row):
-    "The fields of a row, or one sentence about what is wrong with it"
+# %% ../../nbs/08_vqa/03_samples.ipynb #fields
+def _fields(b, where, of, row):
+    "The fields of a row of the file or split `of`, with defaults"
     try:
-        f = dict(kind='', group=None, picture=None, hint='', options=(), box=None) | b.fields(row, part)
+        return dict(kind='', group=None, picture=None, hint='', options=(), box=None) | b.fields(row, of)
     except KeyError as e:
-        raise ValueError(f'{where}: column {e} is missing; it has {", ".join(map(str, row))[:120]}.') from None
+        raise BadInput(f'{where}: column {e} is missing; it has {", ".join(map(str, row))[:120]}.') from None
+    # what reading a malformed value raises: None or a list where an object is expected, a text that is no number
     except (TypeError, AttributeError, ValueError, IndexError) as e:
-        raise ValueError(f'{where}: not a row of this benchmark ({str(e)[:100]}).') from None
-    a, options = f['answers'], f['options']
-    if wrong := [k for k in ('key', 'picture') if type(f[k]) not in (str, int, type(None))]:
-        raise ValueError(f'{where}: {wrong[0]} {str(f[wrong[0]])[:60]!r} is neither a text nor a number.')
+        raise BadInput(f'{where}: not a row of this benchmark ({str(e)[:100]}).') from None
+
+# %% ../../nbs/08_vqa/03_samples.ipynb #check_names
+def _check_names(f, where):
+    "Raise `BadInput` unless the id and the picture's name are texts or numbers"
+    for k in ('key', 'picture'):
+        if type(f[k]) not in (str, int, type(None)):
+            raise BadInput(f'{where}: {k} {str(f[k])[:60]!r} is neither a text nor a number.')
+
+# %% ../../nbs/08_vqa/03_samples.ipynb #check_question
+def _check_question(f, where):
+    "Raise `BadInput` unless the question is a text that is not empty"
     if not isinstance(f['question'], str) or not f['question'].strip():
-        raise ValueError(f"{where}: the question is {str(f['question'])[:60]!r}; it must be a text.")
+        raise BadInput(f"{where}: the question is {str(f['question'])[:60]!r}; it must be a text.")
+
+# %% ../../nbs/08_vqa/03_samples.ipynb #check_answers
+def _check_answers(b, f, where):
+    "Raise `BadInput` unless the answers are texts, as many as the benchmark has"
+    a = f['answers']
     if not isinstance(a, (list, tuple)) or not a or not all(isinstance(x, str) for x in a):
-        raise ValueError(
-            f'{where}: the answers are {str(a)[:60]!r}; a list of texts is needed (a split without answers cannot be scored).'
-        )
+        needed = 'a list of texts is needed (a split without answers cannot be scored)'
+        raise BadInput(f'{where}: the answers are {str(a)[:60]!r}; {needed}.')
     if b.people and len(a) != b.people:
-        raise ValueError(f'{where}: {len(a)} answers; every question has {b.people}.')
-    if (
-        options
-        and a[0] not in list('ABCDE'[: len(options)])
-        or b.circular
-        and (len(options) < 2 or len({*options}) == 1)
-    ):
-        raise ValueError(
-            f'{where}: answer {a[0]!r} with {len(options)} options; the letter of one of at least two is needed.'
-        )
+        raise BadInput(f'{where}: {len(a)} answers; every question has {b.people}.')
     if b.metric == 'pope' and a[0] not in ('yes', 'no'):
-        raise ValueError(f'{where}: the label is {a[0]!r}; yes or no is needed.')
-    if f['box'] is not None and not (
-        isinstance(f['box'], (list, tuple))
-        and len(f['box']) == 4
-        and all(type(v) in (int, float) and math.isfinite(v) for v in f['box'])
-    ):
-        raise ValueError(
-            f"{where}: the box is {str(f['box'])[:60]!r}; four numbers (left, top, right, bottom) are needed."
+        raise BadInput(f'{where}: the label is {a[0]!r}; yes or no is needed.')
+
+# %% ../../nbs/08_vqa/03_samples.ipynb #check_options
+def _check_options(b, f, where):
+    "Raise `BadInput` unless the first answer is the letter of an option, of at least two that differ in CircularEval"
+    options = f['options']
+    letters = list('ABCDE'[: len(options)])
+    named = not options or f['answers'][0] in letters
+    several = len(options) >= 2 and len({*options}) > 1
+    if not named or (b.circular and not several):
+        raise BadInput(
+            f"{where}: answer {f['answers'][0]!r} with {len(options)} options; "
+            'the letter of one of at least two is needed.'
         )
-    return f | dict(
-        where=where,
-        kind=str(f['kind'] or ''),
-        key=str(f['key']),
-        group=str(f['key'] if f['group'] is None else f['group']),
-    )
+
+# %% ../../nbs/08_vqa/03_samples.ipynb #check_box
+def _check_box(f, where):
+    "Raise `BadInput` unless there is no box, or it is four finite numbers"
+    box = f['box']
+    if box is None:
+        return
+    four = isinstance(box, (list, tuple)) and len(box) == 4
+    if not four or not all(type(v) in (int, float) and math.isfinite(v) for v in box):
+        raise BadInput(f'{where}: the box is {str(box)[:60]!r}; four numbers (left, top, right, bottom) are needed.')
+
+# %% ../../nbs/08_vqa/03_samples.ipynb #c015
+def _checked(b, where, of, row):
+    "The fields of a row of the file or split `of`, all of them checked"
+    f = _fields(b, where, of, row)
+    _check_names(f, where)
+    _check_question(f, where)
+    _check_answers(b, f, where)
+    _check_options(b, f, where)
+    _check_box(f, where)
+    group = f['key'] if f['group'] is None else f['group']
+    return f | dict(where=where, kind=str(f['kind'] or ''), key=str(f['key']), group=str(group))
 
 # %% ../../nbs/08_vqa/03_samples.ipynb #picture
 def _picture(f, folder):
-    "Whose picture a row asks about: its name in the benchmark, else a hash of the file"
+    "The identity of a row's picture: its name in the benchmark, else a hash of the file"
     if f['picture'] is not None:
         return str(f['picture'])
-    return hashlib.sha256(
-        f['image'] if isinstance(f['image'], bytes) else _inside(folder, f['image'], f['where']).read_bytes()
-    ).hexdigest()
+    image = f['image']
+    data = image if isinstance(image, bytes) else _inside(folder, image, f['where']).read_bytes()
+    return hashlib.sha256(data).hexdigest()
 
 # %% ../../nbs/08_vqa/03_samples.ipynb #part
 def part(
@@ -77,108 +104,133 @@ def part(
     share: float = 0.2,  # of the pictures that calibrate
 ) -> str:  # calibration or evaluation
     "The split that a picture belongs to, by a hash: the same everywhere, and for every question about it"
-    return (
-        'calibration'
-        if int(hashlib.sha256(f'split {picture}'.encode()).hexdigest()[:12], 16) < share * 16**12
-        else 'evaluation'
-    )
+    number = int(hashlib.sha256(f'split {picture}'.encode()).hexdigest()[:12], 16)  # below 16¹²
+    return 'calibration' if number < share * 16**12 else 'evaluation'
 
 # %% ../../nbs/08_vqa/03_samples.ipynb #asked
 def _asked(b, name, family, f):
-    "Template and text of a question"
+    "(template, text) of a question"
     known = PROMPTS.get(family, {}) if b.hub else {}
     template = known.get(name, known.get('other', b.prompt))
     if not f['hint']:
         template = re.sub(r'.*\{hint\}.*\n', '', template)
     options = '\n'.join(f'{c}. {o}' for c, o in zip('ABCDE', f['options']))
-    return template, template.format(
-        question=f['question'], Question=f['question'].capitalize(), hint=f['hint'], options=options
-    )
+    question = f['question']
+    return template, template.format(question=question, Question=question.capitalize(), hint=f['hint'], options=options)
 
-# %% ../../nbs/08_vqa/03_samples.ipynb #sample
-def _sample(b, name, family, f, folder, picture):
-    box, image = f['box'], f['image'] if isinstance(f['image'], bytes) else _inside(folder, f['image'], f['where'])
+# %% ../../nbs/08_vqa/03_samples.ipynb #check_in_picture
+def _check_in_picture(f, image):
+    "Raise `BadInput` unless the picture's header can be read and the box lies in the picture"
     try:
         w, h = picture_size(image)
     except ValueError as e:
-        raise ValueError(f'{f["where"]}: the picture cannot be read ({str(e).removesuffix(".")}).') from None
-    if box is not None:
-        if not (0 <= box[0] < box[2] <= w and 0 <= box[1] < box[3] <= h):
-            raise ValueError(f"{f['where']}: the box {tuple(box)} does not lie in its picture of {w} × {h} pixels.")
+        raise BadInput(f'{f["where"]}: the picture cannot be read ({str(e).removesuffix(".")}).') from None
+    if f['box'] is None:
+        return
+    left, top, right, bottom = f['box']
+    if not (0 <= left < right <= w and 0 <= top < bottom <= h):
+        box = tuple(f['box'])
+        raise BadInput(f"{f['where']}: the box {box} does not lie in its picture of {w} × {h} pixels.")
+
+# %% ../../nbs/08_vqa/03_samples.ipynb #sample
+def _sample(b, name, family, f, folder, picture):
+    "The `Sample` of the fields `f`, whose picture lies in `folder` and has the identity `picture`"
+    image = f['image'] if isinstance(f['image'], bytes) else _inside(folder, f['image'], f['where'])
+    _check_in_picture(f, image)
     template, question = _asked(b, name, family, f)
     label = name if b.hub else Path(name).stem
     return Sample(
-        image,
-        question,
-        tuple(f['answers']),
-        box and tuple(box),
-        f['kind'],
-        f"{label}-{f['key']}",
-        picture,
-        f"{label}-{f['group']}",
-        template,
-        f['where'],
+        image=image,
+        question=question,
+        answers=tuple(f['answers']),
+        box=f['box'] and tuple(f['box']),
+        kind=f['kind'],
+        id=f"{label}-{f['key']}",
+        picture=picture,
+        group=f"{label}-{f['group']}",
+        prompt=template,
+        source=f['where'],
     )
+
+# %% ../../nbs/08_vqa/03_samples.ipynb #check_choice
+def _check_choice(what, value, known):
+    "Raise `BadInput` unless a value is one of those that are known"
+    if value not in known:
+        raise BadInput(f"No {what} '{value}'; known: {', '.join(known)}.")
+
+# %% ../../nbs/08_vqa/03_samples.ipynb #rows_of
+def _rows_of(b, name, root, images, cache):
+    "The rows of a benchmark from its files or the Hub, or those of a table of one's own; see `load`"
+    if not b.hub:
+        folder = Path(name).parent
+        return _file_rows(b, folder, images or root or folder)
+    if root is None:
+        return _hub_rows(b, cache)
+    below = Path(root) / name
+    return _file_rows(b, below if below.is_dir() else root, images)
+
+# %% ../../nbs/08_vqa/03_samples.ipynb #distinct
+def _distinct(b, rows, seen):
+    "Yield (fields, folder of the pictures); `seen` gets id → place. Raises `BadInput` for an id that comes again."
+    for where, of, row, folder in rows:
+        f = _checked(b, where, of, row)
+        first = seen.setdefault(f['key'], where)
+        if first != where:
+            raise BadInput(f"{where}: its id {f['key']} is that of {first} too.")
+        yield f, folder
+
+# %% ../../nbs/08_vqa/03_samples.ipynb #groups
+def _groups(b, name, fields, order, seed):
+    "Lists of (fields, folder), one per group, in the order asked for; lazy where no later row can matter"
+    if order == 'first' and not b.circular:
+        return ([f] for f in fields)
+    together = {}
+    for f in fields:
+        together.setdefault(f[0]['group'], []).append(f)
+    groups = list(together.values())
+    if order == 'random':
+        label = name if b.hub else ''  # a table of one's own keeps its order when the file is renamed
+
+        def place(group):
+            return hashlib.sha256(f"{seed} {label} {group[0][0]['group']}".encode()).digest()
+
+        groups.sort(key=place)
+    return groups
+
+# %% ../../nbs/08_vqa/03_samples.ipynb #groups_of_split
+def _groups_of_split(groups, split, share):
+    "Yield (group, identity of its picture) of the groups in a split"
+    for g in groups:
+        picture = _picture(*g[0])
+        if split in ('all', part(picture, share)):
+            yield g, picture
 
 # %% ../../nbs/08_vqa/03_samples.ipynb #c016
 def load(
-    name: str,  # a key of `BENCHMARKS`, or a table of your own: columns image, question, answers and where known box, kind, id
+    name: str,  # of `BENCHMARKS`, or a table of your own: columns image, question, answers; where known box, kind, id
     split: str = 'evaluation',  # calibration, evaluation or all; the first two share no picture
     limit: int | None = None,  # questions at most; the rotations of MMBench count as one
     order: str = 'first',  # first: as in the files; random: by a hash of seed and id
     seed: int = 0,  # of the random order
-    root=None,  # folder of the official files, or above it (root/name); None: the Hub. Own table: folder of its pictures
+    root=None,  # folder of the official files, or above it (root/name); None: the Hub. Own table: of its pictures
     images=None,  # folder of the pictures, if it is not where the benchmark has it
     family: str = '',  # config.model_type: how the question is put, see `PROMPTS`
     share: float = 0.2,  # of the pictures that calibrate
     cache=None,  # what came from the Hub; default ~/.cache/fusion_notebooks
 ) -> list:  # of `Sample`
-    "The samples of a benchmark. Raises `ValueError` and `OSError` with file and row."
+    "The samples of a benchmark. Raises `BadInput` and `OSError` with file and row."
     b = benchmark(name)
-    for what, value, known in (
-        ('split', split, ('calibration', 'evaluation', 'all')),
-        ('order', order, ('first', 'random')),
-    ):
-        if value not in known:
-            raise ValueError(f"No {what} '{value}'; known: {', '.join(known)}.")
+    _check_choice('split', split, ('calibration', 'evaluation', 'all'))
+    _check_choice('order', order, ('first', 'random'))
     if limit is not None and (type(limit) is not int or limit < 1):
-        raise ValueError(f'limit is {limit}; a whole number above 0, or None for all.')
-    if not b.hub:
-        rows = _file_rows(b, Path(name).parent, images or root or Path(name).parent)
-    elif root is None:
-        rows = _hub_rows(b, cache)
-    else:
-        rows = _file_rows(b, Path(root) / name if (Path(root) / name).is_dir() else root, images)
-    seen = {}
-
-    def fields():
-        for where, of, row, folder in rows:
-            f = _checked(b, where, of, row)
-            if (first := seen.setdefault(f['key'], where)) != where:
-                raise ValueError(f"{where}: its id {f['key']} is that of {first} too.")
-            yield f, folder
-
-    with closing(rows):
-        if order == 'first' and not b.circular:
-            groups = ([f] for f in fields())
-        else:
-            together = {}
-            for f in fields():
-                together.setdefault(f[0]['group'], []).append(f)
-            groups = list(together.values())
-            if order == 'random':
-                groups.sort(
-                    key=lambda g: hashlib.sha256(f"{seed} {name if b.hub else ''} {g[0][0]['group']}".encode()).digest()
-                )
-        out, n = [], 0
-        for g in groups:
-            picture = _picture(*g[0])
-            if split not in ('all', part(picture, share)):
-                continue
+        raise BadInput(f'limit is {limit}; a whole number above 0, or None for all.')
+    rows = _rows_of(b, name, root, images, cache)
+    seen = {}  # id → place, of every row that was read
+    out = []
+    with closing(rows):  # a stream from the Hub lets go of its lock
+        groups = _groups(b, name, _distinct(b, rows, seen), order, seed)
+        for g, picture in islice(_groups_of_split(groups, split, share), limit):
             out += [_sample(b, name, family, f, folder, picture) for f, folder in g]
-            n += 1
-            if n == limit:
-                break
     if not out:
-        raise ValueError(f'{name}: no question in the {split} split; it has {len(seen)} in all.')
+        raise BadInput(f'{name}: no question in the {split} split; it has {len(seen)} in all.')
     return out
