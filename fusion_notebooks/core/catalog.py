@@ -153,7 +153,7 @@ def add_method(
     return method
 
 # %% ../../nbs/00_core/03_catalog.ipynb #refine_methods
-add_method(Method('base', 'base', sentence='the plain answer'))
+add_method(Method('base', 'base', sentence='the plain answer', label='Base'))
 add_method(
     Method(
         'mask', 'mask', 'contrast', 'visual tokens with the least contrastive attention are masked', first_pass=False
@@ -162,7 +162,9 @@ add_method(
 add_method(Method('mask-late', 'mask', 'late', 'those with the least late attention', first_pass=False))
 add_method(Method('mask-random', 'mask', 'random', 'control: as many at random', first_pass=False))
 add_method(Method('mask-highest', 'mask', 'highest', 'control: those with the most', first_pass=False))
-add_method(Method('crop', 'crop', 'contrast', 'a crop by contrastive attention beside the picture', crops=True))
+add_method(
+    Method('crop', 'crop', 'contrast', 'a crop by contrastive attention beside the picture', crops=True, label='Ours')
+)
 add_method(Method('crop-late', 'crop', 'late', 'by late attention alone', crops=True))
 add_method(Method('crop-read', 'crop', 'read', 'by attention at the fusion layers', crops=True))
 add_method(Method('crop-focus', 'crop', 'focus', 'by its highest peak', crops=True))

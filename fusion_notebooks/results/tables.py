@@ -10,6 +10,7 @@ import html
 import numpy as np
 import pandas as pd
 from pathlib import Path
+from ..core import catalog
 from .findings import _kinds, _mean, _wide
 
 # %% ../../nbs/10_results/06_tables.ipynb #compared
@@ -65,7 +66,7 @@ def method_table(
 # in a model's name → in the paper
 BACKBONES = {'llava-1.5-7b': 'LLaVA-1.5', 'llava-v1.6': 'LLaVA-NeXT', 'qwen2.5-vl': 'Qwen2.5-VL'}
 # method → in the paper
-SAID = {'base': 'Base', 'cd': 'CD', 'dola': 'DoLa', 'opera': 'OPERA', 'vicrop-rel': 'ViCrop', 'crop': 'Ours'}
+SAID = {m.name: m.label for m in catalog.METHODS.values() if m.label}
 # the benchmarks of the paper's average
 SEVEN = ('gqa', 'vqav2', 'okvqa', 'vizwiz', 'textvqa', 'docvqa', 'mmbench')
 _NAMES = dict(gqa='GQA', vqav2='VQAv2', textvqa='TextVQA')  # dataset → in the paper, where it has its own numbers

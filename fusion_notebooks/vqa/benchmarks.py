@@ -188,6 +188,7 @@ class Benchmark:
     config: str | None = None  # its configuration
     splits: tuple = ()  # its splits
     pictures: str = ''  # configuration that holds the pictures, where they are apart
+    own: bool = False  # a table of one's own
 
     @property
     def suffix(self):
@@ -296,7 +297,7 @@ def benchmark(
 ) -> Benchmark:
     "The record of a benchmark. Raises `BadInput` for a name that is neither."
     if Path(name).suffix.lower() in TABLES:
-        return Benchmark(metric, '{question}', _own, (Path(name).name,))
+        return Benchmark(metric, '{question}', _own, (Path(name).name,), own=True)
     if name not in BENCHMARKS:
         known = f"{', '.join(BENCHMARKS)}, or a table of your own ({', '.join(TABLES)})"
         raise BadInput(f"No benchmark '{name}'; known: {known}.")

@@ -179,7 +179,7 @@ def _tables(b, files):
 def _file_rows(b, root, images):
     "Yield (place, name of the file, row, folder of the pictures) from the official files in the folder `root`"
     root = Path(root)
-    files = [_official_file(root, names, ours=not b.hub) for names in b.files]
+    files = [_official_file(root, names, ours=b.own) for names in b.files]
     folder = _picture_folder(b, root, images)
     for f, table in zip(files, _tables(b, files)):
         for where, row in table:

@@ -110,7 +110,7 @@ def part(
 # %% ../../nbs/08_vqa/03_samples.ipynb #asked
 def _asked(b, name, family, f):
     "(template, text) of a question"
-    known = PROMPTS.get(family, {}) if b.hub else {}
+    known = PROMPTS.get(family, {}) if not b.own else {}
     template = known.get(name, known.get('other', b.prompt))
     if not f['hint']:
         template = re.sub(r'.*\{hint\}.*\n', '', template)
@@ -138,7 +138,7 @@ def _sample(b, name, family, f, folder, picture):
     image = f['image'] if isinstance(f['image'], bytes) else _inside(folder, f['image'], f['where'])
     _check_in_picture(f, image)
     template, question = _asked(b, name, family, f)
-    label = name if b.hub else Path(name).stem
+    label = Path(name).stem if b.own else name
     return Sample(
         image=image,
         question=question,
@@ -161,10 +161,12 @@ def _check_choice(what, value, known):
 # %% ../../nbs/08_vqa/03_samples.ipynb #rows_of
 def _rows_of(b, name, root, images, cache):
     "The rows of a benchmark from its files or the Hub, or those of a table of one's own; see `load`"
-    if not b.hub:
+    if b.own:
         folder = Path(name).parent
         return _file_rows(b, folder, images or root or folder)
     if root is None:
+        if not b.hub:
+            raise BadInput(f'{name} has no data set on the Hub: give root=, the folder of its files.')
         return _hub_rows(b, cache)
     below = Path(root) / name
     return _file_rows(b, below if below.is_dir() else root, images)
@@ -189,7 +191,7 @@ def _groups(b, name, fields, order, seed):
         together.setdefault(f[0]['group'], []).append(f)
     groups = list(together.values())
     if order == 'random':
-        label = name if b.hub else ''  # a table of one's own keeps its order when the file is renamed
+        label = '' if b.own else name  # a table of one's own keeps its order when the file is renamed
 
         def place(group):
             return hashlib.sha256(f"{seed} {label} {group[0][0]['group']}".encode()).digest()
