@@ -8,14 +8,23 @@ __all__ = ['FLOWS', 'question_rows', 'flow']
 # %% ../../nbs/07_baselines/07_blocked_flow.ipynb #imports
 import pandas as pd
 import torch
+from ..core.errors import BadInput, NotSupported
 from ..mllm.handle import MLLM, Prompt
 from ..mllm.batching import in_batches
 from ..hooks.attaching import _hidden, _removing, check_layers
 from ..hooks.edits import _as_float_mask
 from ..masking.sweeps import scoped
 
-# %% ../../nbs/07_baselines/07_blocked_flow.ipynb #c033
+# %% ../../nbs/07_baselines/07_blocked_flow.ipynb #FLOWS
 FLOWS = ('image→question', 'image→last', 'question→last', 'last→last')
+
+# %% ../../nbs/07_baselines/07_blocked_flow.ipynb #equal_start
+def _equal_start(a, b):
+    "How many items two lists share from the start"
+    for k, (u, v) in enumerate(zip(a, b)):
+        if u != v:
+            return k
+    return min(len(a), len(b))
 
 # %% ../../nbs/07_baselines/07_blocked_flow.ipynb #question_rows
 def question_rows(
@@ -24,14 +33,12 @@ def question_rows(
 ) -> torch.Tensor:  # positions, ascending
     "The rows of a prompt that hold its question: those between what it shares with the prompts of two other questions"
     ids = p.inputs['input_ids'][0].tolist()
-
-    def shared(other):
-        near = lambda a, b: next((k for k, (u, v) in enumerate(zip(a, b)) if u != v), min(len(a), len(b)))
-        return near(ids, other), near(ids[::-1], other[::-1])
-
-    ends = [shared(mllm.prompt(p.images, q).inputs['input_ids'][0].tolist()) for q in ('a', '1 2')]
-    start, stop = min(a for a, _ in ends), len(ids) - min(b for _, b in ends)
-    return torch.arange(start, stop, device=p.visual.device)
+    before, behind = len(ids), len(ids)
+    for question in ('a', '1 2'):
+        other = mllm.prompt(p.images, question).inputs['input_ids'][0].tolist()
+        before = min(before, _equal_start(ids, other))
+        behind = min(behind, _equal_start(ids[::-1], other[::-1]))
+    return torch.arange(before, len(ids) - behind, device=p.visual.device)
 
 # %% ../../nbs/07_baselines/07_blocked_flow.ipynb #closing
 def _closing(paths):
@@ -40,8 +47,8 @@ def _closing(paths):
     def hook(layer, args, kw):
         h = _hidden(args, kw)
         mask = _as_float_mask(kw.get('attention_mask'), h, 0)
-        for b, rows, cols in paths:
-            mask[b, 0, rows[:, None], cols] = torch.finfo(h.dtype).min
+        for b, rows, columns in paths:
+            mask[b, 0, rows[:, None], columns] = torch.finfo(h.dtype).min
         return args, kw | dict(attention_mask=mask)
 
     return hook
@@ -50,20 +57,45 @@ def _closing(paths):
 @torch.inference_mode()
 def _closed(mllm, p, token, variants):
     "Probability of a first token under each variant (layers, rows, columns), as one batch"
-    at = {}
-    for b, (layers, rows, cols) in enumerate(variants):
+    paths = {}
+    for b, (layers, rows, columns) in enumerate(variants):
         for i in layers:
-            at.setdefault(i, []).append((b, rows, cols))
-    with _removing(
-        [mllm.layers[i].register_forward_pre_hook(_closing(paths), with_kwargs=True) for i, paths in at.items()]
-    ):
-        return (
-            mllm.model(**mllm.copies(p, len(variants)), use_cache=False, logits_to_keep=1)
-            .logits[:, -1]
-            .float()
-            .softmax(-1)[:, token]
-            .tolist()
+            paths.setdefault(i, []).append((b, rows, columns))
+    hooks = [mllm.layers[i].register_forward_pre_hook(_closing(some), with_kwargs=True) for i, some in paths.items()]
+    with _removing(hooks):
+        out = mllm.model(**mllm.copies(p, len(variants)), use_cache=False, logits_to_keep=1)
+    return out.logits[:, -1].float().softmax(-1)[:, token].tolist()
+
+# %% ../../nbs/07_baselines/07_blocked_flow.ipynb #check_flows
+def _check_flows(mllm, flows):
+    "Raises `BadInput` for an unknown path, `NotSupported` for a model that reads through cross-attention"
+    for path in flows:
+        if path not in FLOWS:
+            raise BadInput(f"No flow '{path}': choose from {', '.join(FLOWS)}.")
+    if mllm.cross:
+        raise NotSupported(
+            f'{mllm.name} reads its picture through cross-attention: '
+            "its visual tokens are no columns of the text's attention."
         )
+
+# %% ../../nbs/07_baselines/07_blocked_flow.ipynb #sample_flow
+def _sample_flow(mllm, s, keys, width, batch):
+    "Rows of one sample, one per (path, layer in the middle of the window)"
+    p = mllm.prompt(s.image, s.question)
+    plain = mllm.answer(p)
+    last = torch.tensor([p.length - 1], device=p.visual.device)
+    rows_of = dict(image=p.visual, question=question_rows(mllm, p), last=last)
+    variants = [([], last, last)]  # nothing closed
+    for path, i in keys:
+        source, target = path.split('→')
+        variants.append((scoped(mllm, i, 'window', width), rows_of[target], rows_of[source]))
+
+    def work(some):
+        return _closed(mllm, p, plain.ids[0], some)
+
+    base, *closed = in_batches(work, variants, batch)
+    common = dict(sample=s.id, width=width, prediction=plain.text, base=base)
+    return [dict(layer=i, flow=path, p=q, change=(q - base) / base) | common for (path, i), q in zip(keys, closed)]
 
 # %% ../../nbs/07_baselines/07_blocked_flow.ipynb #flow
 def flow(
@@ -74,39 +106,14 @@ def flow(
     width: int | None = None,  # layers in the window; default 9/32 of the depth
     batch: int = 32,  # variants per forward, at first
 ) -> pd.DataFrame:  # sample, layer, flow, width, prediction, base, p, change
-    "Relative change of the answer's probability when one path of attention is closed (Zhang et al., CVPR 2025, arXiv 2411.18620). Raises `ValueError` for unknown paths and layers, and for models that read through cross-attention."
-    if bad := [f for f in flows if f not in FLOWS]:
-        raise ValueError(f"No flow '{bad[0]}': choose from {', '.join(FLOWS)}.")
-    if mllm.cross:
-        raise ValueError(
-            f'{mllm.name} reads its picture through cross-attention: its visual tokens are no columns of the text\'s attention.'
-        )
-    layers, width, out = (
-        check_layers(mllm, layers),
-        max(1, round(9 / 32 * mllm.n_layers)) if width is None else width,
-        [],
-    )
+    "Relative change of the answer's probability when one path of attention is closed (Zhang et al., CVPR 2025, arXiv 2411.18620)"
+    _check_flows(mllm, flows)
+    layers = check_layers(mllm, layers)
+    if width is None:
+        width = max(1, round(9 / 32 * mllm.n_layers))
+    keys = [(path, i) for path in flows for i in layers]
+    rows = []
     for s in samples:
-        p = mllm.prompt(s.image, s.question)
-        plain = mllm.answer(p)
-        place = dict(
-            image=p.visual, question=question_rows(mllm, p), last=torch.tensor([p.length - 1], device=p.visual.device)
-        )
-        keys = [(f, i) for f in flows for i in layers]
-        ends = {f: [place[w] for w in f.split('→')] for f in flows}
-        variants = [([], *ends[keys[0][0]])] + [(scoped(mllm, i, 'window', width), *reversed(ends[f])) for f, i in keys]
-        base, *got = in_batches(lambda v: _closed(mllm, p, plain.ids[0], v), variants, batch)
-        out += [
-            dict(
-                sample=s.id,
-                layer=i,
-                flow=f,
-                width=width,
-                prediction=plain.text,
-                base=base,
-                p=q,
-                change=(q - base) / base,
-            )
-            for (f, i), q in zip(keys, got)
-        ]
-    return pd.DataFrame(out)
+        rows += _sample_flow(mllm, s, keys, width, batch)
+    columns = ['sample', 'layer', 'flow', 'width', 'prediction', 'base', 'p', 'change']
+    return pd.DataFrame(rows, columns=columns)

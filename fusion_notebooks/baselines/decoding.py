@@ -11,16 +11,21 @@ import torch
 from contextlib import contextmanager
 from dataclasses import replace
 from transformers import LogitsProcessorList
+from ..core.errors import BadInput, NotSupported
 from ..mllm.handle import MLLM
 from ..mllm.batching import _until_end, plain_decoding
 from ..hooks.attaching import _hidden, _removing, check_layers
 from ..hooks.edits import edit
 from .common import _prompt, BaselineAnswer, method
 
-# %% ../../nbs/07_baselines/04_decoding.ipynb #c021
+# %% ../../nbs/07_baselines/04_decoding.ipynb #decode
 @torch.inference_mode()
 def _decode(mllm, inputs, rule, max_new_tokens):
     "Greedy answer of the first row by `rule`: (batch, vocabulary) scores → (1, vocabulary); all rows go on with the same token"
+
+    def combined(ids, scores):
+        return rule(scores).expand_as(scores)
+
     with plain_decoding(mllm):
         out = mllm.model.generate(
             **inputs,
@@ -28,12 +33,12 @@ def _decode(mllm, inputs, rule, max_new_tokens):
             num_beams=1,
             max_new_tokens=max_new_tokens,
             suppress_tokens=[mllm.image_token_id],
-            logits_processor=LogitsProcessorList([lambda ids, scores: rule(scores).expand_as(scores)]),
+            logits_processor=LogitsProcessorList([combined]),
             return_dict_in_generate=True,
             output_logits=True,
         )
     ids = _until_end(mllm, out.sequences[0, -len(out.logits) :].tolist())
-    logp = sum(l[0].float().log_softmax(-1)[i].item() for l, i in zip(out.logits, ids))
+    logp = sum(logits[0].float().log_softmax(-1)[i].item() for logits, i in zip(out.logits, ids))
     return mllm.as_answer(ids, logp)
 
 # %% ../../nbs/07_baselines/04_decoding.ipynb #plausible
@@ -42,11 +47,19 @@ def _plausible(scores, expert, beta):
     least = expert.max(-1, keepdim=True).values + (math.log(beta) if beta else -torch.inf)
     return scores.masked_fill((expert < least) | expert.isinf(), -torch.inf)
 
+# %% ../../nbs/07_baselines/04_decoding.ipynb #first_text_row
+def _first_text_row(mllm, p):
+    "The first row that is no visual token: some families let text in front of the picture read it"
+    if mllm.cross:
+        return 0
+    rows = torch.arange(p.length, device=p.visual.device)
+    return int(rows[~torch.isin(rows, p.visual)].min())
+
 # %% ../../nbs/07_baselines/04_decoding.ipynb #cd
 @method('cd')
 def cd(
     mllm: MLLM,  # the model
-    image,  # path or PIL image
+    image,  # path, PIL image or `FirstPass`
     question: str,  # about it
     alpha: float = 1.0,  # weight of the amateur; 0 gives the plain answer
     beta: float = 0.1,  # plausible tokens: at least this share of the highest probability
@@ -54,16 +67,12 @@ def cd(
 ) -> BaselineAnswer:
     "Contrastive decoding (Li et al., ACL 2023, arXiv 2210.15097) against the same model without the picture"
     p = _prompt(mllm, image, question)
-    rows = torch.arange(p.length, device=p.visual.device)
-    text = (
-        0 if mllm.cross else int(rows[~torch.isin(rows, p.visual)].min())
-    )  # its first row: some families let text in front of the picture read it
 
     def rule(scores):
-        e, a = scores.log_softmax(-1).split(1)
-        return _plausible(e - alpha * a, e, beta)
+        expert, amateur = scores.log_softmax(-1).split(1)
+        return _plausible(expert - alpha * amateur, expert, beta)
 
-    with edit(mllm, None, p.visual, 'knockout', batch=[1], text_from=text):
+    with edit(mllm, None, p.visual, 'knockout', batch=[1], text_from=_first_text_row(mllm, p)):
         return BaselineAnswer(_decode(mllm, mllm.copies(p, 2), rule, max_new_tokens))
 
 # %% ../../nbs/07_baselines/04_decoding.ipynb #diffuse
@@ -82,7 +91,7 @@ def diffuse(
 @method('vcd')
 def vcd(
     mllm: MLLM,  # the model
-    image,  # path or PIL image
+    image,  # path, PIL image or `FirstPass`
     question: str,  # about it
     alpha: float = 1.0,  # weight of the contrast; 0 gives the plain answer
     beta: float = 0.1,  # plausible tokens: at least this share of the highest probability
@@ -92,43 +101,49 @@ def vcd(
 ) -> BaselineAnswer:
     "Visual contrastive decoding: against the picture under noise (Leng et al., CVPR 2024, arXiv 2311.16922)"
     p = _prompt(mllm, image, question)
-    noisy = replace(
-        p, inputs={k: diffuse(v, step, seed) if k.startswith('pixel_values') else v for k, v in p.inputs.items()}
-    )
+    pixels = {k: diffuse(v, step, seed) for k, v in p.inputs.items() if k.startswith('pixel_values')}
+    noisy = replace(p, inputs=p.inputs | pixels)
 
     def rule(scores):
-        e, a = scores.split(1)
-        return _plausible((1 + alpha) * e - alpha * a, e, beta)
+        clear, blurred = scores.split(1)
+        return _plausible((1 + alpha) * clear - alpha * blurred, clear, beta)
 
     return BaselineAnswer(_decode(mllm, mllm.copies(mllm.stack([p, noisy])), rule, max_new_tokens))
 
-# %% ../../nbs/07_baselines/04_decoding.ipynb #c024
+# %% ../../nbs/07_baselines/04_decoding.ipynb #around
+def _around(model, head):
+    "The modules that hold the head: their output has the logits"
+    return [m for m in model.modules() if m is not head and any(k is head for k in m.modules())]
+
+# %% ../../nbs/07_baselines/04_decoding.ipynb #early
 @contextmanager
 def _early(mllm, layers):
-    "Let every forward also read out the last row of the states entering some layers; yields a dict that holds (layers, vocabulary) `early` and (vocabulary,) `last`"
+    "Read out the last row of the states entering some layers, too; yields a dict: early (layers, vocabulary), last (vocabulary,)"
     if mllm.norm is None:
-        raise ValueError(
+        raise NotSupported(
             f'{mllm.name} has no norm between its layers and its head, so inner states cannot be read as answers.'
         )
-    states, said = {}, {}
+    states, read = {}, {}
 
     def keep(i):
-        return lambda layer, args, kw: states.__setitem__(i, _hidden(args, kw)[:1, -1:])
+        def hook(layer, args, kw):
+            states[i] = _hidden(args, kw)[:1, -1:]
+
+        return hook
 
     def widen(head, args):
-        return (torch.cat([mllm.norm(states[i]).to(args[0]) for i in layers] + [args[0]], 1), *args[1:])
+        early = [mllm.norm(states[i]).to(args[0]) for i in layers]
+        return (torch.cat([*early, args[0]], 1), *args[1:])
 
-    def hear(module, args, out):
+    def split(module, args, out):
         if getattr(out, 'logits', None) is not None:
-            said.update(early=out.logits[0, : len(layers)].float(), last=out.logits[0, -1].float())
+            read.update(early=out.logits[0, : len(layers)].float(), last=out.logits[0, -1].float())
 
-    around = [m for m in mllm.model.modules() if m is not mllm.head and any(k is mllm.head for k in m.modules())]
-    with _removing(
-        [mllm.layers[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in layers]
-        + [mllm.head.register_forward_pre_hook(widen)]
-        + [m.register_forward_hook(hear) for m in around]
-    ):
-        yield said
+    handles = [mllm.layers[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in layers]
+    handles.append(mllm.head.register_forward_pre_hook(widen))
+    handles += [m.register_forward_hook(split) for m in _around(mllm.model, mllm.head)]
+    with _removing(handles):
+        yield read
 
 # %% ../../nbs/07_baselines/04_decoding.ipynb #divergence
 def _divergence(p, q):
@@ -136,27 +151,33 @@ def _divergence(p, q):
     m = torch.logaddexp(p, q) - math.log(2)
     return ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1)) / 2
 
+# %% ../../nbs/07_baselines/04_decoding.ipynb #dola_layers
+def _dola_layers(mllm, layers):
+    "Even layers of the upper half ('high') or the lower ('low'), or those given. Raises `BadInput`"
+    if not isinstance(layers, str):
+        return check_layers(mllm, layers)
+    if layers not in ('high', 'low'):
+        raise BadInput(f"layers is 'high', 'low' or a list of decoder layers, not {layers!r}.")
+    half = mllm.n_layers // 2
+    return [i for i in range(0, mllm.n_layers, 2) if (i >= half) == (layers == 'high')]
+
 # %% ../../nbs/07_baselines/04_decoding.ipynb #dola
 @method('dola')
 def dola(
     mllm: MLLM,  # the model
-    image,  # path or PIL image
+    image,  # path, PIL image or `FirstPass`
     question: str,  # about it
     layers='high',  # 'high', 'low', or the decoder layers whose input is read out
     beta: float = 0.1,  # plausible tokens: at least this share of the highest probability
     max_new_tokens: int = 32,  # of the answer
 ) -> BaselineAnswer:
-    "Decoding by contrasting layers (DoLa, Chuang et al., ICLR 2024, arXiv 2309.03883). Raises `ValueError` where inner states cannot be read."
-    half = mllm.n_layers // 2
-    if isinstance(layers, str):
-        if layers not in ('high', 'low'):
-            raise ValueError(f"layers is 'high', 'low' or a list of decoder layers, not {layers!r}.")
-        layers = [i for i in range(mllm.n_layers) if i % 2 == 0 and (i >= half) == (layers == 'high')]
-    layers, p = check_layers(mllm, layers), _prompt(mllm, image, question)
-    with _early(mllm, layers) as said:
+    "Decoding by contrasting layers (DoLa, Chuang et al., ICLR 2024, arXiv 2309.03883). Raises `BadInput`, `NotSupported`."
+    layers, p = _dola_layers(mllm, layers), _prompt(mllm, image, question)
+    with _early(mllm, layers) as read:
 
         def rule(scores):
-            last, early = said['last'].log_softmax(-1), said['early'].log_softmax(-1)
-            return _plausible(last - early[_divergence(last, early).argmax()], scores.log_softmax(-1), beta)
+            last, early = read['last'].log_softmax(-1), read['early'].log_softmax(-1)
+            farthest = early[_divergence(last, early).argmax()]
+            return _plausible(last - farthest, scores.log_softmax(-1), beta)
 
         return BaselineAnswer(_decode(mllm, mllm.copies(p), rule, max_new_tokens))

@@ -8,6 +8,7 @@ __all__ = ['opera']
 # %% ../../nbs/07_baselines/05_opera_search.ipynb #imports
 import torch
 from transformers import LogitsProcessorList
+from ..core.errors import BadInput, NotSupported
 from ..mllm.handle import MLLM
 from ..mllm.batching import in_batches, plain_decoding
 from ..hooks.recording import _listening, ActivationCache
@@ -16,35 +17,74 @@ from ..engine.branches import BranchedBatch, Branch
 from ..engine.probes import capabilities
 from .common import _first, BaselineAnswer, method
 
-# %% ../../nbs/07_baselines/05_opera_search.ipynb #c027
-def _over_trust(mllm, first, tails, scale):
-    "(batch,) penalty of answers so far, (batch, n) token ids"
-    p, n, prefix = first.prompt, tails.shape[1], first.trace.prefix if capabilities(mllm, first.prompt).causal else None
+# %% ../../nbs/07_baselines/05_opera_search.ipynb #answer_attention
+def _answer_attention(mllm, first, tails):
+    "(batch, n, keys) attention of the rows of answers so far, (batch, n) token ids, at the last layer; largest over heads"
+    p, n = first.prompt, tails.shape[1]
     ids = torch.cat([p.inputs['input_ids'].expand(len(tails), -1), tails], 1)
+    prefix = first.trace.prefix if capabilities(mllm, p).causal else None
     cache = ActivationCache([mllm.n_layers - 1], range(p.length, p.length + n), 'all')
     cache._start(torch.ones_like(ids, dtype=torch.bool))  # all columns, not the visual ones only
     with _listening(mllm, cache):
         if prefix is None:
-            mllm.model(
-                **mllm.copies(p, len(tails), tails[0].tolist()) | dict(input_ids=ids), use_cache=False, logits_to_keep=1
-            )
-        else:
-            cache._rows = cache._rows - (p.length - 1)  # behind the prompt but its last row, so that there is a mask
-            BranchedBatch(mllm, [Branch(0)], [prefix.head(p.length - 1)], [p.visual]).pick([0] * len(tails)).forward(
-                ids[:, p.length - 1 :]
-            )
-    a = cache.attention[:, 0].amax(1).double()  # (batch, n, keys)
+            inputs = mllm.copies(p, len(tails), tails[0].tolist()) | dict(input_ids=ids)
+            mllm.model(**inputs, use_cache=False, logits_to_keep=1)
+        else:  # behind the prompt but its last row, so that there is a mask
+            cache._rows = cache._rows - (p.length - 1)
+            branched = BranchedBatch(mllm, [Branch(0)], [prefix.head(p.length - 1)], [p.visual])
+            branched.pick([0] * len(tails)).forward(ids[:, p.length - 1 :])
+    return cache.attention[:, 0].amax(1).double()
+
+# %% ../../nbs/07_baselines/05_opera_search.ipynb #over_trust
+def _over_trust(mllm, first, tails, scale):
+    "(batch,) penalty of answers so far, (batch, n) token ids"
+    p, n = first.prompt, tails.shape[1]
+    a = _answer_attention(mllm, first, tails)
     a = a / a.sum(-1, keepdim=True)
     if n <= 10:
         return -a[:, -1, p.visual].sum(-1).float()
-    return torch.stack([1e-7 * (scale * a[:, j:, p.length + j]).prod(1) for j in range(n)], 1).amax(1).float()
+    columns = [(scale * a[:, j:, p.length + j]).prod(1) for j in range(n)]
+    return torch.stack([1e-7 * c for c in columns], 1).amax(1).float()
+
+# %% ../../nbs/07_baselines/05_opera_search.ipynb #check
+def _check(mllm, max_new_tokens):
+    "Raises `BadInput` for longer answers, and `NotSupported` where visual tokens are no rows of the decoder"
+    if max_new_tokens > 25:
+        raise BadInput(
+            f'opera without rollback is exact up to 25 tokens, not {max_new_tokens}: ask for a shorter answer.'
+        )
+    if mllm.cross:
+        raise NotSupported(
+            f'{mllm.name} reads its picture through cross-attention: '
+            'its last layer has no attention to visual tokens that opera could weigh.'
+        )
+
+# %% ../../nbs/07_baselines/05_opera_search.ipynb #punished
+def _punished(mllm, first, steps, candidates, scale, weight):
+    "A logits processor: of each beam the likeliest tokens, less the penalty of the answers that they make"
+
+    def punish(ids, scores):
+        top, n = scores.topk(candidates), next(steps)
+        alive = slice(None) if n else slice(1)  # at first all beams are the prompt
+        so_far = ids[:, ids.shape[1] - n :]
+        tried = [torch.cat([so_far, top.indices[:, k : k + 1]], 1)[alive] for k in range(candidates)]
+
+        def penalties(tails):
+            return list(_over_trust(mllm, first, torch.stack(tails), scale))
+
+        fit = fitting(mllm, first.prompt.length, n + 2)
+        lost = torch.stack(in_batches(penalties, list(torch.cat(tried)), fit)).reshape(candidates, -1).T
+        kept = (top.values - weight * lost).log_softmax(-1)
+        return torch.full_like(scores, -torch.inf).scatter(1, top.indices, kept)
+
+    return punish
 
 # %% ../../nbs/07_baselines/05_opera_search.ipynb #opera
 @method('opera')
 @torch.inference_mode()
 def opera(
     mllm: MLLM,  # the model
-    image,  # path or PIL image
+    image,  # path, PIL image or `FirstPass`
     question: str,  # about it
     beams: int = 5,  # answers pursued at a time
     candidates: int = 5,  # tokens tried per beam
@@ -52,35 +92,13 @@ def opera(
     weight: float = 1.0,  # of the penalty; 0 gives a beam search among the candidates
     max_new_tokens: int = 25,  # at most 25: rollback, which begins later, is not there
 ) -> BaselineAnswer:
-    "Beam search with OPERA's over-trust penalty (Huang et al., CVPR 2024, arXiv 2311.17911). Raises `ValueError` for longer answers, and where visual tokens are no rows of the decoder."
-    if max_new_tokens > 25:
-        raise ValueError(
-            f'opera without rollback is exact up to 25 tokens, not {max_new_tokens}: ask for a shorter answer.'
-        )
-    if mllm.cross:
-        raise ValueError(
-            f'{mllm.name} reads its picture through cross-attention: its last layer has no attention to visual tokens that opera could weigh.'
-        )
-    first, steps = _first(mllm, image, question), iter(range(max_new_tokens))
-    p = first.prompt
-
-    def punish(ids, scores):
-        top, n = scores.topk(candidates), next(steps)
-        alive = slice(None) if n else slice(1)  # at first all beams are the prompt
-        tried = [
-            torch.cat([ids[:, ids.shape[1] - n :], top.indices[:, k : k + 1]], 1)[alive] for k in range(candidates)
-        ]
-        lost = in_batches(
-            lambda tails: list(_over_trust(mllm, first, torch.stack(tails), scale)),
-            list(torch.cat(tried)),
-            fitting(mllm, p.length, n + 2),
-        )
-        lost = torch.stack(lost).reshape(candidates, -1).T
-        return torch.full_like(scores, -torch.inf).scatter(1, top.indices, (top.values - weight * lost).log_softmax(-1))
-
+    "Beam search with OPERA's over-trust penalty (Huang et al., CVPR 2024, arXiv 2311.17911). Raises `BadInput`, `NotSupported`."
+    _check(mllm, max_new_tokens)
+    first = _first(mllm, image, question)
+    punish = _punished(mllm, first, iter(range(max_new_tokens)), candidates, scale, weight)
     with plain_decoding(mllm):
         out = mllm.model.generate(
-            **mllm.copies(p),
+            **mllm.copies(first.prompt),
             do_sample=False,
             num_beams=beams,
             max_new_tokens=max_new_tokens,
@@ -91,5 +109,6 @@ def opera(
         )
     path = [b for b in out.beam_indices[0].tolist() if b >= 0]
     ids = out.sequences[0, -len(path) :].tolist()
-    logp = sum(l[b].float().log_softmax(-1)[i].item() for l, b, i in zip(out.logits, path, ids))
+    steps = zip(out.logits, path, ids)
+    logp = sum(logits[beam].float().log_softmax(-1)[i].item() for logits, beam, i in steps)
     return BaselineAnswer(mllm.as_answer(ids, logp))

@@ -8,9 +8,11 @@ __all__ = ['DISTANCES', 'DEPTHS', 'Contrast', 'js2', 'candidate_layers', 'contra
 # %% ../../nbs/06_contrast/00_contrastive.ipynb #imports
 import numpy as np
 from dataclasses import dataclass
+from scipy.spatial.distance import jensenshannon
+from ..core.errors import BadInput
 from ..fusion.maps import hellinger, normalise
 
-# %% ../../nbs/06_contrast/00_contrastive.ipynb #c005
+# %% ../../nbs/06_contrast/00_contrastive.ipynb #Contrast
 @dataclass
 class Contrast:
     "Contrastive attention of one sample"
@@ -26,17 +28,14 @@ class Contrast:
 def js2(
     p,  # (..., visual) attention, need not be normalised
     q,  # (..., visual) attention, broadcast against `p`
-) -> np.ndarray:  # (...) 0 equal … 1 disjoint
+) -> np.ndarray:  # (...) 0 equal … 1 disjoint; NaN where a map is 0 everywhere
     "Squared base-2 Jensen-Shannon distance of two maps over their last axis"
-    p, q = normalise(p), normalise(q)
-    bits = lambda a: np.where(a > 0, a * np.log2(np.where(a > 0, a, 1) / np.where(a > 0, (p + q) / 2, 1)), 0).sum(-1)
-    return (bits(p) + bits(q)) / 2
+    p, q = np.broadcast_arrays(normalise(p), normalise(q))
+    return jensenshannon(p, q, base=2, axis=-1) ** 2
 
 # %% ../../nbs/06_contrast/00_contrastive.ipynb #DISTANCES
-DISTANCES, DEPTHS = (
-    dict(hellinger=hellinger, js2=js2),
-    dict(all=(-1.0, 1.0), shallow=(-1.0, 0.5), deep=(17 / 32, 1.0)),
-)  # shares of the depth, without their ends
+DISTANCES = dict(hellinger=hellinger, js2=js2)
+DEPTHS = dict(all=(-1.0, 1.0), shallow=(-1.0, 0.5), deep=(17 / 32, 1.0))  # shares of the depth, without their ends
 
 # %% ../../nbs/06_contrast/00_contrastive.ipynb #candidate_layers
 def candidate_layers(
@@ -44,15 +43,17 @@ def candidate_layers(
     n_layers: int,  # of the model
     post: int,  # post-fusion layer
 ) -> list:  # of ints below `post`
-    "The layers that a pre-fusion layer is chosen among. Raises `ValueError` for an unknown set and where none lies below `post`."
-    if candidates is None or isinstance(candidates, str):
-        if candidates not in (None, *DEPTHS):
-            raise ValueError(f"candidates are decoder layers, or one of {', '.join(DEPTHS)}, not {candidates!r}.")
-        low, high = DEPTHS[candidates or 'all']
+    "The layers that a pre-fusion layer is chosen among. Raises `BadInput` for an unknown set, and where none lies below `post`."
+    if candidates is None:
+        candidates = 'all'
+    if isinstance(candidates, str):
+        if candidates not in DEPTHS:
+            raise BadInput(f"candidates are decoder layers, or one of {', '.join(DEPTHS)}, not {candidates!r}.")
+        low, high = DEPTHS[candidates]
         candidates = [i for i in range(n_layers) if low < i / n_layers < high]
     below = [int(i) for i in np.atleast_1d(candidates) if 0 <= i < post]
     if not below:
-        raise ValueError(
+        raise BadInput(
             f'No candidate layer below the post-fusion layer {post}: give earlier candidates or a later post.'
         )
     return below
@@ -65,22 +66,21 @@ def contrastive_attention(
     distance: str = 'hellinger',  # or js2
     raw: bool = False,  # subtract the maps as they are, not renormalised to sum 1
 ) -> Contrast:
-    "Late minus early attention. Raises `ValueError` for an unknown distance, and where no candidate lies below `post` or nothing looks at the picture."
+    "Late minus early attention. Raises `BadInput` for an unknown distance, and where no layer looks at the picture."
     if distance not in DISTANCES:
-        raise ValueError(f"distance is one of {', '.join(DISTANCES)}, not {distance!r}.")
-    candidates, shown = (
-        candidate_layers(candidates, len(maps), post),
-        np.asarray(maps, float) if raw else normalise(maps),
-    )
-    d = [float(DISTANCES[distance](maps[i], maps[post])) for i in candidates]
-    if np.isnan(d).all():
-        raise ValueError(
-            f'Post-fusion layer {post}, or every candidate, has no attention on the picture: there is nothing to subtract. Give another post or other candidates.'
+        raise BadInput(f"distance is one of {', '.join(DISTANCES)}, not {distance!r}.")
+    candidates = candidate_layers(candidates, len(maps), post)
+    shown = np.asarray(maps, float) if raw else normalise(maps)
+    far = [float(DISTANCES[distance](maps[i], maps[post])) for i in candidates]
+    if np.isnan(far).all():  # a layer that does not look has no map
+        raise BadInput(
+            f'Post-fusion layer {post}, or every candidate, has no attention on the picture: '
+            'there is nothing to subtract. Give another post or other candidates.'
         )
-    pre = candidates[int(np.nanargmax(d))]  # a layer that does not look has no map
-    return Contrast(pre, post, shown[post] - shown[pre], shown[pre], shown[post], float(np.nanmax(d)))
+    pre = candidates[int(np.nanargmax(far))]
+    return Contrast(pre, post, shown[post] - shown[pre], shown[pre], shown[post], float(np.nanmax(far)))
 
-# %% ../../nbs/06_contrast/00_contrastive.ipynb #c008
+# %% ../../nbs/06_contrast/00_contrastive.ipynb #lowest
 def lowest(
     values: np.ndarray,  # (visual,)
     share: float,  # ρ, share of tokens
