@@ -14,6 +14,7 @@ import os
 import pandas as pd
 from PIL import Image
 from pathlib import Path
+from ..core.files import csv_text
 
 # %% ../../nbs/12_plots/05_files.ipynb #c032
 def _write(path, data):
@@ -52,7 +53,7 @@ def save(
         ).items():
             fig.savefig(buffer := io.BytesIO(), format=kind, dpi=150, metadata=data)
             drawn[kind] = buffer.getvalue()
-    numbers = None if table is None else table.to_csv(index=False, float_format='%.6g', lineterminator='\n').encode()
+    numbers = None if table is None else csv_text(table).encode()
     files = [path.with_suffix(f'.{s}') for s in ('pdf', 'json', *(['csv'] if numbers is not None else []))]
     if (
         _same(path, drawn['png'])

@@ -6,12 +6,14 @@
 __all__ = []
 
 # %% ../../nbs/10_results/02_claims.ipynb #imports
+import hashlib
 import json
 import os
 import socket
+import warnings
 from contextlib import contextmanager, suppress
 from fastcore.basics import patch
-from .files import _cannot, _lock, write_atomic
+from .files import _cannot, _lock, canonical, write_atomic
 from .store import Store
 
 # %% ../../nbs/10_results/02_claims.ipynb #c017
@@ -97,6 +99,20 @@ def failures(self: Store) -> dict:  # digest → as `failure`
             found[p.stem] = json.loads(p.read_text())
     return found
 
+# %% ../../nbs/10_results/02_claims.ipynb #memo_text
+def _memo_text(key, value):
+    "A note as it is written: key, value and the checksum of both"
+    text = canonical(dict(key=key, value=value))
+    return json.dumps(dict(key=key, value=value, sha256=hashlib.sha256(text.encode()).hexdigest()))
+
+# %% ../../nbs/10_results/02_claims.ipynb #read_memo
+def _read_memo(path, key):
+    "The value of a note. Raises `ValueError` where the file is not what was written, `FileNotFoundError` where there is none"
+    text = path.read_text()
+    if text != _memo_text(key, json.loads(text)['value']):
+        raise ValueError('it is not what was written under this key')
+    return json.loads(text)['value']
+
 # %% ../../nbs/10_results/02_claims.ipynb #memo
 @patch
 def memo(
@@ -104,11 +120,20 @@ def memo(
     key: dict,  # what it depends on
     make,  # () → JSON value
 ):  # what `make` returned, now or before
-    "Something small that is worth keeping, such as the list of a split's samples"
+    "Something small that is worth keeping, such as the list of a split's samples; made again where the file is damaged"
     path = self.path(key).with_suffix('.json')
-    with suppress(FileNotFoundError, ValueError):
-        return json.loads(path.read_text())
-    text = json.dumps(make())
+    try:
+        return _read_memo(path, key)
+    except FileNotFoundError:
+        pass
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ) as e:  # not JSON, of another shape, or with another checksum
+        warnings.warn(f'{path} is damaged ({e}) and is made again.')
+    value = json.loads(json.dumps(make()))
     with suppress(OSError):
-        write_atomic(path, lambda f: f.write(text.encode()))
-    return json.loads(text)
+        write_atomic(path, lambda f: f.write(_memo_text(key, value).encode()))
+    return value

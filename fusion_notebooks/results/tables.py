@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from pathlib import Path
 from ..core import catalog
+from ..core.files import csv_text
 from .findings import _kinds, _mean, _wide
 
 # %% ../../nbs/10_results/06_tables.ipynb #compared
@@ -168,8 +169,9 @@ def _cell_text(value):
 
 # %% ../../nbs/10_results/06_tables.ipynb #markdown
 def _markdown_line(cells):
-    "A line of a Markdown table; what a data set calls its kinds cannot add HTML or cells"
-    return '| ' + ' | '.join(html.escape(c, quote=False).replace('|', r'\|') for c in cells) + ' |'
+    "A line of a Markdown table; what a data set calls its kinds cannot add HTML, cells, links or pictures"
+    safe = [html.escape(c, quote=False).replace('|', r'\|').replace('](', r']\(') for c in cells]
+    return '| ' + ' | '.join(safe) + ' |'
 
 # %% ../../nbs/10_results/06_tables.ipynb #markdown_table
 def _markdown(caption, cells):
@@ -221,6 +223,6 @@ def write_table(
     cells += [[_cell_text(v) for v in row] for row in table.itertuples(index=False)]
     markdown = folder / f'{name}.md'
     markdown.write_text(_markdown(caption, cells))
-    table.to_csv(folder / f'{name}.csv', index=False, float_format='%.6g', lineterminator='\n')
+    (folder / f'{name}.csv').write_text(csv_text(table))
     (folder / f'{name}.tex').write_text(_latex(caption, cells))
     return markdown
