@@ -8,25 +8,29 @@ __all__ = ['Branch', 'best_token', 'BranchedBatch', 'leaving', 'decode_branches'
 # %% ../../nbs/04_engine/02_branches.ipynb #imports
 import math
 import torch
+from copy import copy
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from fastcore.basics import patch
 from transformers.cache_utils import Cache, DynamicLayer
 from ..mllm.handle import MLLM
 from ..hooks.attaching import _hidden, _removing, attending
 from ..hooks.edits import _as_float_mask
 from .prefix import next_position, PrefixCache
-from .shared_attention import _can_be_apart, _over_stems, STEMS
+from .shared_attention import _can_be_apart, _over_shared, SHARED
 
-# %% ../../nbs/04_engine/02_branches.ipynb #Row
+# %% ../../nbs/04_engine/02_branches.ipynb #Branch
 @dataclass
 class Branch:
-    "One row of a ladder: a plain one, or a variant that leaves it"
+    "One row of a branched batch: a plain one, or a variant that leaves it"
 
     of: int  # number of the plain row
     enter: int = 0  # decoder layer at whose input it leaves the plain row
     prefix: PrefixCache | None = None  # what it reads from there on; None: what the plain row reads
     bias: dict = field(default_factory=dict)  # decoder layer → added to the logits of visual keys; -inf closes them
-    value: object = None  # written over the visual tokens where it enters, (n, width) or (width,); only without prefixes
+    value: object = (
+        None  # written over the visual tokens where it enters, (n, width) or (width,); only without prefixes
+    )
     at: torch.Tensor | None = None  # positions of the visual tokens that are edited; None: all of the plain row's
     leave: int | None = None  # the last decoder layer that computes for it, see `leaving`; None: all do
 
@@ -34,25 +38,29 @@ class Branch:
 class _Layer(DynamicLayer):
     "One layer's keys and values: every row reads a prefix that it may share, and appends its own"
 
-    def __init__(
-        self, prefixes, apart
-    ):  # per row (keys, values), each (heads, n, width), or no prefixes at all; whether attention takes them as they are
+    def __init__(self, prefixes, apart):
         super().__init__()
-        self.prefixes, self.apart = prefixes, apart
+        self.prefixes = prefixes  # per row (keys, values), each (heads, n, width); or none at all
+        self.apart = apart  # does attention take them as they are?
         self.rows = None  # where the order has changed: which of the keys kept here are whose, (rows,)
 
     def get_seq_length(self):
-        return (self.prefixes[0][0].shape[1] if self.prefixes else 0) + super().get_seq_length()
+        "Rows of the prefix and those appended since"
+        shared = self.prefixes[0][0].shape[1] if self.prefixes else 0
+        return shared + super().get_seq_length()
 
     def update(self, key, value, *args, **kw):
+        "Append keys and values; gives what attention reads"
         if self.rows is not None:
             self.keys, self.values, self.rows = self.keys[self.rows], self.values[self.rows], None
-        own = super().update(key, value)
-        if self.prefixes and self.apart and key.shape[-1] == value.shape[-1]:
-            own[0].prefixes = self.prefixes[: len(key)]  # for `_over_stems`
-        elif self.prefixes:
-            own = tuple(_beside([s[k] for s in self.prefixes[: len(key)]], own[k]) for k in (0, 1))
-        return own
+        own_keys, own_values = super().update(key, value)
+        some = self.prefixes[: len(key)]
+        if not some:
+            return own_keys, own_values
+        if self.apart and key.shape[-1] == value.shape[-1]:
+            own_keys.prefixes = some  # for `_over_shared`
+            return own_keys, own_values
+        return _beside([k for k, _ in some], own_keys), _beside([v for _, v in some], own_values)
 
 # %% ../../nbs/04_engine/02_branches.ipynb #copied
 def _beside(prefixes, own):
@@ -69,183 +77,236 @@ def best_token(
     logits: torch.Tensor,  # (…, vocabulary)
 ) -> torch.Tensor:  # (…,)
     "The greedy choice; an image placeholder is no answer, and could not be fed back"
-    return logits.index_fill(-1, torch.tensor([mllm.image_token_id], device=logits.device), -math.inf).argmax(-1)
+    placeholder = torch.tensor([mllm.image_token_id], device=logits.device)
+    return logits.index_fill(-1, placeholder, -math.inf).argmax(-1)
 
 # %% ../../nbs/04_engine/02_branches.ipynb #follow
+def _rows_of(v, of, dim):
+    "What was made for the plain rows, for all rows present; what has one of everything broadcasts"
+    if v is None or v.shape[dim] == 1:
+        return v
+    return v.index_select(dim, torch.tensor(of, device=v.device))
+
+# %% ../../nbs/04_engine/02_branches.ipynb #arguments
 def _follow(kw, of, plain):
     "Arguments of a layer, made for the plain rows, for all rows present"
     if plain == 1:
-        return kw  # one of everything: it broadcasts
-    pick = lambda v, dim: (
-        v if v is None or v.shape[dim] == 1 else v.index_select(dim, torch.tensor(of, device=v.device))
-    )
-    dims = dict(attention_mask=0, position_ids=-2)
-    new = {k: pick(v, dims[k]) for k, v in kw.items() if k in dims}
+        return kw
+    new = {}
+    for name, dim in dict(attention_mask=0, position_ids=-2).items():
+        if name in kw:
+            new[name] = _rows_of(kw[name], of, dim)
     if kw.get('position_embeddings') is not None:
-        new['position_embeddings'] = tuple(pick(v, -3) for v in kw['position_embeddings'])
+        new['position_embeddings'] = tuple(_rows_of(v, of, -3) for v in kw['position_embeddings'])
     return kw | new
+
+# %% ../../nbs/04_engine/02_branches.ipynb #read_by
+def _read_by(branch, j, prefixes):
+    "(keys, values) of the prefix that a row reads at layer j: its plain row's below the layer where it leaves"
+    own = branch.prefix is not None and branch.enter <= j
+    prefix = branch.prefix if own else prefixes[branch.of]
+    return prefix.keys[j], prefix.values[j]
 
 # %% ../../nbs/04_engine/02_branches.ipynb #BranchedBatch
 class BranchedBatch:
-    "A batch of rows over shared prefixes, some of which enter at a later layer; the model is as found between forwards"
+    "Rows over shared prefixes, some of which enter at a later layer; the model is as found between forwards"
 
     def __init__(
         self,
         mllm: MLLM,  # the model
-        rows: list,  # of `Branch`; the first `plain` ones are plain, the others sorted by `enter`
+        rows: list,  # of `Branch`; the first are the plain ones, the others sorted by `enter`
         prefixes: list,  # the prefix of each plain row, all of one length; empty: the first forward gets whole prompts
         visual: list,  # positions of the visual tokens of each plain row
         text_from: int = 0,  # edits of attention touch the rows from here on
     ):
         self.mllm, self.rows, self.visual, self.text_from = mllm, rows, visual, text_from
         self.plain = len(visual)
-        self.entering = True
-        at = lambda r, j: (
-            (s.keys[j], s.values[j]) if (s := r.prefix if r.prefix and r.enter <= j else prefixes[r.of]) else None
-        )
+        self.entering = True  # until the first forward is done
         self.apart = _can_be_apart(mllm)
-        self.cache = Cache(
-            layers=[_Layer([at(r, j) for r in rows] if prefixes else [], self.apart) for j in range(mllm.n_layers)]
+        layers = []
+        for j in range(mllm.n_layers):
+            read = [_read_by(r, j, prefixes) for r in rows] if prefixes else []
+            layers.append(_Layer(read, self.apart))
+        self.cache = Cache(layers=layers)
+        length = prefixes[0].length if prefixes else 0
+        self.seen = torch.ones(self.plain, length, dtype=torch.long, device=mllm.device)  # (rows, keys), 0 at padding
+        for seen, prefix in zip(self.seen, prefixes):
+            seen[: prefix.blank] = 0
+        self.position = None  # (rows,) of the next token
+        if prefixes:
+            self.position = torch.tensor([prefix.position for prefix in prefixes], device=mllm.device)
+
+# %% ../../nbs/04_engine/02_branches.ipynb #settings
+@contextmanager
+def _settings(batch):
+    "What is set on the model while a batch goes forward"
+    last = [batch.mllm.n_layers if r.leave is None else r.leave for r in batch.rows]
+    steps = [
+        layer.register_forward_pre_hook(batch.step(j), with_kwargs=True) for j, layer in enumerate(batch.mllm.layers)
+    ]
+    shared = attending(batch.mllm, SHARED, _over_shared) if batch.apart else nullcontext()
+    exits = nullcontext()
+    if min(last) < batch.mllm.n_layers:
+        exits = leaving(batch.mllm, torch.tensor(last, device=batch.mllm.device))
+    with _removing(steps), shared, exits:
+        yield
+
+# %% ../../nbs/04_engine/02_branches.ipynb #forward
+@patch
+@torch.inference_mode()
+def forward(
+    self: BranchedBatch,
+    ids: torch.Tensor,  # (rows, T); in the first forward (plain, T)
+    keep: int = 1,  # last positions whose logits are wanted
+    seen: torch.Tensor | None = None,  # (rows, T), 0 at padding on the left
+    **inputs,  # of the model, where there are images among the ids
+) -> torch.Tensor:  # (rows, keep, vocabulary), float32
+    "Go on by T tokens"
+    new = torch.ones_like(ids) if seen is None else seen
+    self.seen = torch.cat([self.seen, new], 1)
+    given = dict(attention_mask=self.seen)
+    if self.position is not None:
+        given['position_ids'] = self.position[:, None] + (new.cumsum(1) - 1).clamp(min=0)
+    with _settings(self), next_position(self.mllm) as position:
+        out = self.mllm.model(
+            input_ids=ids, **given | inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=keep
         )
-        self.seen = torch.ones(
-            self.plain, prefixes[0].length if prefixes else 0, dtype=torch.long, device=mllm.device
-        )  # (rows, keys), 0 at padding
-        for row, s in zip(self.seen, prefixes):
-            row[: s.blank] = 0
-        self.position = (
-            torch.tensor([s.position for s in prefixes], device=mllm.device) if prefixes else None
-        )  # (rows,) of the next token
+    self.position = position[0]
+    if self.entering:
+        self.settle()
+    return out.logits[:, -keep:].float()
 
-    @torch.inference_mode()
-    def forward(
-        self,
-        ids: torch.Tensor,  # (rows, T); in the first forward (plain, T)
-        keep: int = 1,  # last positions whose logits are wanted
-        seen: torch.Tensor | None = None,  # (rows, T), 0 at padding on the left
-        **inputs,  # of the model, where there are images among the ids
-    ) -> torch.Tensor:  # (rows, keep, vocabulary), float32
-        "Go on by T tokens"
-        new = torch.ones_like(ids) if seen is None else seen
-        self.seen = torch.cat([self.seen, new], 1)
-        if self.position is not None:
-            inputs = dict(position_ids=self.position[:, None] + (new.cumsum(1) - 1).clamp(min=0)) | inputs
-        handles = [
-            layer.register_forward_pre_hook(self._step(j), with_kwargs=True) for j, layer in enumerate(self.mllm.layers)
-        ]
-        after = [self.mllm.n_layers if r.leave is None else r.leave for r in self.rows]
-        with (
-            _removing(handles),
-            next_position(self.mllm) as position,
-            attending(self.mllm, STEMS, _over_stems) if self.apart else nullcontext(),
-            leaving(self.mllm, torch.tensor(after, device=ids.device))
-            if min(after) < self.mllm.n_layers
-            else nullcontext(),
-        ):
-            out = self.mllm.model(
-                input_ids=ids,
-                **dict(attention_mask=self.seen) | inputs,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=keep,
-            )
-        self.position = position[0]
+# %% ../../nbs/04_engine/02_branches.ipynb #step
+@patch
+def step(
+    self: BranchedBatch,
+    j: int,  # decoder layer
+):  # pre-hook with kwargs
+    "What happens before layer j: rows enter, and attention is edited"
+
+    def hook(layer, args, kw):
+        h = _hidden(args, kw)
+        past, here = self.cache.layers[j].get_seq_length(), self.rows
         if self.entering:
-            self._settle()
-        return out.logits[:, -keep:].float()
+            here = [r for r in self.rows if r.enter <= j]
+            new = [self.entered(h[r.of], r) for r in here[len(h) :]]
+            if new:
+                h = torch.cat([h, torch.stack(new)])
+            kw = _follow(kw, [r.of for r in here], self.plain)
+        if any(j in r.bias for r in here):
+            kw = kw | dict(attention_mask=self.biased(j, here, h, past, kw.get('attention_mask')))
+        if args:
+            return (h, *args[1:]), kw
+        return args, kw | dict(hidden_states=h)
 
-    def _step(self, j):
-        "Pre-hook of layer j: rows enter, and attention is edited"
+    return hook
 
-        def hook(layer, args, kw):
-            h = _hidden(args, kw)
-            past, here = self.cache.layers[j].get_seq_length(), self.rows
-            if self.entering:
-                here = [r for r in self.rows if r.enter <= j]
-                if len(here) > len(h):
-                    h = torch.cat([h, torch.stack([self._enter(h[r.of], r) for r in here[len(h) :]])])
-                kw = _follow(kw, [r.of for r in here], self.plain)
-            if any(j in r.bias for r in here):
-                kw = kw | dict(attention_mask=self._biased(j, here, h, past, kw.get('attention_mask')))
-            return ((h, *args[1:]), kw) if args else (args, kw | dict(hidden_states=h))
+# %% ../../nbs/04_engine/02_branches.ipynb #edited
+@patch
+def edited(
+    self: BranchedBatch,
+    row: Branch,  # one of the rows
+) -> torch.Tensor:  # positions
+    "The visual tokens that a row's edit touches"
+    return self.visual[row.of] if row.at is None else row.at
 
-        return hook
-
-    def _edited(self, row, h):
-        return (self.visual[row.of] if row.at is None else row.at).to(h.device)
-
-    def _enter(self, h, row):
-        "The state with which a row leaves its plain row"
-        if row.value is None:
-            return h
-        h, at = h.clone(), self._edited(row, h)
-        h[at] = row.value.to(h).expand(len(at), -1)
+# %% ../../nbs/04_engine/02_branches.ipynb #entered
+@patch
+def entered(
+    self: BranchedBatch,
+    h: torch.Tensor,  # (N, width) state of its plain row
+    row: Branch,  # that enters
+) -> torch.Tensor:  # (N, width)
+    "The state with which a row leaves its plain row"
+    if row.value is None:
         return h
+    h, at = h.clone(), self.edited(row).to(h.device)
+    h[at] = row.value.to(h).expand(len(at), -1)
+    return h
 
-    def _biased(self, j, here, h, past, mask):
-        "The mask of layer j with each row's bias on its visual keys, (rows, 1, T, keys)"
-        mask = _as_float_mask(mask, h, past)
-        text = torch.arange(past, past + h.shape[1], device=h.device) >= self.text_from
-        for b, row in enumerate(here):
-            if j not in row.bias:
-                continue
-            at = (b, 0, text.nonzero(), self._edited(row, h)[None])
-            mask[at] = torch.finfo(h.dtype).min if row.bias[j] == -math.inf else mask[at] + row.bias[j]
-        return mask
+# %% ../../nbs/04_engine/02_branches.ipynb #biased
+@patch
+def biased(
+    self: BranchedBatch,
+    j: int,  # decoder layer
+    here: list,  # of `Branch`, the rows present
+    h: torch.Tensor,  # (rows, T, width)
+    past: int,  # keys before these rows
+    mask,  # what the model made
+) -> torch.Tensor:  # (rows, 1, T, keys), additive
+    "The mask of layer j with each row's bias on its visual keys"
+    mask = _as_float_mask(mask, h, past)
+    text = (torch.arange(past, past + h.shape[1], device=h.device) >= self.text_from).nonzero()
+    for b, row in enumerate(here):
+        if j not in row.bias:
+            continue
+        at = (b, 0, text, self.edited(row).to(h.device)[None])
+        mask[at] = torch.finfo(h.dtype).min if row.bias[j] == -math.inf else mask[at] + row.bias[j]
+    return mask
 
-    def _settle(self):
-        "After the first forward: below the layer where it entered, a row shares the keys and values of its plain row"
-        of = torch.tensor([r.of for r in self.rows])
-        for j, layer in enumerate(self.cache.layers):
-            layer.rows = torch.tensor(
-                [k if r.enter <= j else r.of for k, r in enumerate(self.rows)], device=layer.keys.device
-            )
-        self.seen, self.position, self.entering = self.seen[of], self.position[of], False
+# %% ../../nbs/04_engine/02_branches.ipynb #settle
+@patch
+def settle(self: BranchedBatch) -> None:
+    "After the first forward: below the layer where it entered, a row shares the keys and values of its plain row"
+    of = torch.tensor([r.of for r in self.rows])
+    for j, layer in enumerate(self.cache.layers):
+        rows = [k if r.enter <= j else r.of for k, r in enumerate(self.rows)]
+        layer.rows = torch.tensor(rows, device=layer.keys.device)
+    self.seen, self.position, self.entering = self.seen[of], self.position[of], False
 
-    def pick(
-        self,
-        which: list,  # numbers of rows
-        drop: int = 0,  # last tokens to forget
-    ):  # BranchedBatch, of its own
-        "Some of the rows, to go on differently"
-        new = object.__new__(BranchedBatch)
-        new.__dict__.update(self.__dict__, rows=[self.rows[k] for k in which], cache=Cache(layers=[]))
-        which, stop = torch.tensor(which, device=self.seen.device), self.seen.shape[1] - drop
-        new.seen, new.position, new.entering = self.seen[which, :stop], self.position[which] - drop, False
-        for layer in self.cache.layers:
-            copy = _Layer([layer.prefixes[k] for k in which.tolist()] if layer.prefixes else [], self.apart)
-            if layer.is_initialized:
-                own = layer.keys.shape[2] - drop
-                copy.lazy_initialization(layer.keys, layer.values)
-                copy.keys, copy.values = layer.keys[:, :, :own], layer.values[:, :, :own]
-                copy.rows = (
-                    which.to(layer.keys.device) if layer.rows is None else layer.rows[which.to(layer.keys.device)]
-                )
-            new.cache.layers.append(copy)
-        return new
+# %% ../../nbs/04_engine/02_branches.ipynb #picked_layer
+def _picked(layer, which, drop, apart):
+    "Some rows of a layer's keys and values, without their last `drop`; nothing is copied"
+    some = [layer.prefixes[k] for k in which.tolist()] if layer.prefixes else []
+    copy = _Layer(some, apart)
+    if layer.is_initialized:
+        own, which = layer.keys.shape[2] - drop, which.to(layer.keys.device)
+        copy.lazy_initialization(layer.keys, layer.values)
+        copy.keys, copy.values = layer.keys[:, :, :own], layer.values[:, :, :own]
+        copy.rows = which if layer.rows is None else layer.rows[which]
+    return copy
 
-    def greedy(
-        self,
-        logits: torch.Tensor,  # (rows, vocabulary) of the next token
-        limit: int = 32,  # tokens
-    ) -> list:  # of `Answer`, one per row
-        "Decode every row until all have ended; those that have are let go"
-        m, rows, here, ids, logp = self.mllm, self, list(range(len(logits))), [[] for _ in logits], [0.0] * len(logits)
-        end, live = m.ends, here
-        while True:
-            new = best_token(m, logits)
-            said = logits.log_softmax(-1).gather(1, new[:, None])[:, 0].tolist()
-            for k, t, lp in zip(here, new.tolist(), said):
-                if k in live:
-                    ids[k].append(t)
-                    logp[k] += lp
-            live = [k for k in live if ids[k][-1] not in end]
-            if not live or len(ids[live[0]]) == limit:
-                break
-            if 2 * len(live) <= len(here):
-                at = [here.index(k) for k in live]
-                rows, new, here = rows.pick(at), new[at], live
-            logits = rows.forward(new[:, None])[:, -1]
-        return [m.as_answer(r, lp) for r, lp in zip(ids, logp)]
+# %% ../../nbs/04_engine/02_branches.ipynb #pick
+@patch
+def pick(
+    self: BranchedBatch,
+    which: list,  # numbers of rows
+    drop: int = 0,  # last tokens to forget
+) -> BranchedBatch:  # of its own
+    "Some of the rows, to go on differently"
+    which = list(which)
+    at, stop = torch.tensor(which, device=self.seen.device), self.seen.shape[1] - drop
+    new = copy(self)
+    new.rows = [self.rows[k] for k in which]
+    new.seen, new.position, new.entering = self.seen[at, :stop], self.position[at] - drop, False
+    new.cache = Cache(layers=[_picked(layer, at, drop, self.apart) for layer in self.cache.layers])
+    return new
+
+# %% ../../nbs/04_engine/02_branches.ipynb #greedy
+@patch
+def greedy(
+    self: BranchedBatch,
+    logits: torch.Tensor,  # (rows, vocabulary) of the next token
+    limit: int = 32,  # tokens
+) -> list:  # of `Answer`, one per row
+    "Decode every row until all have ended; those that have are let go when half of the batch is done"
+    m, rows = self.mllm, self
+    ids, logp = [[] for _ in logits], [0.0] * len(logits)
+    here = live = list(range(len(logits)))  # rows in the batch; of these, those that have not ended
+    while True:
+        new = best_token(m, logits)
+        gained = logits.log_softmax(-1).gather(1, new[:, None])[:, 0].tolist()
+        for k, token, gain in zip(here, new.tolist(), gained):
+            if k in live:
+                ids[k].append(token)
+                logp[k] += gain
+        live = [k for k in live if ids[k][-1] not in m.ends]
+        if not live or len(ids[live[0]]) == limit:
+            return [m.as_answer(tokens, total) for tokens, total in zip(ids, logp)]
+        if 2 * len(live) <= len(here):
+            at = [here.index(k) for k in live]
+            rows, new, here = rows.pick(at), new[at], live
+        logits = rows.forward(new[:, None])[:, -1]
 
 # %% ../../nbs/04_engine/02_branches.ipynb #c024
 @contextmanager
@@ -257,13 +318,25 @@ def leaving(
 
     def stay(j):
         def hook(layer, args, kw, out):
-            on, h = (after >= j)[:, None, None], _hidden(args, kw)
-            return (torch.where(on, out[0], h), *out[1:]) if isinstance(out, tuple) else torch.where(on, out, h)
+            h, computed = _hidden(args, kw), (after >= j)[:, None, None]
+            if isinstance(out, tuple):
+                return (torch.where(computed, out[0], h), *out[1:])
+            return torch.where(computed, out, h)
 
         return hook
 
-    with _removing([layer.register_forward_hook(stay(j), with_kwargs=True) for j, layer in enumerate(mllm.layers)]):
+    hooks = [layer.register_forward_hook(stay(j), with_kwargs=True) for j, layer in enumerate(mllm.layers)]
+    with _removing(hooks):
         yield
+
+# %% ../../nbs/04_engine/02_branches.ipynb #gold
+def _padded_answers(plain, of, device):
+    "(ids, inside), each (rows, width): the plain answer of each row, filled up with its last token, and which are real"
+    width = max(len(a.ids) for a in plain)
+    ids = torch.tensor([(a.ids + a.ids[-1:] * width)[:width] for a in plain], device=device)
+    lengths = torch.tensor([len(a.ids) for a in plain], device=device)
+    inside = torch.arange(width, device=device) < lengths[:, None]
+    return ids[of], inside[of]
 
 # %% ../../nbs/04_engine/02_branches.ipynb #c026
 def decode_branches(
@@ -271,25 +344,22 @@ def decode_branches(
     logits: torch.Tensor,  # (rows, vocabulary) that it returned
     limit: int = 32,  # tokens of an answer
 ) -> tuple:  # (`Answer` of each plain row, text of each variant, log-probability each gives to the plain answer)
-    "Let every row of a ladder answer"
-    m, of = branched.mllm, [r.of for r in branched.rows]
-    plain = branched.pick(range(branched.plain)).greedy(logits[: branched.plain], limit)
-    width = max(len(a.ids) for a in plain)
-    gold = torch.tensor([(a.ids + a.ids[-1:] * width)[:width] for a in plain], device=logits.device)[of]
-    inside = (
-        torch.arange(width, device=logits.device)
-        < torch.tensor([len(a.ids) for a in plain], device=logits.device)[of][:, None]
-    )
+    "Let every row of a branched batch answer"
+    m, of, n = branched.mllm, [r.of for r in branched.rows], branched.plain
+    plain = branched.pick(range(n)).greedy(logits[:n], limit)
+    gold, inside = _padded_answers(plain, of, logits.device)
+    width = gold.shape[1]
     logits = logits[:, None]
     if width > 1:
         logits = torch.cat([logits, branched.forward(gold[:, :-1], keep=width - 1)], 1)
-    logp = (logits.gather(2, gold[..., None])[..., 0] - logits.logsumexp(-1)).masked_fill(~inside, 0).sum(1).tolist()
+    gained = logits.gather(2, gold[..., None])[..., 0] - logits.logsumexp(-1)
+    logp = gained.masked_fill(~inside, 0).sum(1).tolist()
     other = (best_token(m, logits) != gold) & inside  # (rows, width): would have said something else
-    other[: branched.plain] = False
+    other[:n] = False
     text = [plain[g].text for g in of]
     if other.any():
         rows, first = other.any(1).nonzero()[:, 0].tolist(), int(other.any(0).nonzero()[0])
-        said = branched.pick(rows, drop=width - 1 - first).greedy(logits[rows, first], limit - first)
-        for k, a in zip(rows, said):
-            text[k] = m.decode(plain[of[k]].ids[:first] + a.ids)
-    return plain, text[branched.plain :], logp[branched.plain :]
+        answers = branched.pick(rows, drop=width - 1 - first).greedy(logits[rows, first], limit - first)
+        for k, answer in zip(rows, answers):
+            text[k] = m.decode(plain[of[k]].ids[:first] + answer.ids)
+    return plain, text[n:], logp[n:]

@@ -38,23 +38,26 @@ class PrefixCache:
 
     def head(self, n):
         "Its first n rows"
-        return PrefixCache(
-            [k[:, :n] for k in self.keys], [v[:, :n] for v in self.values], self.position - self.length + n
-        )
+        keys = [k[:, :n] for k in self.keys]
+        values = [v[:, :n] for v in self.values]
+        return PrefixCache(keys, values, self.position - self.length + n)
 
 # %% ../../nbs/04_engine/00_prefix.ipynb #c012
 @contextmanager
-def next_position(mllm):
-    "Watch a forward: afterwards the list holds (batch,) positions of the token that would follow"
+def next_position(
+    mllm: MLLM,  # the model
+):  # yields a list; afterwards it holds (batch,) positions of the token that would follow
+    "Watch a forward"
     found = []
 
     def watch(decoder, args, kw):
-        at, x = kw.get('position_ids'), next(v for k in ('inputs_embeds', 'input_ids') if (v := kw.get(k)) is not None)
-        found.append(
-            torch.full((len(x),), x.shape[1], device=x.device)
-            if at is None
-            else at.reshape(-1, *at.shape[-2:]).amax((0, 2)) + 1
-        )
+        states = kw.get('inputs_embeds')
+        x = kw['input_ids'] if states is None else states
+        at = kw.get('position_ids')
+        if at is None:  # just counted
+            found.append(torch.full((len(x),), x.shape[1], device=x.device))
+        else:  # (batch, N), or (axes, batch, N)
+            found.append(at.reshape(-1, *at.shape[-2:]).amax((0, 2)) + 1)
 
     with _removing([mllm.decoder.register_forward_pre_hook(watch, with_kwargs=True)]):
         yield found
@@ -65,18 +68,16 @@ def head_of(
     n: int,  # rows
 ) -> Prompt:  # without a question
     "The first rows of a prompt, with all its images"
-    head = replace(p, inputs={k: v[:, :n] if _is_row(v, p.length) else v for k, v in p.inputs.items()}, question='')
+    inputs = {k: v[:, :n] if _is_row(v, p.length) else v for k, v in p.inputs.items()}
+    head = replace(p, inputs=inputs, question='')
     head.shown = p.shown
     return head
 
 # %% ../../nbs/04_engine/00_prefix.ipynb #key
 def _key(mllm, p, n):
-    "What the first n rows of a prompt depend on"
-    return (
-        mllm.state(),
-        p.shown,
-        digest(*(x for k, v in sorted(p.inputs.items()) if _is_row(v, p.length) for x in (k, v[:, :n]))),
-    )
+    "What the first n rows of a prompt depend on: model, pictures, token ids and whatever else there is per row"
+    rows = [(k, v[:, :n]) for k, v in sorted(p.inputs.items()) if _is_row(v, p.length)]
+    return mllm.state(), p.shown, digest(*(x for pair in rows for x in pair))
 
 # %% ../../nbs/04_engine/00_prefix.ipynb #size
 def _size(config, *names):
@@ -92,28 +93,51 @@ def _size(config, *names):
             return int(value)
     return None
 
+# %% ../../nbs/04_engine/00_prefix.ipynb #TOKENS
+TOKENS = 2048  # of the tails in one forward on a CPU
+
+# %% ../../nbs/04_engine/00_prefix.ipynb #numbers
+def _numbers_per_row(mllm, shared, own):
+    "Floats that a row of a branched batch needs: keys and values of its own, copies of the prefix, activations, logits"
+    t = mllm.model.config.get_text_config()
+    heads = _size(t, 'num_key_value_heads', 'num_attention_heads')
+    kv = 2 * heads * (_size(t, 'head_dim') or t.hidden_size // t.num_attention_heads)
+    wide = _size(t, 'intermediate_size', 'ffn_dim', 'moe_intermediate_size') or 4 * t.hidden_size
+    tail = own * (mllm.n_layers * kv + 4 * t.hidden_size + 3 * wide)
+    return tail + 3 * (shared + own) * kv + 4 * t.vocab_size
+
 # %% ../../nbs/04_engine/00_prefix.ipynb #fitting
 def fitting(
     mllm: MLLM,  # the model
     shared: int,  # rows of the prefix
     own: int,  # rows of the tail
-) -> int:  # rows of a branched batch
-    "How many rows to begin with: their keys, values and activations take half of the free memory, and a CPU gains nothing from more than some thousand tokens"
-    t = mllm.model.config.get_text_config()
-    heads = _size(t, 'num_key_value_heads', 'num_attention_heads')
-    kv = 2 * heads * (_size(t, 'head_dim') or t.hidden_size // t.num_attention_heads)
-    wide = _size(t, 'intermediate_size', 'ffn_dim', 'moe_intermediate_size') or 4 * t.hidden_size
-    numbers = own * (mllm.n_layers * kv + 4 * t.hidden_size + 3 * wide) + 3 * (shared + own) * kv + 4 * t.vocab_size
-    most = int(0.5 * free_memory(mllm.device) / (numbers * mllm.head.weight.element_size()))
-    return max(1, min(most, 1 << 20 if mllm.device.type == 'cuda' else TOKENS // own))
+) -> int:  # rows of a branched batch to begin with
+    "So many rows take half of the free memory; a CPU gains nothing from more than some thousand tokens"
+    needed = _numbers_per_row(mllm, shared, own) * mllm.head.weight.element_size()
+    most = int(0.5 * free_memory(mllm.device) / needed)
+    if mllm.device.type != 'cuda':
+        most = min(most, TOKENS // own)
+    return max(1, min(most, 1 << 20))
 
 # %% ../../nbs/04_engine/00_prefix.ipynb #slides
-def slides(mllm):
+def slides(
+    mllm: MLLM,  # the model
+) -> bool:
     "Does some layer see a window of keys? It counts them, so nothing may be padded"
     return bool(getattr(mllm.model.config.get_text_config(), 'sliding_window', None))
 
-# %% ../../nbs/04_engine/00_prefix.ipynb #TOKENS
-TOKENS = 2048  # of the tails in one forward on a CPU
+# %% ../../nbs/04_engine/00_prefix.ipynb #made
+def _made(mllm, prompts, n):
+    "The prefixes of n rows of some prompts, in one forward"
+    cache, inputs = DynamicCache(), mllm.encoded([head_of(p, n) for p in prompts])
+    with next_position(mllm) as position:
+        mllm.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    found = []
+    for b in range(len(prompts)):
+        keys = [layer.keys[b] for layer in cache.layers]
+        values = [layer.values[b] for layer in cache.layers]
+        found.append(PrefixCache(keys, values, int(position[0][b])))
+    return found
 
 # %% ../../nbs/04_engine/00_prefix.ipynb #prefixes
 @torch.inference_mode()
@@ -125,28 +149,11 @@ def prefixes(
     "Keys and values of the first n rows of some prompts"
     keys = [_key(mllm, p, n) for p in prompts]
     new = {k: p for k, p in zip(keys, prompts) if k not in mllm.kept}
-    got = {k: mllm.kept.use(k) for k in keys if k not in new}
+    found = {k: mllm.kept.use(k) for k in keys if k not in new}
 
-    def make(some):
-        cache, inputs = DynamicCache(), mllm.encoded([head_of(p, n) for _, p in some])
-        with next_position(mllm) as position:
-            mllm.model(
-                **inputs,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        return [
-            (
-                k,
-                PrefixCache(
-                    *([getattr(layer, what)[b] for layer in cache.layers] for what in ('keys', 'values')),
-                    int(position[0][b]),
-                ),
-            )
-            for b, (k, _) in enumerate(some)
-        ]
+    def work(some):
+        return _made(mllm, some, n)
 
-    for k, prefix in in_batches(make, list(new.items()), fitting(mllm, 0, n)):
-        got[k] = prefix if None in k else mllm.kept.put(k, prefix)
-    return [got[k] for k in keys]
+    for k, prefix in zip(new, in_batches(work, list(new.values()), fitting(mllm, 0, n))):
+        found[k] = prefix if None in k else mllm.kept.put(k, prefix)
+    return [found[k] for k in keys]

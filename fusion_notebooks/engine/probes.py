@@ -14,7 +14,7 @@ from ..hooks.edits import edit
 from .prefix import prefixes
 from .branches import BranchedBatch, Branch
 
-# %% ../../nbs/04_engine/03_probes.ipynb #c016
+# %% ../../nbs/04_engine/03_probes.ipynb #Capabilities
 @dataclass
 class Capabilities:
     "What may be shared between forwards of a model, as probed"
@@ -22,10 +22,11 @@ class Capabilities:
     closed: bool  # no row up to the last visual token depends on what follows
     causal: bool  # no visual row depends on a later one
     clean: int  # first layer from which on nothing but the hidden states carries the image
-    plain: bool  # a ladder of one row gives the logits of an ordinary forward
+    plain: bool  # a branched batch of one row gives the logits of an ordinary forward
 
 # %% ../../nbs/04_engine/03_probes.ipynb #near
 def _near(a, b, tolerance):
+    "Is every number as it should be, but for rounding?"
     return bool(((a - b).abs() <= tolerance * (b.abs() + b.std())).all())
 
 # %% ../../nbs/04_engine/03_probes.ipynb #alike
@@ -35,49 +36,56 @@ def _alike(a, b, tolerance):
 
 # %% ../../nbs/04_engine/03_probes.ipynb #last_states
 def _last_states(mllm, inputs, n):
-    "What enters the last layer in the first n rows; the layers after which something was added to the states; the last logits"
-    left, added = {}, []
+    "(what enters the last layer in the first n rows, layers after which something was added to the states, last logits)"
+    found, added = {}, []
 
     def enter(layer, args, kw):
-        h, j = _hidden(args, kw), left.get('at', 0)
-        if 'out' in left and not torch.equal(left['out'], h):
+        h, j = _hidden(args, kw), found.get('layer', 0)
+        if 'out' in found and not torch.equal(found['out'], h):
             added.append(j - 1)
-        left['last'] = h[0, :n]
+        found['last'] = h[0, :n]
 
     def leave(layer, args, out):
-        left.update(out=out[0] if isinstance(out, tuple) else out, at=left.get('at', 0) + 1)
+        found['out'] = out[0] if isinstance(out, tuple) else out
+        found['layer'] = found.get('layer', 0) + 1
 
-    handles = [
-        h
-        for layer in mllm.layers
-        for h in (layer.register_forward_pre_hook(enter, with_kwargs=True), layer.register_forward_hook(leave))
-    ]
+    handles = []
+    for layer in mllm.layers:
+        handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(layer.register_forward_hook(leave))
     with _removing(handles):
         logits = mllm.model(**inputs, use_cache=False, logits_to_keep=1).logits[0, -1]
-    return left['last'], added, logits
+    return found['last'], added, logits
+
+# %% ../../nbs/04_engine/03_probes.ipynb #one_row
+def _one_row(mllm, p, n, closed, logits, tolerance):
+    "Does a branched batch of one row give these logits? A layer that keeps something else raises one of many errors"
+    inputs = mllm.encoded([p])
+    ids = inputs['input_ids']
+    try:
+        branched = BranchedBatch(mllm, [Branch(0)], prefixes(mllm, [p], n) if closed else [], [p.visual])
+        if closed:
+            again = branched.forward(ids[:, n:])
+        else:
+            again = branched.forward(inputs.pop('input_ids'), **inputs)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False
+    return len(branched.cache.layers) == mllm.n_layers and _alike(again[0, -1], logits.float(), tolerance)
 
 # %% ../../nbs/04_engine/03_probes.ipynb #probed
 @torch.inference_mode()
 def _probed(mllm, p):
     "Probe what may be shared between forwards"
     n, inputs = int(p.visual[-1]) + 1, mllm.encoded([p])
-    ids = inputs['input_ids']
+    ids, eps = inputs['input_ids'], torch.finfo(mllm.dtype).eps
     states, added, logits = _last_states(mllm, inputs, n)
-    asked, _, _ = _last_states(mllm, inputs | dict(input_ids=torch.cat([ids[:, :n], ids[:, n:].flip(1)], 1)), n)
+    another_question = torch.cat([ids[:, :n], ids[:, n:].flip(1)], 1)
+    asked, _, _ = _last_states(mllm, inputs | dict(input_ids=another_question), n)
     with edit(mllm, 0, p.visual[-1:], 'zero'):
         cut, _, _ = _last_states(mllm, inputs, n)
-    eps = torch.finfo(mllm.dtype).eps
-    closed, causal = _near(asked, states, 16 * eps), _near(cut[: n - 1], states[: n - 1], 16 * eps)
-    try:
-        branched = BranchedBatch(mllm, [Branch(0)], prefixes(mllm, [p], n) if closed else [], [p.visual])
-        again = (
-            branched.forward(ids[:, n:]) if closed else branched.forward(**inputs | dict(ids=inputs.pop('input_ids')))
-        )
-        plain = len(branched.cache.layers) == mllm.n_layers and _alike(
-            again[0, -1], logits.float(), max(1e-3, 16 * eps)
-        )
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        plain = False
+    closed = _near(asked, states, 16 * eps)
+    causal = _near(cut[: n - 1], states[: n - 1], 16 * eps)
+    plain = _one_row(mllm, p, n, closed, logits, max(1e-3, 16 * eps))
     return Capabilities(closed, causal, max(added, default=-1) + 1, plain)
 
 # %% ../../nbs/04_engine/03_probes.ipynb #capabilities

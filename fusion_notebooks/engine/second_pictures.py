@@ -14,8 +14,8 @@ from ..hooks.attaching import _removing
 from .prefix import PrefixCache
 from .branches import BranchedBatch, Branch
 
-# %% ../../nbs/04_engine/05_second_pictures.ipynb #c022
-class _Door(Exception):
+# %% ../../nbs/04_engine/05_second_pictures.ipynb #Door
+class _Stop(Exception):
     "Ends a forward where the decoder begins"
 
 # %% ../../nbs/04_engine/05_second_pictures.ipynb #positions
@@ -23,21 +23,24 @@ def _positions(mllm, inputs):
     "Position ids as the decoder gets them; None where they are just counted"
 
     def stop(decoder, args, kw):
-        raise _Door(kw.get('position_ids'))
+        raise _Stop(kw.get('position_ids'))
 
     with _removing([mllm.decoder.register_forward_pre_hook(stop, with_kwargs=True)]):
         try:
             mllm.model(**inputs, use_cache=False)
-        except _Door as e:
+        except _Stop as e:
             return e.args[0]
 
 # %% ../../nbs/04_engine/05_second_pictures.ipynb #rest
 def _rest(x, both):
     "What follows a tensor in one that begins with it, along its first or second axis; None where it does not"
-    for d in range(min(2, both.ndim) if x.ndim == both.ndim else 0):
-        k = x.shape[d]
-        if both.shape[d] > k and torch.equal(both.narrow(d, 0, k), x):
-            return both.narrow(d, k, both.shape[d] - k)
+    if x.ndim != both.ndim:
+        return None
+    for axis in range(min(2, both.ndim)):
+        k = x.shape[axis]
+        if both.shape[axis] > k and torch.equal(both.narrow(axis, 0, k), x):
+            return both.narrow(axis, k, both.shape[axis] - k)
+    return None
 
 # %% ../../nbs/04_engine/05_second_pictures.ipynb #second_image
 @torch.inference_mode()
@@ -46,23 +49,26 @@ def second_image(
     one: Prompt,  # a picture
     both: Prompt,  # it and another one behind it
     n: int,  # rows up to the last visual token of `one`
-) -> (
-    tuple | None
-):  # (`Prompt` of the other picture and the rows of `both` after the first n, their position ids or None where they are just counted); None where `both` is not made of parts
-    "What a second picture adds to a prompt"
-    rows, pictures = (
-        {k for k, v in both.inputs.items() if _is_row(v, both.length) == which} for which in (True, False)
-    )
-    other = {k: _rest(one.inputs[k], both.inputs[k]) for k in pictures}
-    if not torch.equal(one.inputs['input_ids'][:, :n], both.inputs['input_ids'][:, :n]) or any(
-        v is None for v in other.values()
-    ):
+) -> tuple | None:  # (`Prompt` of what follows the first n rows, its position ids or None where they are just counted)
+    "What a second picture adds to a prompt; None where `both` is not made of parts"
+    rows, other = {}, {}
+    for name, value in both.inputs.items():
+        if _is_row(value, both.length):
+            rows[name] = value[:, n:]
+        else:
+            other[name] = _rest(one.inputs[name], value)
+    same = torch.equal(one.inputs['input_ids'][:, :n], both.inputs['input_ids'][:, :n])
+    if not same or any(v is None for v in other.values()):
         return None
-    tail = {k: both.inputs[k][:, n:] for k in rows}
-    tail |= dict(attention_mask=torch.ones_like(tail['input_ids']))
-    rest = replace(both, inputs=tail | other, visual=both.visual[len(one.visual) :] - n)
+    rows['attention_mask'] = torch.ones_like(rows['input_ids'])
+    rest = replace(both, inputs=rows | other, visual=both.visual[len(one.visual) :] - n)
     at = _positions(mllm, mllm.encoded([both], [one, rest]))
     return rest, None if at is None else at[..., n:]
+
+# %% ../../nbs/04_engine/05_second_pictures.ipynb #padded_positions
+def _padded_positions(positions, width):
+    "Position ids of several tails as one batch, padded on the left"
+    return torch.cat([torch.nn.functional.pad(at, (width - at.shape[-1], 0)) for at in positions], -2)
 
 # %% ../../nbs/04_engine/05_second_pictures.ipynb #second_answers
 def second_answers(
@@ -73,14 +79,11 @@ def second_answers(
     limit: int = 32,  # tokens
 ) -> list:  # of `Answer`, greedy
     "Answers to one picture with each of some others behind it, in one batch"
-    rows, width = mllm.stack([r for r, _ in rests]), max(r.length for r, _ in rests)
-    inputs = mllm.encoded([rows], [r for r, _ in rests])
+    tails, k = [rest for rest, _ in rests], len(rests)
+    inputs = mllm.encoded([mllm.stack(tails)], tails)
     if rests[0][1] is not None:
-        inputs |= dict(
-            position_ids=torch.cat([torch.nn.functional.pad(at, (width - at.shape[-1], 0)) for _, at in rests], -2)
-        )
-    k = len(rests)
+        width = max(tail.length for tail in tails)
+        inputs['position_ids'] = _padded_positions([at for _, at in rests], width)
     branched = BranchedBatch(mllm, [Branch(i) for i in range(k)], [prefix] * k, [visual] * k)
-    return branched.greedy(
-        branched.forward(inputs.pop('input_ids'), seen=inputs.pop('attention_mask'), **inputs)[:, -1], limit
-    )
+    ids, seen = inputs.pop('input_ids'), inputs.pop('attention_mask')
+    return branched.greedy(branched.forward(ids, seen=seen, **inputs)[:, -1], limit)

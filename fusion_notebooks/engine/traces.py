@@ -19,7 +19,7 @@ from .prefix import fitting, next_position, slides, PrefixCache
 from .branches import BranchedBatch, Branch
 from .probes import capabilities
 
-# %% ../../nbs/04_engine/04_traces.ipynb #c020
+# %% ../../nbs/04_engine/04_traces.ipynb #Trace
 @dataclass
 class Trace:
     "One forward over a prompt, watched"
@@ -31,6 +31,13 @@ class Trace:
     logits: torch.Tensor  # (vocabulary,) of the first token of the answer
     state: bytes | None = None  # of the model, see `MLLM.state`
 
+# %% ../../nbs/04_engine/04_traces.ipynb #prefix_of
+def _prefix_of(cache, position):
+    "The `PrefixCache` of a forward over one prompt"
+    keys = [layer.keys[0] for layer in cache.layers]
+    values = [layer.values[0] for layer in cache.layers]
+    return PrefixCache(keys, values, int(position[0][0]))
+
 # %% ../../nbs/04_engine/04_traces.ipynb #trace
 @holding
 @torch.inference_mode()
@@ -38,22 +45,15 @@ def trace(
     mllm: MLLM,  # the model
     p: Prompt,  # a prompt
 ) -> Trace:
-    "Run a prompt once and keep what its last row saw"
+    "Run a prompt once and keep what its last row saw. Raises `BadInput` where the model's numbers are no numbers."
     plain = capabilities(mllm, p).plain
     memory = dict(past_key_values=DynamicCache()) if plain else {}
-    inputs = mllm.encoded([p])
     with capture(mllm, hidden=True) as cache, next_position(mllm) as position:
-        logits = mllm.model(**inputs, **memory, use_cache=plain, logits_to_keep=1).logits[0, -1].float()
+        out = mllm.model(**mllm.encoded([p]), **memory, use_cache=plain, logits_to_keep=1)
+    logits = out.logits[0, -1].float()
     if logits.isnan().any():
         raise mllm.no_number()
-    prefix = (
-        PrefixCache(
-            *([getattr(layer, what)[0] for layer in memory['past_key_values'].layers] for what in ('keys', 'values')),
-            int(position[0][0]),
-        )
-        if plain
-        else None
-    )
+    prefix = _prefix_of(memory['past_key_values'], position) if plain else None
     return Trace(p, prefix, cache.attention[0, :, 0], cache.hidden[0, :, 0], logits, mllm.state())
 
 # %% ../../nbs/04_engine/04_traces.ipynb #answer_of
@@ -68,23 +68,43 @@ def answer_of(
         return mllm.generate(seen.prompt, max_new_tokens=limit)[0]
     return BranchedBatch(mllm, [Branch(0)], [seen.prefix], [seen.prompt.visual]).greedy(seen.logits[None], limit)[0]
 
+# %% ../../nbs/04_engine/04_traces.ipynb #padded
+def _padded_layers(prefixes, what, n):
+    "Keys or values of each layer as one batch (prefixes, heads, n, width), zeros in front of the shorter ones"
+    layers = []
+    for tensors in zip(*(getattr(prefix, what) for prefix in prefixes)):
+        layers.append(torch.stack([torch.nn.functional.pad(x, (0, 0, n - x.shape[1], 0)) for x in tensors]))
+    return layers
+
 # %% ../../nbs/04_engine/04_traces.ipynb #side_by_side
 def side_by_side(
     prefixes: list,  # of `PrefixCache`
 ) -> list:  # of `PrefixCache`, all of one length, which attention can read as one batch
     "Prefixes of several prompts; shorter ones begin with rows that nothing sees"
-    n = max(s.length for s in prefixes)
-    keys, values = (
-        [
-            torch.stack([torch.nn.functional.pad(x, (0, 0, n - x.shape[1], 0)) for x in layer])
-            for layer in zip(*(getattr(s, what) for s in prefixes))
-        ]
-        for what in ('keys', 'values')
-    )
+    n = max(prefix.length for prefix in prefixes)
+    keys, values = _padded_layers(prefixes, 'keys', n), _padded_layers(prefixes, 'values', n)
     return [
-        PrefixCache([k[b] for k in keys], [v[b] for v in values], s.position, n - s.length)
-        for b, s in enumerate(prefixes)
+        PrefixCache([k[b] for k in keys], [v[b] for v in values], prefix.position, n - prefix.length)
+        for b, prefix in enumerate(prefixes)
     ]
+
+# %% ../../nbs/04_engine/04_traces.ipynb #exit_alone
+def _exit_alone(mllm, p, layer, limit):
+    "The answer from one layer by forwards of its own"
+    with early_exit(mllm, layer):
+        return mllm.generate(p, max_new_tokens=limit)[0]
+
+# %% ../../nbs/04_engine/04_traces.ipynb #exits_together
+def _exits_together(mllm, seen, layers, limit):
+    "Per recorded pass the answers from each layer, all decoded in one batch"
+    prefixes = side_by_side([s.prefix for s in seen])
+    visual = [s.prompt.visual + prefix.blank for s, prefix in zip(seen, prefixes)]
+    plain = BranchedBatch(mllm, [Branch(b) for b in range(len(seen))], prefixes, visual)
+    rows = plain.pick([b for b in range(len(seen)) for _ in layers])
+    rows.rows = [replace(r, leave=i) for r, i in zip(rows.rows, layers * len(seen))]
+    first = torch.cat([lens(mllm, s.hidden[1:][layers]) for s in seen])
+    answers = rows.greedy(first, limit)
+    return [answers[k : k + len(layers)] for k in range(0, len(answers), len(layers))]
 
 # %% ../../nbs/04_engine/04_traces.ipynb #exits
 @holding
@@ -99,25 +119,11 @@ def exits(
     if any(s.prefix is None for s in seen):
         return [[_exit_alone(mllm, s.prompt, i, limit) for i in layers] for s in seen]
 
-    def together(some):
-        prefixes = side_by_side([s.prefix for s in some])
-        rows = BranchedBatch(
-            mllm,
-            [Branch(b) for b in range(len(some))],
-            prefixes,
-            [s.prompt.visual + prefix.blank for s, prefix in zip(some, prefixes)],
-        ).pick([b for b in range(len(some)) for _ in layers])
-        rows.rows = [replace(r, leave=i) for r, i in zip(rows.rows, layers * len(some))]
-        said = rows.greedy(torch.cat([lens(mllm, s.hidden[1:][layers]) for s in some]), limit)
-        return [said[k : k + len(layers)] for k in range(0, len(said), len(layers))]
+    def work(some):
+        return _exits_together(mllm, some, layers, limit)
 
-    return in_batches(
-        together,
-        seen,
-        1 if slides(mllm) else max(1, fitting(mllm, max(s.prefix.length for s in seen), limit) // len(layers)),
-    )
-
-# %% ../../nbs/04_engine/04_traces.ipynb #exit_alone
-def _exit_alone(mllm, p, layer, limit):
-    with early_exit(mllm, layer):
-        return mllm.generate(p, max_new_tokens=limit)[0]
+    together = 1  # where a window slides, nothing may be padded
+    if not slides(mllm):
+        longest = max(s.prefix.length for s in seen)
+        together = max(1, fitting(mllm, longest, limit) // len(layers))
+    return in_batches(work, seen, together)
