@@ -14,18 +14,8 @@ from matplotlib.ticker import MaxNLocator
 from .. import metrics
 from ..core.images import open_image
 from .style import _band, _colour, _figure, _flat, _inner, _layers, _legend, _model
-from fusion_notebooks.plots.style import (
-    _percent,
-    _text,
-    _title,
-    CHOSEN,
-    FAMILIES,
-    LARGE,
-    REACH,
-    reach_of,
-    SMALL,
-    style_of,
-)
+from .style import _percent, _text, _title
+from .style import CHOSEN, FAMILIES, LARGE, REACH, reach_of, SMALL, style_of
 from .maps import _cut, _outline, _overlay, _picture, HEAT, SIGNED
 
 # %% ../../nbs/12_plots/03_outcomes.ipynb #c022
