@@ -4,5 +4,6 @@ from .maps import *
 from .evidence import *
 from .bands import *
 from .layers import *
+from .known_answers import *
 
 __all__ = [name for name in dir() if not name.startswith('_')]
