@@ -21,7 +21,8 @@ from ..mllm.handle import MLLM
 from ..mllm.state import foreign
 from ..hooks.recording import _hidden, _removing, attending, capture
 from ..hooks.logit_lens import early_exit, lens
-from ..hooks.edits import edit, STATE_EDITS
+from ..core.catalog import semantic
+from ..hooks.edits import edit
 from ..hooks.states import visual_states
 from ..contrast.refinement import refine
 from ..baselines.methods import answer, METHODS
@@ -278,7 +279,7 @@ def edits_move(c):
     "every semantic moves the logits at layer 0, or at the first layer that attends"
     m, still = c.mllm, []
     for how, kw in c.edits(c.states).items():
-        i = 0 if how in STATE_EDITS else next(iter(c.maps), 0)
+        i = 0 if semantic(how).acts_on == 'states' else next(iter(c.maps), 0)
         some = (
             c.p.visual[::2] if how == 'soft' and m.cross else c.p.visual
         )  # a softmax over the picture alone does not feel all of its keys weakened alike
