@@ -118,7 +118,7 @@ def image_matters(c):
 
 # %% ../../nbs/15_doctor/03_checks.ipynb #wrong_map
 def _wrong_map(c, maps):
-    "What is wrong with captured maps (layer → (n,) weights of the last row), beside eager attention; '' where nothing is"
+    "What is wrong with captured maps (layer → (n,) weights of the last row), beside eager attention; '' if nothing"
     for i, got in maps.items():
         if i not in c.maps and not got.isnan().all():
             return f'Layer {i} has a map but does not attend.'

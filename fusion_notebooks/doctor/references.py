@@ -37,7 +37,7 @@ def _logits(mllm, inputs):
 
 # %% ../../nbs/15_doctor/02_references.ipynb #far
 def _far(got, want):
-    "Largest difference, relative to the largest logit; tokens that a family never allows (its lowest number) do not count"
+    "Largest difference, relative to the largest logit; tokens never allowed (-inf, or the lowest number) do not count"
     free = want > -1e30
     if not torch.equal(free, got > -1e30):
         return math.inf
@@ -125,7 +125,7 @@ def overwritten(
     visual,  # positions of the visual tokens
     value,  # k → state of the k-th visual token
 ):
-    "Layers whose forward first writes the visual rows (the keys, where it reads them through cross-attention), one by one"
+    "Layers whose forward first writes the visual rows (the keys, where it reads through cross-attention), one by one"
     for layer in layers:
         layer.forward = _overwriting(layer.forward, visual, value)
     try:
@@ -168,7 +168,7 @@ def same_states(
     mllm: MLLM,  # the model
     inputs: dict,  # of a forward
 ):
-    "Every decoder layer gets what enters it in a plain forward, so that what differs does not add up from layer to layer"
+    "Every decoder layer gets what enters it in a plain forward, so that differences do not add up from layer to layer"
     states = {}  # layer → (batch, rows, width)
     with _before_layers(mllm, states, _keeping):
         _logits(mllm, inputs)

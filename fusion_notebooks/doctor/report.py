@@ -109,7 +109,9 @@ def _ours(e):
     while tb.tb_next:
         tb = tb.tb_next
     folders = [folder.name for folder in Path(tb.tb_frame.f_code.co_filename).parents[:2]]
-    return isinstance(e, ImportError) or _is_refusal(e) and 'fusion_notebooks' in folders
+    if isinstance(e, ImportError):
+        return True
+    return _is_refusal(e) and 'fusion_notebooks' in folders
 
 # %% ../../nbs/15_doctor/04_report.ipynb #attempt
 def _attempt(f, *args):

@@ -225,6 +225,24 @@ def _own_fields(d, x, whole):
             new[k] = small[k]
     return new
 
+# %% ../../nbs/15_doctor/00_shrinking.ipynb #listed_layers
+def _listed_layers(fields, keep):
+    "Fields that list layers, for those layers that stay (`keep`, in order), under their new numbers"
+    place = {i: new for new, i in enumerate(keep)}
+    new = {k: [v[i] for i in keep] for k, v in fields.per_layer.items()}
+    for k, v in fields.numbers.items():
+        new[k] = [place[i] for i in v if i in place]
+    return new
+
+# %% ../../nbs/15_doctor/00_shrinking.ipynb #layers_own_fields
+def _layers_own_fields(d, keep, whole):
+    "`per_layer_config` of a config dict, for those layers that stay, under their new numbers, made small"
+    new = {}
+    for i, x in d['per_layer_config'].items():
+        if int(i) in keep:
+            new[str(keep.index(int(i)))] = _own_fields(d, x, whole)
+    return new
+
 # %% ../../nbs/15_doctor/00_shrinking.ipynb #fewer_layers
 def _fewer_layers(d, whole, seeing):
     "The fields of a config dict that count or list layers, for one layer of every kind"
@@ -235,15 +253,10 @@ def _fewer_layers(d, whole, seeing):
     n = depths[main]
     fields = _read_layer_fields(d, n)
     keep = _keep(fields, n, whole.tower if seeing else LAYERS)
-    place = {i: new for new, i in enumerate(keep)}  # old number → new number
     new = {k: len(keep) if v == n else min(v, 2) for k, v in depths.items()}
-    for k, v in fields.numbers.items():
-        new[k] = [place[i] for i in v if i in place]
-    for k, v in fields.per_layer.items():
-        new[k] = [v[i] for i in keep]
+    new |= _listed_layers(fields, keep)
     if d.get('per_layer_config'):
-        own = {int(i): x for i, x in d['per_layer_config'].items() if int(i) in place}
-        new['per_layer_config'] = {str(place[i]): _own_fields(d, x, whole) for i, x in own.items()}
+        new['per_layer_config'] = _layers_own_fields(d, keep, whole)
     return new
 
 # %% ../../nbs/15_doctor/00_shrinking.ipynb #key_heads

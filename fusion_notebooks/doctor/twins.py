@@ -316,7 +316,8 @@ PROCESSORS = {  # model type → (transformers, image processor, tokenizer, conf
 def _check_kind(small, cls, known):
     "Raises `NotSupported` for an encoder-decoder and for a model without a vocabulary"
     what = f'{small.model_type} ({cls.__name__})'
-    if small.is_encoder_decoder or 'decoder_input_ids' in known and 'pixel_values' not in known:
+    writes_apart = 'decoder_input_ids' in known and 'pixel_values' not in known
+    if small.is_encoder_decoder or writes_apart:
         raise NotSupported(
             f'{what} is an encoder-decoder: its picture is read in the encoder, '
             'and it has no decoder layers in which visual and text tokens meet.'
