@@ -50,7 +50,9 @@ class _ByHand:
 
     def __init__(self, mllm, at, visual, bias):
         self.layers = {m: i for i, layer in enumerate(mllm.layers) for m in layer.modules()}
-        self.at, self.visual, self.bias = set(at), list(visual), bias
+        self.at = set(at)
+        self.visual = list(visual)
+        self.bias = bias
         self.text_from = max(visual, default=0) + 1
         self.maps = {}  # layer → (batch, heads, rows, keys)
 

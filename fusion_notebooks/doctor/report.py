@@ -161,13 +161,17 @@ def cost(
     "Memory and time of a sweep of one semantic over all layers, per question"
     text = (full or mllm.model.config).get_text_config()
     if full is not None:
-        size, n, each = _count_parameters(full), 1000, 2
+        size = _count_parameters(full)
+        tokens = 1000
+        each = 2  # bytes per number
     else:
-        size, n, each = sum(w.numel() for w in mllm.model.parameters()), p.length, mllm.dtype.itemsize
+        size = sum(w.numel() for w in mllm.model.parameters())
+        tokens = p.length
+        each = mllm.dtype.itemsize
     out = dict(
         parameters=f'{size / 1e9:.2f} billion' if size > 1e8 else f'{size / 1e6:.1f} million',
         weights=f'{size * each / 2**30:.2g} GB',
-        sweep=_sweep_words(text, size, n, each),
+        sweep=_sweep_words(text, size, tokens, each),
     )
     if full is None:
         began = time.time()
@@ -305,7 +309,8 @@ def doctor(
     r = Report(mllm.name, type(mllm.model).__name__)
     c, error = _attempt(Case, mllm)
     if error is not None:
-        r.out, r.stated = _sentence(error), _ours(error)
+        r.out = _sentence(error)
+        r.stated = _ours(error)
         return r
     r.checks = [_run_check(c, name) for name in CHECKS]
     r.found = found(c, full)

@@ -85,21 +85,21 @@ def _flat(x, s):
 # %% ../../nbs/15_doctor/01_twins.ipynb #flat_with_places
 @_layout('gemma4_unified')
 def _flat_with_places(x, s):
-    "… and column and row of each patch (1, s·s, 2)"
+    "As `_flat`, with column and row of each patch (1, s·s, 2)"
     columns, rows = torch.meshgrid(torch.arange(s), torch.arange(s), indexing='xy')
     return _flat(x, s) | dict(image_position_ids=torch.stack([columns, rows], -1).reshape(1, -1, 2))
 
 # %% ../../nbs/15_doctor/01_twins.ipynb #flat_with_mask
 @_layout('lfm2_vl')
 def _flat_with_mask(x, s):
-    "… and the size of the grid, and a mask of the patches that are there"
+    "As `_flat`, with the size of the grid and a mask of the patches that are there"
     mask = torch.ones(1, s * s, dtype=torch.long)
     return _flat(x, s) | dict(spatial_shapes=[[s, s]], pixel_attention_mask=mask)
 
 # %% ../../nbs/15_doctor/01_twins.ipynb #flat_with_pools
 @_layout('molmo2')
 def _flat_with_pools(x, s):
-    "… and the numbers of the four patches (s·s/4, 4) that each token pools"
+    "As `_flat`, with the numbers of the four patches (s·s/4, 4) that each token pools"
     h = s // 2
     pools = torch.arange(s * s).reshape(h, 2, h, 2).transpose(1, 2).reshape(-1, 4)
     return _flat(x, s) | dict(image_token_pooling=pools, image_grids=[[h, h, 0, 0]], image_num_crops=[1])
@@ -152,11 +152,14 @@ class Patches:
         patch: int,  # pixels along a side of a patch
         side: int,  # patches along a side of the picture
     ):
-        self.layout, self.patch, self.side = layout, patch, side
+        self.layout = layout
+        self.patch = patch
+        self.side = side
 
     def cut(self, image):
         "Patches (side², patch, patch, 3) of a PIL image, from -1 to 1"
-        p, s = self.patch, self.side
+        p = self.patch
+        s = self.side
         x = torch.tensor(np.asarray(image.convert('RGB').resize((s * p, s * p))), dtype=torch.float32) / 127.5 - 1
         return x.reshape(s, p, s, p, 3).transpose(1, 2).reshape(s * s, p, p, 3)
 
