@@ -2,6 +2,7 @@
 
 from .shrinking import *
 from .twins import *
+from .references import *
 from .checks import *
 from .report import *
 

@@ -10,9 +10,33 @@ import inspect
 import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText
+from ..core.errors import NotSupported
 from ..mllm.processor import PlainProcessor
 from ..mllm.handle import MLLM
 from .shrinking import _first, randomise, shrink, SIDE, VOCAB
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #special
+def _special(config):
+    "Special words of a twin → their ids in its config, None where it names none"
+    text = config.get_text_config()
+    words = {'<image>': getattr(config, 'image_token_id', None)}
+    for word, name in (('<s>', 'bos'), ('</s>', 'eos'), ('<pad>', 'pad')):
+        words[word] = _first(getattr(text, f'{name}_token_id', None))
+    return words
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #vocabulary
+def _vocabulary(special, letters, size):
+    "Word → id below `size`: special words keep theirs where it is there and free, others take the first that is left"
+    ids = {}
+    for word, i in special.items():
+        if isinstance(i, int) and 0 <= i < size and i not in ids.values():
+            ids[word] = i
+    taken = set(ids.values())
+    free = iter([i for i in range(size) if i not in taken])
+    for word in (*special, *letters):
+        if word not in ids:
+            ids[word] = next(free)
+    return ids
 
 # %% ../../nbs/15_doctor/01_twins.ipynb #tiny_tokenizer
 def tiny_tokenizer(
@@ -22,23 +46,11 @@ def tiny_tokenizer(
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    text = config.get_text_config()
-    special = {
-        '<image>': getattr(config, 'image_token_id', None),
-        **{
-            w: _first(getattr(text, f'{k}_token_id', None))
-            for w, k in (('<s>', 'bos'), ('</s>', 'eos'), ('<pad>', 'pad'))
-        },
-    }
-    taken, ids = set(), {}
-    for word, i in special.items():  # a config may give two of them the same id, or none
-        if isinstance(i, int) and 0 <= i < text.vocab_size and i not in taken:
-            ids[word] = i
-            taken.add(i)
-    free = (i for i in range(text.vocab_size) if i not in taken)
-    ids |= {w: next(free) for w in (*special, *sorted(pre_tokenizers.ByteLevel.alphabet())) if w not in ids}
-    tok = Tokenizer(models.BPE(ids, []))
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = _special(config)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok = Tokenizer(models.BPE(_vocabulary(special, letters, config.get_text_config().vocab_size), []))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
     tok.add_special_tokens(list(special))
     out = PreTrainedTokenizerFast(
         tokenizer_object=tok, bos_token='<s>', eos_token='</s>', pad_token='<pad>', padding_side='left'
@@ -46,69 +58,206 @@ def tiny_tokenizer(
     out.add_special_tokens(dict(additional_special_tokens=['<image>']))
     return out
 
-# %% ../../nbs/15_doctor/01_twins.ipynb #c012
-_chw = lambda x: x.permute(0, 3, 1, 2)
-_doubled = lambda x, s: dict(
-    pixel_values=_chw(x)[:, :, None].repeat(1, 1, 2, 1, 1).flatten(1), image_grid_thw=[[1, s, s]]
-)
-_strip = lambda x, s: dict(
-    pixel_values=_chw(x).permute(1, 2, 0, 3).reshape(1, 3, x.shape[1], -1), target_sizes=[[s, s]]
-)
-LAYOUTS = {  # model type → tensors from patches (s·s, p, p, 3) of one picture, as its image processor makes them, which needs torchvision
-    'fuyu': lambda x, s: dict(pixel_values=x.flatten(1)[None]),  # this one exists, but returns lists for its processor
-    'gemma4_unified': lambda x, s: dict(
-        pixel_values=x.flatten(1)[None],
-        image_position_ids=torch.stack(torch.meshgrid(torch.arange(s), torch.arange(s), indexing='xy'), -1).reshape(
-            1, -1, 2
-        ),
-    ),
-    'inkling2': lambda x, s: dict(pixel_values=x, image_grid_thw=[[1, s, s]]),
-    'inkling_mm_model': lambda x, s: dict(pixel_values=x[:, None].repeat(1, 2, 1, 1, 1)),
-    'kimi_k25': lambda x, s: dict(pixel_values=_chw(x), image_grid_thw=[[1, s, s]]),
-    'lfm2_vl': lambda x, s: dict(
-        pixel_values=x.flatten(1)[None],
-        spatial_shapes=[[s, s]],
-        pixel_attention_mask=torch.ones(1, s * s, dtype=torch.long),
-    ),
-    'minicpm_ocr': _strip,
-    'minicpmv4_6': _strip,
-    'minicpmv4_7': _strip,  # the last two exist, but slice the picture and return lists
-    'molmo2': lambda x, s: dict(
-        pixel_values=x.flatten(1)[None],
-        image_token_pooling=torch.arange(s * s).reshape(s // 2, 2, s // 2, 2).transpose(1, 2).reshape(-1, 4),
-        image_grids=[[s // 2, s // 2, 0, 0]],
-        image_num_crops=[1],
-    ),
-    'muse_glimmer': _doubled,
-    'muse_spark': _doubled,
-    'nemotron_h_omni': lambda x, s: dict(pixel_values=_chw(x).flatten(1), image_grid_hw=[[s, s]]),
-}
+# %% ../../nbs/15_doctor/01_twins.ipynb #LAYOUTS
+LAYOUTS = {}  # model type → function of patches (s·s, p, p, 3) and s that gives {name: tensor or nested list}
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #layout
+def _layout(*kinds):
+    "Register a function as the layout of these model types"
+
+    def register(f):
+        LAYOUTS.update(dict.fromkeys(kinds, f))
+        return f
+
+    return register
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #channels_first
+def _channels_first(x):
+    "(n, p, p, 3) → (n, 3, p, p)"
+    return x.permute(0, 3, 1, 2)
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #flat
+@_layout('fuyu')
+def _flat(x, s):
+    "Patches as one row of vectors (1, s·s, 3·p·p); its image processor returns lists for its processor"
+    return dict(pixel_values=x.flatten(1)[None])
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #flat_with_places
+@_layout('gemma4_unified')
+def _flat_with_places(x, s):
+    "As `_flat`, with column and row of each patch (1, s·s, 2)"
+    columns, rows = torch.meshgrid(torch.arange(s), torch.arange(s), indexing='xy')
+    return _flat(x, s) | dict(image_position_ids=torch.stack([columns, rows], -1).reshape(1, -1, 2))
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #flat_with_mask
+@_layout('lfm2_vl')
+def _flat_with_mask(x, s):
+    "As `_flat`, with the size of the grid and a mask of the patches that are there"
+    mask = torch.ones(1, s * s, dtype=torch.long)
+    return _flat(x, s) | dict(spatial_shapes=[[s, s]], pixel_attention_mask=mask)
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #flat_with_pools
+@_layout('molmo2')
+def _flat_with_pools(x, s):
+    "As `_flat`, with the numbers of the four patches (s·s/4, 4) that each token pools"
+    h = s // 2
+    pools = torch.arange(s * s).reshape(h, 2, h, 2).transpose(1, 2).reshape(-1, 4)
+    return _flat(x, s) | dict(image_token_pooling=pools, image_grids=[[h, h, 0, 0]], image_num_crops=[1])
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #channels_last_grid
+@_layout('inkling2')
+def _channels_last_grid(x, s):
+    "Patches as they are, and the size of the grid"
+    return dict(pixel_values=x, image_grid_thw=[[1, s, s]])
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #twice
+@_layout('inkling_mm_model')
+def _twice(x, s):
+    "Each patch twice, as two frames (s·s, 2, p, p, 3)"
+    return dict(pixel_values=x[:, None].repeat(1, 2, 1, 1, 1))
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #channels_first_grid
+@_layout('kimi_k25')
+def _channels_first_grid(x, s):
+    "Patches (s·s, 3, p, p), and the size of the grid"
+    return dict(pixel_values=_channels_first(x), image_grid_thw=[[1, s, s]])
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #strip
+@_layout('minicpm_ocr', 'minicpmv4_6', 'minicpmv4_7')
+def _strip(x, s):
+    "Patches side by side in one picture (1, 3, p, s·s·p); the image processors of the last two return lists of slices"
+    side_by_side = x.permute(3, 1, 0, 2).reshape(1, 3, x.shape[1], -1)
+    return dict(pixel_values=side_by_side, target_sizes=[[s, s]])
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #doubled
+@_layout('muse_glimmer', 'muse_spark')
+def _doubled(x, s):
+    "Each patch as two frames in one vector (s·s, 3·2·p·p), and the size of the grid"
+    frames = _channels_first(x)[:, :, None].repeat(1, 1, 2, 1, 1)
+    return dict(pixel_values=frames.flatten(1), image_grid_thw=[[1, s, s]])
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #vectors
+@_layout('nemotron_h_omni')
+def _vectors(x, s):
+    "Patches as vectors (s·s, 3·p·p), and the size of the grid"
+    return dict(pixel_values=_channels_first(x).flatten(1), image_grid_hw=[[s, s]])
 
 # %% ../../nbs/15_doctor/01_twins.ipynb #Patches
 class Patches:
     "An image processor that resizes to a square and cuts it into patches"
 
-    def __init__(self, layout, patch, side):
-        self.layout, self.patch, self.side = layout, patch, side
+    def __init__(
+        self,
+        layout,  # of `LAYOUTS`
+        patch: int,  # pixels along a side of a patch
+        side: int,  # patches along a side of the picture
+    ):
+        self.layout = layout
+        self.patch = patch
+        self.side = side
+
+    def cut(self, image):
+        "Patches (side², patch, patch, 3) of a PIL image, from -1 to 1"
+        p = self.patch
+        s = self.side
+        x = torch.tensor(np.asarray(image.convert('RGB').resize((s * p, s * p))), dtype=torch.float32) / 127.5 - 1
+        return x.reshape(s, p, s, p, 3).transpose(1, 2).reshape(s * s, p, p, 3)
 
     def __call__(self, images, return_tensors='pt'):
-        p, s, out = self.patch, self.side, {}
-        for im in images:
-            x = torch.tensor(np.asarray(im.convert('RGB').resize((s * p, s * p))), dtype=torch.float32) / 127.5 - 1
-            for k, v in self.layout(x.reshape(s, p, s, p, 3).transpose(1, 2).reshape(s * s, p, p, 3), s).items():
-                out.setdefault(k, []).append(
-                    torch.as_tensor(v) + (s * s * len(out.get(k, [])) if k == 'image_token_pooling' else 0)
-                )  # these number the patches of all pictures
-        return {k: torch.cat(v, -1 if self.layout is _strip and k == 'pixel_values' else 0) for k, v in out.items()}
+        found = {}  # name of a tensor → one per picture
+        for n, image in enumerate(images):
+            for k, v in self.layout(self.cut(image), self.side).items():
+                v = torch.as_tensor(v)
+                if k == 'image_token_pooling':  # numbers the patches of all pictures
+                    v = v + n * self.side**2
+                found.setdefault(k, []).append(v)
+        wide = 'pixel_values' if self.layout is _strip else None  # grows to the right, all others downwards
+        return {k: torch.cat(v, -1 if k == wide else 0) for k, v in found.items()}
 
 # %% ../../nbs/15_doctor/01_twins.ipynb #find
 def _find(config, *names):
-    "The first of these fields that the config's vision part, or the config, has"
-    parts = [getattr(config, k, None) for k in ('vision_config', 'vq_config')]
-    for c in (*parts, config, getattr(parts[0], 'sam_config', None)):
-        for n in names:
-            if (v := getattr(c, n, None)) is not None:
-                return _first(v)
+    "The first of these fields that the config's vision part, or the config, has; None where there is none"
+    vision = getattr(config, 'vision_config', None)
+    parts = (vision, getattr(config, 'vq_config', None), config, getattr(vision, 'sam_config', None))
+    for part in parts:
+        for name in names:
+            value = getattr(part, name, None)
+            if value is not None:
+                return _first(value)
+    return None
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #own_layout
+def _own_layout(config, patch):
+    "`Patches` for a model type of `LAYOUTS`; several patches that become one token are one large patch"
+    kind = config.model_type
+    if kind == 'inkling2':
+        patch *= _find(config, 'spatial_merge_size')
+    if kind == 'gemma4_unified':
+        patch *= _find(config, 'pooling_kernel_size')
+    return Patches(LAYOUTS[kind], patch, SIDE if patch < 30 else SIDE // 2)
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #image_processor_class
+def _image_processor_class(kind, known):
+    "The image processor of a model type that works without torchvision; `known`: names of tensors that its model takes"
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
+
+    name = (IMAGE_PROCESSOR_MAPPING_NAMES.get(kind) or {}).get('pil')
+    if not name:
+        name = 'Qwen2VLImageProcessorPil' if 'image_grid_thw' in known else 'SiglipImageProcessorPil'
+    return get_image_processor_class_from_name(name)
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #limits
+def _limits(patch, pixels):
+    "Arguments of image processors that limit tokens and pixels, and that tile a picture (a twin's is one tile)"
+    most = (SIDE * patch) ** 2
+    return dict(
+        do_image_splitting=False,
+        crop_to_patches=False,
+        slice_mode=False,
+        max_soft_tokens=70,
+        max_image_tokens=SIDE**2,
+        min_image_tokens=4,
+        scale_resolution=pixels,
+        tile_size=pixels,
+        min_pixels=most // 4,
+        max_pixels=most,
+    )
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #resolution
+def _resolution(config, patch, pixels, has):
+    "Arguments of image processors for patch and size; `has`: the defaults of the one at hand"
+    if 'merge_size' in has:  # any aspect ratio, within a number of pixels
+        most = (SIDE * patch) ** 2
+        return dict(
+            patch_size=patch,
+            merge_size=_find(config, 'spatial_merge_size', 'merge_size') or 1,
+            temporal_patch_size=_find(config, 'temporal_patch_size') or 1,
+            size=dict(shortest_edge=most // 4, longest_edge=most),
+        )
+    both = isinstance(has.get('patch_size'), dict)
+    sizes = {k: v for k, v in (has.get('size') or {}).items() if v}
+    return dict(
+        patch_size=dict(height=patch, width=patch) if both else patch,
+        size={k: pixels if isinstance(v, int) else v for k, v in sizes.items()},
+    )
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #crops
+def _crops(config, pixels, has):
+    "Arguments of image processors that cut out or add views; `has`: the defaults of the one at hand"
+    largest = has.get('max_image_size')
+    as_dict = isinstance(largest, dict)
+    new = dict(
+        crop_size=dict(height=pixels, width=pixels),
+        max_image_size=dict(longest_edge=pixels)
+        if as_dict
+        else min(largest or pixels, 490),  # 490: aria takes 490 or 980
+        image_grid_pinpoints=getattr(config, 'image_grid_pinpoints', None),
+    )
+    if 'high_res_size' in has:
+        side = config.high_res_vision_config.image_size
+        new['high_res_size'] = dict(height=side, width=side)
+    return new
 
 # %% ../../nbs/15_doctor/01_twins.ipynb #tiny_images
 def tiny_images(
@@ -116,87 +265,97 @@ def tiny_images(
     known,  # names of tensors that its model takes
 ):  # an image processor
     "The family's image processor at the twin's size; `Patches` or a plain one where it cannot be built here"
-    from transformers.models.auto.image_processing_auto import (
-        IMAGE_PROCESSOR_MAPPING_NAMES as NAMES,
-        get_image_processor_class_from_name,
-    )
+    patch = _find(config, 'patch_size') or 16
+    if config.model_type in LAYOUTS:
+        return _own_layout(config, patch)
+    pixels = _find(config, 'image_size', 'resolution') or SIDE * patch
+    cls = _image_processor_class(config.model_type, known)
+    has = cls().to_dict()
+    asked = _limits(patch, pixels) | _resolution(config, patch, pixels, has) | _crops(config, pixels, has)
+    return cls(**{k: v for k, v in asked.items() if has.get(k) is not None and v is not None})
 
-    kind, patch, pixels = (
-        config.model_type,
-        _find(config, 'patch_size') or 16,
-        _find(config, 'image_size', 'resolution'),
-    )
-    if kind in LAYOUTS:
-        patch *= dict(
-            inkling2=_find(config, 'spatial_merge_size'), gemma4_unified=_find(config, 'pooling_kernel_size')
-        ).get(kind, 1)
-        return Patches(LAYOUTS[kind], patch, SIDE if patch < 30 else SIDE // 2)
-    name = (NAMES.get(kind) or {}).get('pil') or (
-        'Qwen2VLImageProcessorPil' if 'image_grid_thw' in known else 'SiglipImageProcessorPil'
-    )
-    cls, pixels = get_image_processor_class_from_name(name), pixels or SIDE * patch
-    has, square = cls().to_dict(), dict(height=pixels, width=pixels)
-    kw = {k: False for k in ('do_image_splitting', 'crop_to_patches', 'slice_mode')} | dict(
-        max_soft_tokens=70,
-        max_image_tokens=SIDE**2,
-        min_image_tokens=4,
-        scale_resolution=pixels,
-        tile_size=pixels,
-        min_pixels=(SIDE * patch) ** 2 // 4,
-        max_pixels=(SIDE * patch) ** 2,
-    )
-    if 'merge_size' in has:
-        kw |= dict(
-            patch_size=patch,
-            merge_size=_find(config, 'spatial_merge_size', 'merge_size') or 1,
-            temporal_patch_size=_find(config, 'temporal_patch_size') or 1,
-            size=dict(shortest_edge=(SIDE * patch) ** 2 // 4, longest_edge=(SIDE * patch) ** 2),
-        )
-    else:
-        kw |= dict(
-            patch_size=dict(height=patch, width=patch) if isinstance(has.get('patch_size'), dict) else patch,
-            size={k: pixels if isinstance(v, int) else v for k, v in (has.get('size') or {}).items() if v},
-        )
-    kw |= dict(
-        crop_size=square,
-        max_image_size=dict(longest_edge=pixels)
-        if isinstance(has.get('max_image_size'), dict)
-        else min(has.get('max_image_size') or pixels, 490),
-        high_res_size=dict(
-            height=config.high_res_vision_config.image_size, width=config.high_res_vision_config.image_size
-        )
-        if 'high_res_size' in has
-        else None,
-        image_grid_pinpoints=getattr(config, 'image_grid_pinpoints', None),
-    )
-    return cls(**{k: v for k, v in kw.items() if has.get(k) is not None and v is not None})
+# %% ../../nbs/15_doctor/01_twins.ipynb #CHAT
+CHAT = (
+    "{% for m in messages %}{% for c in m['content'] %}"
+    "{{ '<image>' if c['type'] == 'image' else c['text'] }}"
+    "{% endfor %}{% endfor %}"
+)
 
-# %% ../../nbs/15_doctor/01_twins.ipynb #c013
-CHAT = "{% for m in messages %}{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endfor %}"
-
-# %% ../../nbs/15_doctor/01_twins.ipynb #placeholder
-def _placeholder(tok):
-    return dict(image_token='<image>', image_token_id=tok.convert_tokens_to_ids('<image>'))
-
-# %% ../../nbs/15_doctor/01_twins.ipynb #named
+# %% ../../nbs/15_doctor/01_twins.ipynb #with_fields
 def _named(thing, **kw):
     "A tokenizer or image processor with what its family's processor looks for"
     for k, v in kw.items():
         setattr(thing, k, v)
     return thing
 
+# %% ../../nbs/15_doctor/01_twins.ipynb #with_placeholder
+def _with_placeholder(tok):
+    "A tokenizer with its placeholder, as attributes"
+    return _named(tok, image_token='<image>', image_token_id=tok.convert_tokens_to_ids('<image>'))
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #instructblip
+def _instructblip(t, images, tok, config):
+    "Gives the question once more, to the Q-Former"
+    return t.InstructBlipProcessor(images, tok, tok, config.num_query_tokens)
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #paligemma
+def _paligemma(t, images, tok, config):
+    "Says which rows are the prefix that sees all of itself"
+    return t.PaliGemmaProcessor(_named(images, image_seq_length=SIDE**2), _with_placeholder(tok), CHAT)
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #mllama
+def _mllama(t, images, tok, config):
+    "Makes the mask of the cross-attention"
+    return t.MllamaProcessor(images, _with_placeholder(tok), CHAT)
+
 # %% ../../nbs/15_doctor/01_twins.ipynb #PROCESSORS
-PROCESSORS = {  # model type → its own processor, where a plain one lacks tensors that the model needs
-    'instructblip': lambda t, images, tok, config: t.InstructBlipProcessor(
-        images, tok, tok, config.num_query_tokens
-    ),  # the question, once more, for the Q-Former
-    'paligemma': lambda t, images, tok, config: t.PaliGemmaProcessor(
-        _named(images, image_seq_length=SIDE**2), _named(tok, **_placeholder(tok)), CHAT
-    ),  # which rows are its prefix
-    'mllama': lambda t, images, tok, config: t.MllamaProcessor(
-        images, _named(tok, **_placeholder(tok)), CHAT
-    ),  # the mask of the cross-attention
+PROCESSORS = {  # model type → (transformers, image processor, tokenizer, config of a twin) → its own processor
+    'instructblip': _instructblip,
+    'paligemma': _paligemma,
+    'mllama': _mllama,
 }
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #check_kind
+def _check_kind(small, cls, known):
+    "Raises `NotSupported` for an encoder-decoder and for a model without a vocabulary"
+    what = f'{small.model_type} ({cls.__name__})'
+    writes_apart = 'decoder_input_ids' in known and 'pixel_values' not in known
+    if small.is_encoder_decoder or writes_apart:
+        raise NotSupported(
+            f'{what} is an encoder-decoder: its picture is read in the encoder, '
+            'and it has no decoder layers in which visual and text tokens meet.'
+        )
+    if not hasattr(small.get_text_config(), 'vocab_size'):
+        raise NotSupported(
+            f'{what} has no vocabulary (its text config names no vocab_size): '
+            'it answers with something else than tokens.'
+        )
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #check_size
+def _check_size(small, cls):
+    "Raises `NotSupported` for a config that is still large"
+    with torch.device('meta'):
+        size = sum(p.numel() for p in cls(small).parameters())
+    if size > 3e7 + 2e3 * small.get_text_config().vocab_size:
+        raise NotSupported(
+            f'The small config of {cls.__name__} still has {size:,} parameters: '
+            'a field that SMALL does not know is left large.'
+        )
+
+# %% ../../nbs/15_doctor/01_twins.ipynb #processor
+def _processor(small, model, images, tok):
+    "The processor of a twin. Raises `NotSupported` for a model without a placeholder token"
+    import transformers
+
+    own = PROCESSORS.get(small.model_type)
+    if own:
+        return own(transformers, images, tok, small)
+    if not isinstance(getattr(small, 'image_token_id', None), int):
+        raise NotSupported(
+            f'{small.model_type} ({type(model).__name__}) has no placeholder token: '
+            'its config names no image_token_id, so its picture has no rows among those of the text.'
+        )
+    return PlainProcessor(images, tok, model)
 
 # %% ../../nbs/15_doctor/01_twins.ipynb #twin
 def twin(
@@ -204,37 +363,16 @@ def twin(
     seed: int = 0,  # of the weights
     vocab: int | None = VOCAB,  # tokens that stay; None keeps the vocabulary and every special id
 ) -> MLLM:  # on the CPU, float32
-    "A tiny random model of the same class. Raises `ImportError` where a library is missing and `ValueError` where the handle refuses the class."
-    import transformers
-
+    "A tiny random model of the same class. Raises `ImportError` without its libraries, `NotSupported` if refused."
     small = shrink(config, vocab)
-    cls, text = _first(AutoModelForImageTextToText._model_mapping[type(small)]), small.get_text_config()
+    cls = _first(AutoModelForImageTextToText._model_mapping[type(small)])
     known = inspect.signature(cls.forward).parameters
-    if small.is_encoder_decoder or 'decoder_input_ids' in known and 'pixel_values' not in known:
-        raise ValueError(
-            f'{small.model_type} ({cls.__name__}) is an encoder-decoder: its picture is read in the encoder, and it has no decoder layers in which visual and text tokens meet.'
-        )
-    if not hasattr(text, 'vocab_size'):
-        raise ValueError(
-            f'{small.model_type} ({cls.__name__}) has no vocabulary (its text config names no vocab_size): it answers with something else than tokens.'
-        )
-    with torch.device('meta'):
-        size = sum(p.numel() for p in cls(small).parameters())
-    if size > 3e7 + 2e3 * text.vocab_size:
-        raise ValueError(
-            f'The small config of {cls.__name__} still has {size:,} parameters: a field that SMALL does not know is left large.'
-        )
+    _check_kind(small, cls, known)
+    _check_size(small, cls)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = randomise(cls(small), seed)
     images = tiny_images(small, known)
     tok = tiny_tokenizer(small)
     model.generation_config.update(pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id)
-    own = PROCESSORS.get(small.model_type)
-    if not own and not isinstance(getattr(small, 'image_token_id', None), int):
-        raise ValueError(
-            f'{small.model_type} ({cls.__name__}) has no placeholder token: its config names no image_token_id, so its picture has no rows among those of the text.'
-        )
-    return MLLM(
-        model, own(transformers, images, tok, small) if own else PlainProcessor(images, tok, model), small.model_type
-    )
+    return MLLM(model, _processor(small, model, images, tok), small.model_type)
