@@ -181,6 +181,29 @@ def test_reading_while_others_write(store):
 # claims, failures, notes
 
 
+def test_a_process_that_was_asked_to_stop_has_not_died_over_its_unit(tmp_path):
+    "A preempted job gets a signal first and is killed when its time is up"
+    code = """
+import sys
+from fusion_notebooks.results import Store
+from fusion_notebooks.results.claims import excuse_claims
+with Store(sys.argv[1]).claim(dict(a=1)) as died:
+    if sys.argv[2] == 'asked':
+        excuse_claims()
+    print(died, flush=True)
+    sys.stdin.read()
+"""
+    for how, before in (('asked', 0), ('asked', 0), ('killed', 0), ('asked', 1), ('killed', 1)):
+        child = subprocess.Popen(
+            [sys.executable, '-c', code, tmp_path, how], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout.readline() == f'{before}\n'
+        child.kill()
+        child.wait()
+    with Store(tmp_path).claim(dict(a=1)) as died:
+        assert died == 2
+
+
 def test_a_claim_is_exclusive_and_goes_with_its_owner(store):
     code = "import sys\nfrom fusion_notebooks.results import Store\nwith Store(sys.argv[1]).claim(dict(a=1)) as died: print(died, flush=True); sys.stdin.read()"
     for before in (0, 1, 2):

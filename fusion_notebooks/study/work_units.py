@@ -25,6 +25,7 @@ from pathlib import Path
 from ..analyses.records import ANALYSES
 from ..core import catalog
 from ..core.errors import BadInput
+from ..results.claims import excuse_claims
 from ..results.store import digest, Store
 from .settings import BENCHMARKS, read_settings, Settings
 from .samples import _asked, code_of, draw, find_model, Job, listing, load, revision
@@ -154,27 +155,32 @@ def compute(
     return rows.assign(**_sample_columns(rows, asked), **where)
 
 # %% ../../nbs/13_study/03_work_units.ipynb #c024
-STOP, ONE = threading.Event(), threading.Lock()  # stop after the unit in hand; a process computes one unit at a time
+STOP = threading.Event()  # stop after the unit in hand
+ONE = threading.Lock()  # a process computes one unit at a time
+
+# %% ../../nbs/13_study/03_work_units.ipynb #asked_to_stop
+def _asked_to_stop(number, frame):
+    "Handler of a signal: the first lets the unit in hand be finished, the second aborts"
+    if STOP.is_set():
+        raise KeyboardInterrupt
+    STOP.set()
+    excuse_claims()
+    print('\nThe unit in hand is being finished; a second signal aborts.', file=sys.stderr, flush=True)
 
 # %% ../../nbs/13_study/03_work_units.ipynb #finish_unit_on_signal
 @contextmanager
 def finish_unit_on_signal(
     signals=(signal.SIGINT, signal.SIGTERM),  # which
 ):
-    "Let a signal finish the unit in hand; the second one stops at once"
-
-    def on(number, frame):
-        if STOP.is_set():
-            raise KeyboardInterrupt
-        STOP.set()
-        print('\nThe unit in hand is being finished; once more stops at once.', file=sys.stderr, flush=True)
-
-    before = {n: signal.signal(n, on) for n in signals} if threading.current_thread() is threading.main_thread() else {}
+    "Let a signal finish the unit in hand; a second one aborts. Only a main thread can take signals"
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, _asked_to_stop) for number in signals}
     try:
         yield
     finally:
-        for n, f in before.items():
-            signal.signal(n, f)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if before:
             STOP.clear()
 
@@ -186,34 +192,99 @@ def _cause(e):
     ours = name in ('BadInput', 'NotSupported', 'ValueError', 'OSError', 'FileNotFoundError')
     return (text if ours else f'{name}: {text}'.rstrip(': '))[:400], ours
 
+# %% ../../nbs/13_study/03_work_units.ipynb #job_name
+def _job_name(job):
+    "A job in a line of progress"
+    model = Path(job.model).name if Path(job.model).is_absolute() else job.model
+    return f'{model} · {job.analysis}, {job.split}'
+
+# %% ../../nbs/13_study/03_work_units.ipynb #progress_line
+def _progress_line(n, left, at_first, seconds):
+    "How far it is: n units, of which some are left now and some were left when it began"
+    rate = (at_first - left) / (seconds + 1e-9)
+    time_left = f', about {left / rate / 60:.0f} min left' if rate else ''
+    return f'{n - left} of {n} units{time_left}'
+
 # %% ../../nbs/13_study/03_work_units.ipynb #progress_reporter
 def progress_reporter(
     todo: dict,  # job → keys; may change
     s: Settings,  # the study
 ):  # (job) → None
     "What to call after each unit: one line in a terminal that renews itself, a line every half minute in a log"
-    store, start, last, first = Store(s.results), time.monotonic(), [-math.inf], []
+    store, start = Store(s.results), time.monotonic()
+    last, at_first = -math.inf, None
 
     def tell(job=None):
-        now, tty = time.monotonic(), sys.stderr.isatty()
-        if now - last[0] < (1 if tty else 30):
+        nonlocal last, at_first
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        if now - last < (1 if terminal else 30):
             return
-        last[0] = now
-        n, left = sum(map(len, todo.values())), sum(len(store.missing(keys)) for keys in todo.values())
-        first.append(left)
-        rate = (first[0] - left) / (now - start + 1e-9)
-        text = (
-            (
-                f'{Path(job.model).name if Path(job.model).is_absolute() else job.model} · {job.analysis}, {job.split}: '
-                if job
-                else ''
-            )
-            + f'{n - left} of {n} units'
-            + (f', about {left / rate / 60:.0f} min left' if rate else '')
-        )
-        print(f'\r\x1b[K{text}' if tty else text, end='' if tty and left else '\n', file=sys.stderr, flush=True)
+        last = now
+        n = sum(len(keys) for keys in todo.values())
+        left = sum(len(store.missing(keys)) for keys in todo.values())
+        at_first = left if at_first is None else at_first
+        text = _progress_line(n, left, at_first, now - start)
+        if job:
+            text = f'{_job_name(job)}: {text}'
+        if terminal:
+            print(f'\r\x1b[K{text}', end='' if left else '\n', file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     return tell
+
+# %% ../../nbs/13_study/03_work_units.ipynb #attempt
+def _attempt(do, *args):
+    "(what it gives, None), or (None, what it raised): whatever a model raises is the cause of a unit's failure"
+    try:
+        return do(*args), None
+    except Exception as e:
+        return None, e
+
+# %% ../../nbs/13_study/03_work_units.ipynb #array_task
+def _array_task():
+    "The number of this task in a job array, 0 outside"
+    return int(os.environ.get('SLURM_ARRAY_TASK_ID') or os.environ.get('PBS_ARRAY_INDEX') or 0)
+
+# %% ../../nbs/13_study/03_work_units.ipynb #turned
+def _turned(todo):
+    "The same keys from another one on: nodes without common locks begin at different ends"
+    turn = _array_task() * 7919 % len(todo)
+    return todo[turn:] + todo[:turn]
+
+# %% ../../nbs/13_study/03_work_units.ipynb #waits
+def _is_open(store, key, old):
+    "Is a unit neither done nor failed in this run? Failures of earlier runs, `old`, are tried again"
+    return not store.has(key) and store.failure(key).get('id') in (None, *old)
+
+# %% ../../nbs/13_study/03_work_units.ipynb #do_unit
+def _do_unit(job, s, store, key, died):
+    "Compute a claimed unit, and keep its rows or why there are none"
+    if died > 2:
+        text = f'{died} processes died over this unit: a crash, want of memory, or kills from outside without notice.'
+        rows, wrong = None, RuntimeError(text)
+    else:
+        rows, wrong = _attempt(compute, job, s, key)
+    if wrong is None:
+        store.add(rows, key)
+    else:
+        store.fail(key, *_cause(wrong))
+
+# %% ../../nbs/13_study/03_work_units.ipynb #do_units
+def _do_units(job, s, store, todo, old, tell):
+    "Do those of the units that nobody else works on; gives how many"
+    done = 0
+    for key in _turned(todo):
+        with store.claim(key) as died, ONE:
+            if died is None or not _is_open(store, key, old):
+                continue
+            done += 1
+            _do_unit(job, s, store, key, died)
+        if tell:
+            tell(job)
+        if STOP.is_set():
+            raise KeyboardInterrupt
+    return done
 
 # %% ../../nbs/13_study/03_work_units.ipynb #compute_missing
 def compute_missing(
@@ -225,38 +296,18 @@ def compute_missing(
     tell=None,  # called after each unit
 ):
     "Compute the units that are missing and that nobody else works on. Raises `OSError` where rows cannot be kept."
-    store, todo = Store(s.results), keys
-    while todo := [k for k in store.missing(todo) if store.failure(k).get('id') in (None, *old)]:
-        mine, turn = (
-            0,
-            int(os.environ.get('SLURM_ARRAY_TASK_ID') or os.environ.get('PBS_ARRAY_INDEX') or 0) * 7919 % len(todo),
-        )
-        for key in todo[turn:] + todo[:turn]:  # nodes without common locks begin at different ends
-            with store.claim(key) as died, ONE:
-                if died is None or store.has(key) or store.failure(key).get('id') not in (None, *old):
-                    continue
-                mine += 1
-                try:
-                    if died > 2:
-                        raise MemoryError(f'{died} processes died over this unit, most likely for want of memory.')
-                    try:
-                        load(find_model(job.model, s)[0])
-                    except Exception as e:  # then no other unit of this model can be done
-                        for k in todo:
-                            store.fail(k, *_cause(e))
-                        return
-                    rows = compute(job, s, key)
-                except Exception as e:
-                    store.fail(key, *_cause(e))
-                else:
-                    store.add(rows, key)
-            if tell:
-                tell(job)
-            if STOP.is_set():
-                raise KeyboardInterrupt
+    store = Store(s.results)
+    while todo := [k for k in store.missing(keys) if _is_open(store, k, old)]:
+        with ONE:  # before any claim: a process that is killed while it loads has not died over a unit
+            _, wrong = _attempt(load, find_model(job.model, s)[0])
+        if wrong is not None:  # then no unit of this model can be done
+            for key in todo:
+                store.fail(key, *_cause(wrong))
+            return
+        done = _do_units(job, s, store, todo, old, tell)
         if not wait:
             return
-        if not mine:
+        if not done:
             STOP.wait(0.2)
         if STOP.is_set():
             raise KeyboardInterrupt
@@ -268,10 +319,37 @@ def failure(
 ) -> str:  # '' where nothing is missing
     "Why a job is not done, in one sentence"
     store, keys = Store(s.results), units(job, s)
-    if not (left := store.missing(keys)):
+    left = store.missing(keys)
+    if not left:
         return ''
-    cause = next((f['cause'] for k in left if (f := store.failure(k))), 'not computed yet.')
+    causes = [store.failure(k).get('cause') for k in left]
+    cause = next((c for c in causes if c), 'not computed yet.')
     return f'{len(left)} of {len(keys)} units of {job.analysis} ({job.split}) are missing: {cause}'
+
+# %% ../../nbs/13_study/03_work_units.ipynb #job_of
+def _job_of(analysis, model, benchmark, split, s):
+    "The job of a request, with the defaults filled in. Raises `BadInput` for unknown names"
+    if analysis not in ANALYSES:
+        raise BadInput(f"No analysis '{analysis}'; known: {', '.join(ANALYSES)}.")
+    split = split or ANALYSES[analysis].split
+    if split not in ('calibration', 'evaluation'):
+        raise BadInput(f"No split '{split}'; known: calibration, evaluation.")
+    benchmark = benchmark or s.benchmarks[0]
+    if benchmark not in BENCHMARKS:
+        raise BadInput(f"No benchmark '{benchmark}'; known: {', '.join(BENCHMARKS)}.")
+    return Job(analysis, model, benchmark, split)
+
+# %% ../../nbs/13_study/03_work_units.ipynb #rows_of
+def _computed(job, s, keys):
+    "The rows of units, of which those that are missing are computed. Raises `BadInput` where they cannot be"
+    store = Store(s.results)
+    old = {f['id'] for f in store.failures().values()}
+    for _ in range(3):  # a part may turn out to be damaged when it is read
+        compute_missing(job, s, keys, old=old, tell=progress_reporter({job: keys}, s))
+        rows = store.read(keys)
+        if not store.missing(keys):
+            return rows
+    raise BadInput(failure(job, s))
 
 # %% ../../nbs/13_study/03_work_units.ipynb #c026
 def require(
@@ -282,33 +360,15 @@ def require(
     limit: int | None = None,  # samples per kind; default: as the settings say
     settings='settings.ini',  # path or `Settings`
     compute: bool | None = None,  # False: only what is there; default: as the settings say
-) -> pd.DataFrame:  # tidy rows, see the README; where rotations of a question count together (MMBench) the first of them, with the score of all
-    "The rows of an analysis, computing only those that the store lacks. Raises `ValueError` for unknown names, and where units fail."
+) -> pd.DataFrame:  # tidy rows; of rotations that count together (MMBench) the first, with the score of all
+    "The rows of an analysis, computing only those that the store lacks. Raises `BadInput` for unknown names, and where units fail."
     s = settings if isinstance(settings, Settings) else read_settings(settings)
-    if analysis not in ANALYSES:
-        raise ValueError(f"No analysis '{analysis}'; known: {', '.join(ANALYSES)}.")
-    split = split or ANALYSES[analysis].split
-    if split not in ('calibration', 'evaluation'):
-        raise ValueError(f"No split '{split}'; known: calibration, evaluation.")
-    benchmark = benchmark or s.benchmarks[0]
-    if benchmark not in BENCHMARKS:
-        raise ValueError(f"No benchmark '{benchmark}'; known: {', '.join(BENCHMARKS)}.")
+    job = _job_of(analysis, model, benchmark, split, s)
     if limit:
-        s = replace(s, **{split: limit})
-    job, store, compute = (
-        Job(analysis, model, benchmark, split),
-        Store(s.results),
-        s.compute if compute is None else compute,
-    )
-    keys, old = units(job, s, compute), {f['id'] for f in store.failures().values()} if compute else ()
-    for _ in range(3 if compute else 1):  # a part may turn out to be damaged when it is read
-        if compute:
-            compute_missing(job, s, keys, old=old, tell=progress_reporter({job: keys}, s))
-        rows = store.read(keys)
-        if not compute or not store.missing(keys):
-            break
-    else:
-        raise ValueError(failure(job, s))
+        s = replace(s, **{job.split: limit})
+    compute = s.compute if compute is None else compute
+    keys = units(job, s, compute)
+    rows = _computed(job, s, keys) if compute else Store(s.results).read(keys)
     return _one_origin(_circular(rows), analysis, s)
 
 # %% ../../nbs/13_study/03_work_units.ipynb #circular
@@ -317,22 +377,20 @@ def _circular(rows):
     if 'group' not in rows or rows.group.eq(rows['sample']).all():
         return rows
     by = ['group', *(c for c in ('layer', 'how', 'scope', 'method') if c in rows)]
-    rows = rows.assign(
-        **{
-            c: rows.groupby(by, dropna=False)[c].transform('min')
-            for c in ('score', 'first_score', 'lenient')
-            if c in rows
-        }
-    )
-    return rows.groupby(by, sort=False, dropna=False).head(1).reset_index(drop=True)
+    worst = {}
+    for column in ('score', 'first_score', 'lenient'):
+        if column in rows:
+            worst[column] = rows.groupby(by, dropna=False)[column].transform('min')
+    return rows.assign(**worst).groupby(by, sort=False, dropna=False).head(1).reset_index(drop=True)
 
 # %% ../../nbs/13_study/03_work_units.ipynb #one_origin
 def _one_origin(rows, analysis, s):
     "Refuse rows that were made in different ways. What the key holds cannot differ; where it was computed can"
     for c in ('dtype', 'attention', 'pixels', 'device'):
         if not s.mixed and c in rows and rows[c].nunique() > 1:
-            raise ValueError(
-                f"The rows of {analysis} do not belong together, their {c} is {' and '.join(map(str, rows[c].unique()))}: set mixed = yes in settings.ini to have them in one table, or compute them again in an empty results folder."
+            raise BadInput(
+                f'The rows of {analysis} do not belong together, their {c} is {" and ".join(map(str, rows[c].unique()))}: '
+                'set mixed = yes in settings.ini to have them in one table, or compute them again in an empty results folder.'
             )
     return rows
 
