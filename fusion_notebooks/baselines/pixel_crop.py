@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter, median_filter
 from ..mllm.handle import MLLM
-from ..mllm.places import _pixels, _tiles
+from ..mllm.coordinate_ramps import _pixels, _tiles
 from ..contrast.first_passes import view_side
 from .common import _first, _ratio, _window, CropProposal, GENERAL, method
 

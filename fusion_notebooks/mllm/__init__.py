@@ -6,6 +6,7 @@ from .memory import *
 from .processor import *
 from .gate import *
 from .handle import *
+from .coordinate_ramps import *
 from .places import *
 from .prompts import *
 from .batching import *

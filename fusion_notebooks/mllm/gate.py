@@ -82,7 +82,9 @@ def _gated(gate, i):
             return *library.apply_rotary_pos_emb(q, k, *position_embeddings), v
 
         q, k, v = heads(hidden_states)
-        seen = gate.seen if gate.seen.any() else gate.seen[:1]  # rows of a branched batch share one picture, or have none
+        seen = (
+            gate.seen if gate.seen.any() else gate.seen[:1]
+        )  # rows of a branched batch share one picture, or have none
         at = seen[:, None, :, None]
         if i in gate.closed:  # text · picture gives -10,000, everything else 0
             mark = at.to(q).expand(len(q), q.shape[1], -1, -1)

@@ -155,7 +155,6 @@ class MLLM:
         if self.image_token_id != getattr(config, 'image_token_id', self.image_token_id):
             config.image_token_id = self.image_token_id
         self._shared = {}  # what was measured: who may share a batch
-        self._views = {}  # geometry, by sizes of the pictures
         self.lock = threading.RLock()  # held while hooks are set or states are read: another thread waits
         self.attentions = []  # the model's own attention and those in its place, see `hooks.attending`
 

@@ -29,7 +29,6 @@ def forget(self: MLLM):
     "Forget what is kept of pictures and what was probed of the model, for a change that no check can see"
     self.kept.clear()
     self._shared.clear()
-    self._views.clear()
 
 
 MLLM.forget = forget
