@@ -9,31 +9,31 @@ __all__ = ['Gate']
 import sys
 import torch
 from pathlib import Path
-from safetensors import safe_open
+from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from types import MethodType
+from ..core.errors import BadInput
 
-# %% ../../nbs/01_mllm/03_gate.ipynb #gate1
+# %% ../../nbs/01_mllm/03_gate.ipynb #Gate
 class Gate:
-    "Where the rows of text may read the picture: at open layers as ever, at closed ones not at all, at decoys from another scene"
+    "Where text may read the picture: at open layers as ever, at closed ones not at all, at decoys from another scene"
 
     def __init__(
         self,
         model,  # with Llama's attention; it runs with the gate from here on
         image_token_id: int,  # placeholder of the visual tokens
         closed=(),  # decoder layers
-        decoys=None,  # decoder layer → (visual, width) what enters the attention of that layer at another scene's visual tokens; None: take those of the next sample of the batch
+        decoys=None,  # layer → (visual, width) entering its attention at another scene's visual tokens; None: the next sample's
     ):
         layers = model.get_decoder().layers
-        self.n, self.closed, self.decoys, self.seen, self.reads = (
-            len(layers),
-            tuple(sorted(closed)),
-            dict(decoys or {}),
-            None,
-            {},
-        )
-        if bad := [i for i in (*self.closed, *self.decoys) if not 0 <= i < self.n]:
-            raise ValueError(f'The gate names layer {bad[0]} of a model with decoder layers 0 to {self.n - 1}.')
+        self.n = len(layers)
+        self.closed = tuple(sorted(closed))
+        self.decoys = dict(decoys or {})
+        self.seen = None  # (batch, N) visual tokens of the prompt in hand
+        self.reads = {}  # layer → (batch, N) rows that may read the picture there all the same
+        for i in (*self.closed, *self.decoys):
+            if not 0 <= i < self.n:
+                raise BadInput(f'The gate names layer {i} of a model with decoder layers 0 to {self.n - 1}.')
 
         def note(embedding, args):
             self.seen = args[0] == image_token_id
@@ -62,36 +62,42 @@ class Gate:
 
     def save(self, folder):
         "Write it beside the model's weights"
-        save_file(
-            {f'decoy.{i}': v.contiguous() for i, v in self.decoys.items()},
-            Path(folder) / 'gate.safetensors',
-            dict(closed=' '.join(map(str, self.closed))),
-        )
+        decoys = {f'decoy.{i}': v.contiguous() for i, v in self.decoys.items()}
+        closed = ' '.join(map(str, self.closed))
+        save_file(decoys, Path(folder) / 'gate.safetensors', dict(closed=closed))
+
+# %% ../../nbs/01_mllm/03_gate.ipynb #projected
+def _projected(attention, h, position_embeddings):
+    "Rotated queries and keys, and values, of states h: each (batch, heads, N, width)"
+    library = sys.modules[type(attention).__module__]
+
+    def heads(projection):
+        return projection(h).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    q, k = library.apply_rotary_pos_emb(heads(attention.q_proj), heads(attention.k_proj), *position_embeddings)
+    return q, k, heads(attention.v_proj)
+
+# %% ../../nbs/01_mllm/03_gate.ipynb #closed_channels
+def _closed_channels(q, k, at, scaling):
+    "Queries and keys with one more channel, in which text · picture gives −10,000 and everything else 0"
+    mark = at.to(q).expand(len(q), q.shape[1], -1, -1)
+    return torch.cat([q, 1e4 * (mark - 1) / scaling], -1), torch.cat([k, mark[:, : k.shape[1]]], -1)
 
 # %% ../../nbs/01_mllm/03_gate.ipynb #gated
 def _gated(gate, i):
-    "The forward of layer i's attention. What a row may read is settled by extra channels of queries and keys, so the cache carries the gate along"
+    "The forward of layer i's attention, with the gate in extra channels of queries and keys, which the cache carries along"
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kw):
         library = sys.modules[type(self).__module__]
-
-        def heads(h):
-            q, k, v = (
-                p(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
-            )
-            return *library.apply_rotary_pos_emb(q, k, *position_embeddings), v
-
-        q, k, v = heads(hidden_states)
-        seen = (
-            gate.seen if gate.seen.any() else gate.seen[:1]
-        )  # rows of a branched batch share one picture, or have none
+        q, k, v = _projected(self, hidden_states, position_embeddings)
+        seen = gate.seen if gate.seen.any() else gate.seen[:1]  # rows of a branched batch share a picture, or have none
         at = seen[:, None, :, None]
-        if i in gate.closed:  # text · picture gives -10,000, everything else 0
-            mark = at.to(q).expand(len(q), q.shape[1], -1, -1)
-            q, k = torch.cat([q, 1e4 * (mark - 1) / self.scaling], -1), torch.cat([k, mark[:, : k.shape[1]]], -1)
+        if i in gate.closed:
+            q, k = _closed_channels(q, k, at, self.scaling)
         else:  # first half: the own picture; second half: the other scene
-            _, k2, v2 = heads(gate.other(i, hidden_states, seen))
-            k, v = (torch.cat([a, torch.where(at, b, a)], -1) for a, b in ((k, k2), (v, v2)))
+            _, other_k, other_v = _projected(self, gate.other(i, hidden_states, seen), position_embeddings)
+            k = torch.cat([k, torch.where(at, other_k, k)], -1)
+            v = torch.cat([v, torch.where(at, other_v, v)], -1)
             own = at | gate.reads[i][:, None, :, None] if i in gate.reads else at
             q = torch.cat([q * own, q * ~own], -1)
         if past_key_values is not None:
@@ -106,18 +112,34 @@ def _gated(gate, i):
 
     return forward
 
+# %% ../../nbs/01_mllm/03_gate.ipynb #check_gate
+def _check_decoys(closed, decoys):
+    "Raises `BadInput` for layers that are closed and decoys at once, and for decoys that are no states of one scene"
+    both = sorted({*closed} & {*decoys})
+    if both:
+        raise BadInput(f'layer {both[0]} is closed and a decoy at once')
+    shapes = {tuple(v.shape) for v in decoys.values()}
+    if len(shapes) > 1 or any(len(shape) != 2 or not all(shape) for shape in shapes):
+        raise BadInput(f'decoys have the shapes {", ".join(map(str, sorted(shapes)))}, not one (visual, width) for all')
+    for i, v in decoys.items():
+        if not torch.isfinite(v).all():
+            raise BadInput(f'decoy.{i} holds numbers that are not finite')
+
 # %% ../../nbs/01_mllm/03_gate.ipynb #read_gate
 def _read_gate(model, folder):
-    "Put the gate of a saved model in place"
-    with safe_open(folder / 'gate.safetensors', 'pt') as f:
-        try:
-            Gate(
-                model,
-                model.config.image_token_id,
-                [int(x) for x in f.metadata()['closed'].split()],
-                {int(k.split('.')[1]): f.get_tensor(k) for k in f.keys()},
-            )
-        except (KeyError, TypeError, ValueError, IndexError) as e:
-            raise ValueError(
-                f'{folder}/gate.safetensors is not a gate ({e}): it holds decoy.<layer> tensors, and `closed` layers in its metadata.'
-            ) from e
+    "Put the gate of a saved model in place. Raises `BadInput` for a file that is none"
+    path = folder / 'gate.safetensors'
+    try:
+        with safe_open(path, 'pt') as f:
+            closed = [int(x) for x in f.metadata()['closed'].split()]
+            decoys = {int(k.split('.')[1]): f.get_tensor(k) for k in f.keys()}
+        _check_decoys(closed, decoys)
+        width = model.config.get_text_config().hidden_size
+        if any(v.shape[1] != width for v in decoys.values()):
+            raise BadInput(f'decoys are states of another width than {width}')
+        Gate(model, model.config.image_token_id, closed, decoys)
+    # what a damaged file raises: no metadata, no numbers in names, not safetensors
+    except (KeyError, TypeError, ValueError, IndexError, SafetensorError) as e:
+        raise BadInput(
+            f'{path} is not a gate ({e}): it holds decoy.<layer> tensors, and `closed` layers in its metadata.'
+        ) from e

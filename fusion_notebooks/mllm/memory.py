@@ -12,18 +12,21 @@ import torch
 from pathlib import Path
 
 # %% ../../nbs/01_mllm/01_memory.ipynb #vision1
+def _gpu_memory(device):
+    "Bytes that the driver has, and those that torch holds without using them"
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+# %% ../../nbs/01_mllm/01_memory.ipynb #free_memory
 def free_memory(
     device,  # a torch device
 ) -> int:  # bytes
     "Memory that is free for tensors"
     if device.type == 'cuda':
-        return (
-            torch.cuda.mem_get_info(device)[0]
-            + torch.cuda.memory_reserved(device)
-            - torch.cuda.memory_allocated(device)
-        )
+        return _gpu_memory(device)
     try:
-        return int(Path('/proc/meminfo').read_text().split('MemAvailable:')[1].split()[0]) * 1024
+        lines = Path('/proc/meminfo').read_text()
+        return int(lines.split('MemAvailable:')[1].split()[0]) * 1024
     except (OSError, IndexError):
         return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 4  # elsewhere only the total is told
 
@@ -33,10 +36,12 @@ def _nbytes(x):
     if isinstance(x, torch.Tensor):
         return x.nbytes
     if isinstance(x, dict):
-        return sum(map(_nbytes, x.values()))
-    return sum(map(_nbytes, x)) if isinstance(x, (list, tuple)) else _nbytes(vars(x)) if hasattr(x, '__dict__') else 0
+        return sum(_nbytes(v) for v in x.values())
+    if isinstance(x, (list, tuple)):
+        return sum(_nbytes(v) for v in x)
+    return _nbytes(vars(x)) if hasattr(x, '__dict__') else 0
 
-# %% ../../nbs/01_mllm/01_memory.ipynb #Kept
+# %% ../../nbs/01_mllm/01_memory.ipynb #LRUCache
 class LRUCache(dict):
     "Things kept between samples: the newest, within a share of the memory that is free or already theirs"
 
@@ -79,7 +84,7 @@ class LRUCache(dict):
             return make()
         return self.use(key) if key in self else self.put(key, make())
 
-# %% ../../nbs/01_mllm/01_memory.ipynb #vision2
+# %% ../../nbs/01_mllm/01_memory.ipynb #digest
 def digest(
     *things,  # tensors, or anything with a repr
 ) -> str:  # hexadecimal
