@@ -13,7 +13,7 @@ from dataclasses import replace
 from transformers import LogitsProcessorList
 from ..core.errors import BadInput, NotSupported
 from ..mllm.handle import MLLM
-from ..mllm.batching import _until_end, plain_decoding
+from ..mllm.generation import _until_end, plain_decoding
 from ..hooks.attaching import _hidden, _removing, check_layers
 from ..hooks.edits import edit
 from .common import _prompt, BaselineAnswer, method

@@ -10,7 +10,8 @@ import torch
 from transformers import LogitsProcessorList
 from ..core.errors import BadInput, NotSupported
 from ..mllm.handle import MLLM
-from ..mllm.batching import in_batches, plain_decoding
+from ..mllm.batching import in_batches
+from ..mllm.generation import plain_decoding
 from ..hooks.recording import _listening, ActivationCache
 from ..engine.prefix import fitting
 from ..engine.branches import BranchedBatch, Branch

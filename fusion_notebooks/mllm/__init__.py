@@ -10,6 +10,7 @@ from .coordinate_ramps import *
 from .places import *
 from .prompts import *
 from .batching import *
+from .generation import *
 from .state import *
 from .vision_features import *
 from .loading import *
