@@ -19,74 +19,96 @@ from ..results.findings import percent
 from .style import _band, _colour, _flat, _inner, _layers, _legend, _percent, _style, _text
 from .style import FAMILIES, FUSION, LARGE, REACH, REVIEW, SMALL, style_of
 
+# %% ../../nbs/12_plots/04_cards.ipynb #some
+def _some(found, analysis, *findings):
+    "The findings of an analysis with one of these names, as dicts"
+    return found[(found.analysis == analysis) & found.finding.isin(findings)].to_dict('records')
+
+# %% ../../nbs/12_plots/04_cards.ipynb #count
+def _count(r, what='questions'):
+    "n = 1,000 questions"
+    return f"n = {int(r['n']):,} {what}"
+
+# %% ../../nbs/12_plots/04_cards.ipynb #numbers
+def _numbers(r):
+    "The layers of a finding, with commas"
+    return str(r['layers']).replace(' ', ', ')
+
+# %% ../../nbs/12_plots/04_cards.ipynb #layer_sets
+def _layer_sets(found, finding, what):
+    "Which layers each semantic names; None where there are no rows"
+    some, by = _some(found, 'masking', finding), {}
+    if not some:
+        return None
+    for r in some:
+        by.setdefault(_numbers(r), []).append(r['kind'])
+    none, n = by.pop('none', []), _count(some[0], 'calibration questions')
+    if not by:
+        return f'None found under any semantic; {n}.'
+    text = ' · '.join(f"{layers} ({', '.join(hows)})" for layers, hows in by.items())
+    if none:
+        text += f", none under {', '.join(none)}"
+    return f'{what} {text}; {n}.'
+
+# %% ../../nbs/12_plots/04_cards.ipynb #evidence_words
+def _evidence_words(found, there):
+    "How much attention lies on the evidence; None where there are no rows"
+    per = {r['finding']: r for r in _some(found, 'attention', *found.finding)}
+    best = per.get('most attention on the evidence')
+    if best is None:
+        return 'The benchmark has no evidence boxes, so this cannot be said.' if 'attention' in there else None
+    above, chance = per['attention on the evidence above twice chance'], per['chance']
+    return (
+        f'{percent(best)} of the attention on the image at layer {_numbers(best)}, '
+        f"where chance is {100 * chance['value']:.1f} %; more than twice chance at layers {_numbers(above)}; "
+        f"{percent(per['bright tokens without evidence'])} of the visual tokens are bright at most layers "
+        f'and show no evidence; {_count(best)}.'
+    )
+
+# %% ../../nbs/12_plots/04_cards.ipynb #exit_words
+def _exit_words(found):
+    "When the answer is there; None where there are no rows"
+    some = _some(found, 'early_exit', 'first exit with 90 % of the last', 'last exit')
+    if not some:
+        return None
+    first, last = some[0], some[-1]
+    return (
+        f'90 % of the final accuracy is there after layer {_numbers(first)}: {percent(first)} right, '
+        f'against {percent(last)} after the last layer; {_count(first)}.'
+    )
+
+# %% ../../nbs/12_plots/04_cards.ipynb #gain_word
+def _verdict(r):
+    "Whether a paired difference is one"
+    if not r['p'] < 0.05:
+        return 'no difference found'
+    return 'a gain' if r['value'] > 0 else 'a cost'
+
+# %% ../../nbs/12_plots/04_cards.ipynb #gain_words
+def _gain_words(found):
+    "What refinement gains or costs; None where there are no rows"
+    names = [f'{method} − base' for method in ('mask', 'crop', 'crop-focus', 'crop-oracle')]
+    some = [r for r in _some(found, 'refine', *names) if r['kind'] == 'all']
+    if not some:
+        return None
+    words = [f"{r['finding'].split(' ')[0]} {percent(r)}, {_verdict(r)} (p = {r['p']:.2g})" for r in some]
+    return f"{'; '.join(words)}; {_count(some[0])}, p-values by Holm."
+
 # %% ../../nbs/12_plots/04_cards.ipynb #card1
 def statements(
     found: pd.DataFrame,  # findings of one model on one benchmark: analysis, finding, kind, value, low, high, p, layers, n
     there=(),  # names of the analyses that have rows
 ) -> list:  # (question, answer) pairs, five of them
     "The findings in words; an analysis without rows is said to be missing"
-
-    def rows(analysis, *findings):
-        return found[(found.analysis == analysis) & found.finding.isin(findings)].to_dict('records')
-
-    def n(r, what='questions'):
-        return f"n = {int(r['n']):,} {what}"
-
-    def numbers(r):
-        return str(r['layers']).replace(' ', ', ')
-
-    def sets(finding, what):
-        some, by = rows('masking', finding), {}
-        for r in some:
-            by.setdefault(numbers(r), []).append(r['kind'])
-        none = by.pop('none', [])
-        text = ' · '.join(f"{layers} ({', '.join(hows)})" for layers, hows in by.items())
-        return (
-            some
-            and f"{what} {text}{', none under ' + ', '.join(none) if none else ''}; {n(some[0], 'calibration questions')}."
-            if by
-            else some and f"None found under any semantic; {n(some[0], 'calibration questions')}."
-        )
-
-    def evidence():
-        per = {r['finding']: r for r in rows('attention', *found.finding)}
-        if not (best := per.get('most attention on the evidence')):
-            return 'The benchmark has no evidence boxes, so this cannot be said.' if 'attention' in there else None
-        above, chance = per['attention on the evidence above twice chance'], per['chance']
-        return (
-            f"{percent(best)} of the attention on the image at layer {numbers(best)}, where chance is {100 * chance['value']:.1f} %; more than twice chance at layers {numbers(above)}; "
-            f"{percent(per['bright tokens without evidence'])} of the visual tokens are bright at most layers and show no evidence; {n(best)}."
-        )
-
-    def early():
-        some = rows('early_exit', 'first exit with 90 % of the last', 'last exit')
-        return (
-            some
-            and f"90 % of the final accuracy is there after layer {numbers(some[0])}: {percent(some[0])} right, against {percent(some[-1])} after the last layer; {n(some[0])}."
-        )
-
-    def gains():
-        some = [
-            r
-            for r in rows('refine', *(f'{m} − base' for m in ('mask', 'crop', 'crop-focus', 'crop-oracle')))
-            if r['kind'] == 'all'
-        ]
-        said = [
-            f"{r['finding'].split(' ')[0]} {percent(r)}, "
-            + ('no difference found' if not r['p'] < 0.05 else 'a gain' if r['value'] > 0 else 'a cost')
-            + f" (p = {r['p']:.2g})"
-            for r in some
-        ]
-        return some and f"{'; '.join(said)}; {n(some[0])}, p-values by Holm."
-
-    asked = (
-        ('Where do vision and language meet?', sets('fusion layers', 'Layers')),
-        ('Does it review the image late?', sets('review layer', 'Layer')),
-        ('How much does it look at the evidence?', evidence()),
-        ('When is the answer there?', early()),
-        ('What does refinement gain or cost?', gains()),
-    )
-    return [(question, answer or 'Not computed yet: run `fusion study` for this model.') for question, answer in asked]
+    asked = {
+        'Where do vision and language meet?': _layer_sets(found, 'fusion layers', 'Layers'),
+        'Does it review the image late?': _layer_sets(found, 'review layer', 'Layer'),
+        'How much does it look at the evidence?': _evidence_words(found, there),
+        'When is the answer there?': _exit_words(found),
+        'What does refinement gain or cost?': _gain_words(found),
+    }
+    missing = 'Not computed yet: run `fusion study` for this model.'
+    return [(question, answer or missing) for question, answer in asked.items()]
 
 # %% ../../nbs/12_plots/04_cards.ipynb #found_layers
 def _found_layers(ax, found, n_layers):
@@ -158,6 +180,51 @@ def _gains(ax, found):
     )
     sns.despine(ax=ax)
 
+# %% ../../nbs/12_plots/04_cards.ipynb #depth
+def _depth(rows):
+    "Decoder layers, from the rows of an analysis that goes through them"
+    for analysis in ('masking', 'attention', 'early_exit'):
+        table = rows.get(analysis)
+        if table is not None and len(table):
+            return int(table.layer.max()) + 1
+    return 1
+
+# %% ../../nbs/12_plots/04_cards.ipynb #draw_panels
+def _draw_panels(axes, rows, found, layers):
+    "Layers found, the masking curve, attention on the evidence, gains; what was not computed is said"
+    panels = (
+        ('masking', _found_layers, (found[found.analysis == 'masking'], layers)),
+        ('masking', _taken, (rows.get('masking'),)),
+        ('attention', _looks, (rows.get('attention'),)),
+        ('refine', _gains, (found[found.analysis == 'refine'],)),
+    )
+    for ax, (analysis, draw, given) in zip(axes, panels):
+        if analysis in rows:
+            draw(ax, *given)
+        else:
+            ax.set_axis_off()
+            place = dict(ha='center', fontsize=LARGE, color='.4', transform=ax.transAxes)
+            ax.text(0.5, 0.5, f'{analysis}: not computed', **place)
+        ax.tick_params(labelsize=SMALL - 0.5)
+        ax.xaxis.label.set_size(SMALL)
+
+# %% ../../nbs/12_plots/04_cards.ipynb #write_words
+def _write_words(top, foot, provenance, layers, said):
+    "Title, the five questions with their answers, and the provenance"
+    about = ['fusion card', *(str(provenance[k]) for k in ('dataset', 'split') if k in provenance)]
+    about = ' · '.join([*about, f'{layers} decoder layers, 0-based'])
+    top.text(0.05, 0.93, _text(provenance.get('model', 'fusion card'), 60), fontsize=18, weight='bold', va='top')
+    top.text(0.05, 0.83, _text(about, 100), fontsize=LARGE, color='.35', va='top')
+    y, line = 0.74, 0.0385
+    for question, answer in said:
+        top.text(0.05, y, question, fontsize=LARGE + 0.5, weight='bold', va='top')
+        y -= 1.15 * line
+        text = _text(answer, 106)
+        top.text(0.05, y, text, fontsize=LARGE, va='top', linespacing=1.25)
+        y -= (text.count('\n') + 1) * line + 0.45 * line
+    made = _text(' · '.join(f'{k} {v}' for k, v in provenance.items()), 140)
+    foot.text(0.05, 0.95, made, fontsize=6.5, color='.4', va='top', linespacing=1.3)
+
 # %% ../../nbs/12_plots/04_cards.ipynb #card
 def card(
     rows: dict,  # analysis → rows of the store: masking, attention, refine; what is not there is left out
@@ -166,83 +233,25 @@ def card(
     words: bool = True,  # False: the panels alone
 ) -> plt.Figure:  # a page of A4, or its panels
     "One page on a model: where it fuses, whether it reviews, how much it looks at the evidence, what refinement gains or costs"
-    provenance = provenance or {}
-    layers = next(
-        (
-            int(t.layer.max()) + 1
-            for a in ('masking', 'attention', 'early_exit')
-            if (t := rows.get(a)) is not None and len(t)
-        ),
-        1,
-    )
-    panels = [
-        ('masking', lambda ax: _found_layers(ax, found[found.analysis == 'masking'], layers)),
-        ('masking', lambda ax: _taken(ax, rows['masking'])),
-        ('attention', lambda ax: _looks(ax, rows['attention'])),
-        ('refine', lambda ax: _gains(ax, found[found.analysis == 'refine'])),
-    ]
+    layers = _depth(rows)
     with plt.rc_context(_style()):
         fig = plt.figure(figsize=(8.27, 11.69 if words else 5.9), layout='constrained')
         plt.close(fig)
         fig.get_layout_engine().set(w_pad=0.25)
-        top, middle, foot = fig.subfigures(3, 1, height_ratios=(4.6, 5.9, 1.0)) if words else (None, fig, None)
-        for ax, (analysis, draw) in zip(middle.subplots(2, 2).flat, panels):
-            if analysis in rows:
-                draw(ax)
-            else:
-                ax.set_axis_off()
-                ax.text(
-                    0.5,
-                    0.5,
-                    f'{analysis}: not computed',
-                    ha='center',
-                    fontsize=LARGE,
-                    color='.4',
-                    transform=ax.transAxes,
-                )
-            ax.tick_params(labelsize=SMALL - 0.5)
-            ax.xaxis.label.set_size(SMALL)
-    if not words:
-        return fig
-    top.text(0.05, 0.93, _text(provenance.get('model', 'fusion card'), 60), fontsize=18, weight='bold', va='top')
-    top.text(
-        0.05,
-        0.83,
-        _text(
-            ' · '.join(
-                [
-                    'fusion card',
-                    *(str(provenance[k]) for k in ('dataset', 'split') if k in provenance),
-                    f'{layers} decoder layers, 0-based',
-                ]
-            ),
-            100,
-        ),
-        fontsize=LARGE,
-        color='.35',
-        va='top',
-    )
-    y, line = 0.74, 0.0385
-    for question, answer in statements(found, rows):
-        top.text(0.05, y, question, fontsize=LARGE + 0.5, weight='bold', va='top')
-        y -= 1.15 * line
-        top.text(0.05, y, said := _text(answer, 106), fontsize=LARGE, va='top', linespacing=1.25)
-        y -= (said.count('\n') + 1) * line + 0.45 * line
-    foot.text(
-        0.05,
-        0.95,
-        _text(' · '.join(f'{k} {v}' for k, v in provenance.items()), 140),
-        fontsize=6.5,
-        color='.4',
-        va='top',
-        linespacing=1.3,
-    )
+        if not words:
+            _draw_panels(fig.subplots(2, 2).flat, rows, found, layers)
+            return fig
+        top, middle, foot = fig.subfigures(3, 1, height_ratios=(4.6, 5.9, 1.0))
+        _draw_panels(middle.subplots(2, 2).flat, rows, found, layers)
+    _write_words(top, foot, provenance or {}, layers, statements(found, rows))
     return fig
 
 # %% ../../nbs/12_plots/04_cards.ipynb #svg
 def _svg(fig):
+    "A figure as SVG in base64, the same for the same figure"
+    buffer = io.BytesIO()
     with plt.rc_context({'svg.hashsalt': 'fusion_notebooks'}):
-        fig.savefig(buffer := io.BytesIO(), format='svg', metadata={'Date': None, 'Creator': 'fusion_notebooks'})
+        fig.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': 'fusion_notebooks'})
     return base64.b64encode(buffer.getvalue()).decode()
 
 # %% ../../nbs/12_plots/04_cards.ipynb #PAGE
@@ -250,9 +259,12 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>Fusion card: {title}</title><style>
-:root {{ color-scheme: light dark }} body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem }}
-h1 {{ margin: 0 }} h2 {{ font-size: 1.2rem; margin: 1.5rem 0 0 }} h3 {{ font-size: 1rem; margin: .9rem 0 0 }} p {{ margin: .1rem 0 }} .quiet, table {{ font-size: .8rem; opacity: .85 }}
-img {{ width: 100%; background: #fff; border-radius: .4rem; margin-top: 1rem }} td, th {{ padding: .1rem .6rem .1rem 0; text-align: left; font-weight: normal }} thead th {{ font-weight: bold }}
+:root {{ color-scheme: light dark }} 
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem }}
+h1 {{ margin: 0 }} h2 {{ font-size: 1.2rem; margin: 1.5rem 0 0 }} h3 {{ font-size: 1rem; margin: .9rem 0 0 }} 
+p {{ margin: .1rem 0 }} .quiet, table {{ font-size: .8rem; opacity: .85 }}
+img {{ width: 100%; background: #fff; border-radius: .4rem; margin-top: 1rem }} 
+td, th {{ padding: .1rem .6rem .1rem 0; text-align: left; font-weight: normal }} thead th {{ font-weight: bold }}
 details {{ overflow-x: auto; margin-top: 1rem }} summary {{ cursor: pointer }}
 </style></head><body>
 <h1>{title}</h1><p class="quiet">Fusion card, made by fusion_notebooks</p>
@@ -260,24 +272,33 @@ details {{ overflow-x: auto; margin-top: 1rem }} summary {{ cursor: pointer }}
 </body></html>
 """
 
+# %% ../../nbs/12_plots/04_cards.ipynb #safe
+def _safe(text):
+    "Text that is never HTML"
+    return html.escape(str(text))
+
+# %% ../../nbs/12_plots/04_cards.ipynb #card_part
+def _card_part(c):
+    "The part of the page on one benchmark, as lines of HTML"
+    provenance, found = c.get('provenance') or {}, c['found']
+    about = ' · '.join(str(provenance[k]) for k in ('dataset', 'split') if k in provenance)
+    made = ' · '.join(f'{k} {v}' for k, v in provenance.items())
+    picture = _svg(card(c['rows'], found, provenance, words=False))
+    numbers = found.assign(layers=found.layers.fillna(''))
+    numbers = numbers.to_html(index=False, na_rep='', float_format='%.4g', border=0)
+    lines = [f'<h2>{_safe(about)}</h2>']
+    lines += [f'<h3>{_safe(q)}</h3><p>{_safe(a)}</p>' for q, a in statements(found, c['rows'])]
+    lines.append(f'<img alt="{_safe(card.__doc__)}" src="data:image/svg+xml;base64,{picture}">')
+    summary = 'Every number, with its 95 % interval and its n'
+    lines.append(f'<details><summary>{summary}</summary>{numbers}</details>')
+    lines.append(f'<p class="quiet">{_safe(made)}</p>')
+    return lines
+
 # %% ../../nbs/12_plots/04_cards.ipynb #card_page
 def card_page(
     cards: list,  # one dict per benchmark: what `card` takes, without words
 ) -> str:  # HTML that loads nothing
     "The same page for a browser, with every number behind it; whatever stands in a table is text, never HTML"
-    text, parts = lambda t: html.escape(str(t)), []
-    for c in cards:
-        provenance, said = c.get('provenance') or {}, statements(c['found'], c['rows'])
-        numbers = (
-            c['found']
-            .assign(layers=c['found'].layers.fillna(''))
-            .to_html(index=False, na_rep='', float_format='%.4g', border=0)
-        )
-        parts += [
-            f"<h2>{text(' · '.join(str(provenance[k]) for k in ('dataset', 'split') if k in provenance))}</h2>",
-            *(f'<h3>{text(q)}</h3><p>{text(a)}</p>' for q, a in said),
-            f'<img alt="{text(card.__doc__)}" src="data:image/svg+xml;base64,{_svg(card(c["rows"], c["found"], provenance, words=False))}">',
-            f'<details><summary>Every number, with its 95 % interval and its n</summary>{numbers}</details>',
-            f"<p class=\"quiet\">{text(' · '.join(f'{k} {v}' for k, v in provenance.items()))}</p>",
-        ]
-    return PAGE.format(title=text((cards[0].get('provenance') or {}).get('model', 'model')), body='\n'.join(parts))
+    body = [line for c in cards for line in _card_part(c)]
+    title = (cards[0].get('provenance') or {}).get('model', 'model')
+    return PAGE.format(title=_safe(title), body='\n'.join(body))

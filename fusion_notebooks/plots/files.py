@@ -18,21 +18,46 @@ from ..core.files import csv_text
 
 # %% ../../nbs/12_plots/05_files.ipynb #c032
 def _write(path, data):
+    "Write a file at once, and only where it changes"
     if path.exists() and path.read_bytes() == data:
         return
-    (part := path.with_name(path.name + '.part')).write_bytes(data)
+    part = path.with_name(path.name + '.part')
+    part.write_bytes(data)
     os.replace(part, path)
 
 # %% ../../nbs/12_plots/05_files.ipynb #pixels
 def _pixels(data):
+    "(height, width, 3) of a PNG in memory"
     return np.asarray(Image.open(io.BytesIO(data)).convert('RGB'))
 
 # %% ../../nbs/12_plots/05_files.ipynb #same
 def _same(path, data):
+    "Does a file show the same pixels as a PNG in memory?"
     try:
         return np.array_equal(_pixels(path.read_bytes()), _pixels(data))
     except OSError:
         return False  # not there, or only half of it
+
+# %% ../../nbs/12_plots/05_files.ipynb #drawn
+def _drawn(fig, text):
+    "A figure as PNG and PDF, with its provenance as text in both and no time of day"
+    metadata = dict(
+        png={'Software': None, 'Description': text},
+        pdf={'CreationDate': None, 'Producer': None, 'Creator': 'fusion_notebooks', 'Subject': text},
+    )
+    drawn = {}
+    with plt.rc_context({'pdf.fonttype': 42}):
+        for kind, about in metadata.items():
+            buffer = io.BytesIO()
+            fig.savefig(buffer, format=kind, dpi=150, metadata=about)
+            drawn[kind] = buffer.getvalue()
+    return drawn
+
+# %% ../../nbs/12_plots/05_files.ipynb #is_there
+def _is_there(path, files, png):
+    "Do the files of a figure show it already, with the same numbers? Their provenance may be older"
+    unchanged = [f.read_bytes() == data if f.suffix == '.csv' else True for f, data in files.items() if f.exists()]
+    return _same(path, png) and len(unchanged) == len(files) and all(unchanged)
 
 # %% ../../nbs/12_plots/05_files.ipynb #save
 def save(
@@ -43,27 +68,15 @@ def save(
     table: pd.DataFrame = None,  # the numbers in the figure
 ) -> Path:  # the PNG
     "Write `name`.png, .pdf, .json (provenance) and .csv (table), only what changed"
-    path, text = Path(folder) / f'{name}.png', json.dumps(provenance, sort_keys=True, default=str)
+    path = Path(folder) / f'{name}.png'
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawn = {}
-    with plt.rc_context({'pdf.fonttype': 42}):
-        for kind, data in dict(
-            png={'Software': None, 'Description': text},
-            pdf={'CreationDate': None, 'Producer': None, 'Creator': 'fusion_notebooks', 'Subject': text},
-        ).items():
-            fig.savefig(buffer := io.BytesIO(), format=kind, dpi=150, metadata=data)
-            drawn[kind] = buffer.getvalue()
-    numbers = None if table is None else csv_text(table).encode()
-    files = [path.with_suffix(f'.{s}') for s in ('pdf', 'json', *(['csv'] if numbers is not None else []))]
-    if (
-        _same(path, drawn['png'])
-        and all(f.exists() for f in files)
-        and (numbers is None or files[-1].read_bytes() == numbers)
-    ):
-        return path
-    for file, data in zip(
-        files, (drawn['pdf'], (json.dumps(provenance, indent=1, sort_keys=True, default=str) + '\n').encode(), numbers)
-    ):
-        _write(file, data)
-    _write(path, drawn['png'])  # last: it is what a rerun looks at
+    drawn = _drawn(fig, json.dumps(provenance, sort_keys=True, default=str))
+    about = json.dumps(provenance, indent=1, sort_keys=True, default=str) + '\n'
+    files = {path.with_suffix('.pdf'): drawn['pdf'], path.with_suffix('.json'): about.encode()}
+    if table is not None:
+        files[path.with_suffix('.csv')] = csv_text(table).encode()
+    if not _is_there(path, files, drawn['png']):
+        for file, data in files.items():
+            _write(file, data)
+        _write(path, drawn['png'])  # last: it is what a rerun looks at
     return path

@@ -14,55 +14,63 @@ from .. import metrics
 from .style import _band, _figure, _flat, _heading, _layers, _percent
 from .style import FUSION, LARGE, line_of, reach_of, REACH, REVIEW, SMALL, style_of
 
-# %% ../../nbs/12_plots/01_layers.ipynb #c007
+# %% ../../nbs/12_plots/01_layers.ipynb #panels
+def _panels(table):
+    "(column, curve, label of the axis): accuracy, and log-odds where there are log-probabilities"
+    curve = metrics.curve(table) if 'score' in table else table
+    panels = [('accuracy', _percent(curve), 'accuracy (%)')]
+    if 'logp' in table:
+        odds = metrics.curve(table.assign(odds=metrics.log_odds(table.logp)), 'odds')
+        panels.append(('odds', odds, 'log-odds of the\nunmasked answer (nats)'))
+    return panels
+
+# %% ../../nbs/12_plots/01_layers.ipynb #chosen_layers
+def _chosen_layers(chosen):
+    "Layer numbers of `Layers`, of numbers, or of None"
+    if chosen is None:
+        return ()
+    return tuple(np.atleast_1d(getattr(chosen, 'layers', chosen)).astype(int))
+
+# %% ../../nbs/12_plots/01_layers.ipynb #draw_panel
+def _draw_panel(ax, column, rows, label, fusion, review):
+    "The curves of one panel, over shaded fusion layers and a line at the review layer"
+    rows = rows.assign(scope=rows['scope'] if 'scope' in rows else '')
+    for i in fusion:
+        ax.axvspan(i - 0.5, i + 0.5, color=FUSION, alpha=0.35, lw=0, zorder=0)
+    for i in review:
+        ax.axvline(i, color=REVIEW, ls=(0, (4, 2)), lw=2, zorder=1)
+    edited = rows[rows.how != 'none']
+    for (how, scope), part in edited.sort_values('layer').groupby(['how', 'scope'], sort=False, dropna=False):
+        words = f'{how} ({REACH[reach_of(how, scope)][0]})'
+        _band(ax, part, column, style_of(how)[0], line_of(how, scope), words)
+    for _, row in rows[rows.how == 'none'].iterrows():
+        _flat(ax, row, column, 'unmasked')
+    ax.set(ylabel=label)
+    _layers(ax, edited.layer)
+
+# %% ../../nbs/12_plots/01_layers.ipynb #legend_of
+def _legend_below(fig, ax, columns, fusion, review):
+    "The curves, then the layers that are marked"
+    handles, labels = ax.get_legend_handles_labels()
+    if fusion:
+        handles.append(Patch(color=FUSION, alpha=0.35))
+        labels.append(f'fusion layers {", ".join(map(str, fusion))}')
+    if review:
+        handles.append(plt.Line2D([], [], color=REVIEW, ls=(0, (4, 2)), lw=2))
+        labels.append(f'review layer {", ".join(map(str, review))}')
+    fig.legend(handles, labels, loc='outside lower center', ncols=columns, fontsize=SMALL, frameon=False)
+
+# %% ../../nbs/12_plots/01_layers.ipynb #masking
 def masking(
     table: pd.DataFrame,  # masking rows of the store; or a curve: layer, how, accuracy [, low, high, n]
     fusion=None,  # `Layers` or layer numbers to shade
     review=None,  # `Layers` or layer number(s) to mark
 ) -> plt.Figure:
     "Accuracy, and log-odds of the unmasked answer, by the layer at which the image is taken away"
-    panels = [('accuracy', _percent(metrics.curve(table) if 'score' in table else table), 'accuracy (%)')]
-    if 'logp' in table:
-        panels.append(
-            (
-                'odds',
-                metrics.curve(table.assign(odds=metrics.log_odds(table.logp)), 'odds'),
-                'log-odds of the\nunmasked answer (nats)',
-            )
-        )
+    panels, fusion, review = _panels(table), _chosen_layers(fusion), _chosen_layers(review)
     fig, axes = _figure(1, len(panels), 4.4 if len(panels) > 1 else 5.4, 3.3)
-    chosen = [tuple(np.atleast_1d([] if c is None else getattr(c, 'layers', c)).astype(int)) for c in (fusion, review)]
     for ax, (column, rows, label) in zip(axes[0], panels):
-        rows = rows.assign(scope=rows['scope'] if 'scope' in rows else '')
-        for i in chosen[0]:
-            ax.axvspan(i - 0.5, i + 0.5, color=FUSION, alpha=0.35, lw=0, zorder=0)
-        for i in chosen[1]:
-            ax.axvline(i, color=REVIEW, ls=(0, (4, 2)), lw=2, zorder=1)
-        for (how, scope), part in (
-            rows[rows.how != 'none'].sort_values('layer').groupby(['how', 'scope'], sort=False, dropna=False)
-        ):
-            reach = reach_of(how, scope)
-            _band(
-                ax,
-                part,
-                column,
-                style_of(how)[0],
-                line_of(how, scope),
-                f'{how} ({REACH[reach][0]})',
-            )
-        for row in rows[rows.how == 'none'].itertuples():
-            _flat(ax, pd.Series(row._asdict()), column, 'unmasked')
-        ax.set(ylabel=label)
-        _layers(ax, rows.layer[rows.how != 'none'])
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    for layers, patch, name in zip(
-        chosen,
-        (Patch(color=FUSION, alpha=0.35), plt.Line2D([], [], color=REVIEW, ls=(0, (4, 2)), lw=2)),
-        ('fusion layers', 'review layer'),
-    ):
-        if layers:
-            handles.append(patch)
-            labels.append(f'{name} {", ".join(map(str, layers))}')
-    fig.legend(handles, labels, loc='outside lower center', ncols=2 * len(panels), fontsize=SMALL, frameon=False)
+        _draw_panel(ax, column, rows, label, fusion, review)
+    _legend_below(fig, axes[0, 0], 2 * len(panels), fusion, review)
     fig.suptitle(_heading(table, 'the image taken away layer by layer', 60 * len(panels)), fontsize=LARGE)
     return fig

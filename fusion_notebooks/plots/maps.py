@@ -14,16 +14,20 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from .. import metrics
+from ..core.errors import BadInput
 from ..core.images import open_image
 from .style import _band, _figure, _heading, _layers, _legend, _text, _title, CHOSEN
 from .style import EVIDENCE, FAMILIES, LARGE, SMALL
 
 # %% ../../nbs/12_plots/02_maps.ipynb #c014
 def _union(boxes):
-    return np.r_[np.min(np.reshape(boxes, (-1, 4)), 0)[:2], np.max(np.reshape(boxes, (-1, 4)), 0)[2:]]
+    "(left, top, right, bottom) around boxes"
+    boxes = np.reshape(boxes, (-1, 4))
+    return np.r_[boxes.min(0)[:2], boxes.max(0)[2:]]
 
 # %% ../../nbs/12_plots/02_maps.ipynb #outline
 def _outline(ax, box, colour):
+    "A box in a colour with a white rim; None draws nothing"
     if box is None:
         return
     left, top, right, bottom = np.asarray(box, float)
@@ -33,7 +37,8 @@ def _outline(ax, box, colour):
 # %% ../../nbs/12_plots/02_maps.ipynb #picture
 def _picture(ax, image, title='', box=None, chosen=None, ratio=None):
     "A picture in its pixels, in a frame of its own shape or of `ratio` (height/width)"
-    (w, h), ratio = image.size, ratio or image.height / image.width
+    w, h = image.size
+    ratio = ratio or h / w
     width, height = max(w, h / ratio), max(h, w * ratio)
     ax.imshow(image, extent=(0, w, h, 0))
     _outline(ax, box, EVIDENCE)
@@ -50,17 +55,18 @@ def _picture(ax, image, title='', box=None, chosen=None, ratio=None):
 
 # %% ../../nbs/12_plots/02_maps.ipynb #glass
 def _glass(name, weight, start=0.0):
-    "A colour map that lets the picture through where there is nothing to say"
-    return ListedColormap(
-        np.c_[plt.get_cmap(name)(np.linspace(start, 1, 256))[:, :3], 0.1 + 0.75 * weight(np.linspace(0, 1, 256))],
-        name=f'{name}-glass',
-    )
+    "A colour map that lets the picture through where there is nothing to say; weight (256,) → opacity, 0…1"
+    colours = plt.get_cmap(name)(np.linspace(start, 1, 256))[:, :3]
+    opacity = 0.1 + 0.75 * weight(np.linspace(0, 1, 256))
+    return ListedColormap(np.c_[colours, opacity], name=f'{name}-glass')
 
 # %% ../../nbs/12_plots/02_maps.ipynb #HEAT
-HEAT, SIGNED = _glass('inferno', lambda t: t**0.8, 0.2), _glass('RdBu_r', lambda t: np.abs(2 * t - 1) ** 0.8)
+HEAT = _glass('inferno', lambda t: t**0.8, 0.2)  # from nothing to much
+SIGNED = _glass('RdBu_r', lambda t: np.abs(2 * t - 1) ** 0.8)  # less, nothing, more
 
 # %% ../../nbs/12_plots/02_maps.ipynb #overlay
 def _overlay(ax, values, extent, **kw):
+    "A map (h, w) over the pixels (left, top, right, bottom) of a picture that is drawn already"
     left, top, right, bottom = extent
     limits = ax.axis()
     shown = ax.imshow(
@@ -71,7 +77,32 @@ def _overlay(ax, values, extent, **kw):
 
 # %% ../../nbs/12_plots/02_maps.ipynb #cut
 def _cut(image, box):
+    "The part of a picture in a box"
     return image.crop(tuple(int(round(float(v))) for v in box))
+
+# %% ../../nbs/12_plots/02_maps.ipynb #shown_layers
+def _shown_layers(layers, n):
+    "The layers asked for, or eight of n, evenly spread. Raises `BadInput` for one that does not exist"
+    if layers is None:
+        layers = np.unique(np.linspace(0, n - 1, min(8, n)).round().astype(int))
+    layers = np.atleast_1d(layers)
+    wrong = layers[(layers < 0) | (layers >= n)]
+    if wrong.size:
+        raise BadInput(f'attention_maps: layer {wrong[0]} does not exist; there are maps of {n} layers')
+    return layers
+
+# %% ../../nbs/12_plots/02_maps.ipynb #multiples
+def _multiples(maps):
+    "Maps (layers, visual) as multiples of uniform attention; 0 where a layer looks at nothing"
+    total = maps.sum(1, keepdims=True)
+    return np.divide(maps, total, out=np.zeros_like(maps), where=total > 0) * maps.shape[1]
+
+# %% ../../nbs/12_plots/02_maps.ipynb #place_of
+def _place(image, extent, boxes):
+    "Pixels that a map lies over: as given, the union of token boxes, or the whole picture"
+    if extent is not None:
+        return extent
+    return (0, 0, *image.size) if boxes is None else _union(boxes)
 
 # %% ../../nbs/12_plots/02_maps.ipynb #attention_maps
 def attention_maps(
@@ -84,42 +115,30 @@ def attention_maps(
     extent=None,  # (left, top, right, bottom) instead of `boxes`; neither: the whole picture
     title: str = '',
 ) -> plt.Figure:
-    "Where each layer looks, over the picture"
+    "Where each layer looks, over the picture. Raises `BadInput` for maps that do not fit the grid"
     image, maps = open_image(image), np.asarray(maps, float)
     if maps.ndim != 2 or maps.shape[1] != np.prod(grid_shape):
-        raise ValueError(
+        raise BadInput(
             f'attention_maps: maps of shape {maps.shape} do not fit a grid of {tuple(grid_shape)}; pass (layers, h*w)'
         )
-    layers = (
-        np.unique(np.linspace(0, len(maps) - 1, min(8, len(maps))).round().astype(int))
-        if layers is None
-        else np.atleast_1d(layers)
-    )
-    if (wrong := layers[(layers < 0) | (layers >= len(maps))]).size:
-        raise ValueError(f'attention_maps: layer {wrong[0]} does not exist; there are maps of {len(maps)} layers')
-    extent = extent if extent is not None else _union(boxes) if boxes is not None else (0, 0, *image.size)
-    share = (
-        np.divide(maps, maps.sum(1, keepdims=True), out=np.zeros_like(maps), where=maps.sum(1, keepdims=True) > 0)
-        * maps.shape[1]
-    )
+    layers, share = _shown_layers(layers, len(maps)), _multiples(maps)
+    extent, most = _place(image, extent, boxes), np.quantile(share[layers], 0.995) or 1
     columns = min(4, len(layers))
     fig, axes = _figure(-(-len(layers) // columns), columns, 1.9, 1.9 * image.height / image.width + 0.3)
     for ax in axes.flat[len(layers) :]:
         ax.set_axis_off()
+    grey = image.convert('L').convert('RGB')
     for ax, i in zip(axes.flat, layers):
-        _picture(ax, image.convert('L').convert('RGB'), f'layer {i}')
-        shown = _overlay(
-            ax, share[i].reshape(grid_shape), extent, cmap=HEAT, vmin=0, vmax=np.quantile(share[layers], 0.995) or 1
-        )
+        _picture(ax, grey, f'layer {i}')
+        shown = _overlay(ax, share[i].reshape(grid_shape), extent, cmap=HEAT, vmin=0, vmax=most)
         _outline(ax, box, EVIDENCE)
     bar = fig.colorbar(shown, ax=axes, shrink=0.8, pad=0.01, extend='max')
     bar.set_label('attention (multiples of uniform)', fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
-    fig.suptitle(
-        _text(title or 'attention of the last prompt token', 24 * columns)
-        + ('\ngreen: evidence box' if box is not None else ''),
-        fontsize=LARGE,
-    )
+    heading = _text(title or 'attention of the last prompt token', 24 * columns)
+    if box is not None:
+        heading += '\ngreen: evidence box'
+    fig.suptitle(heading, fontsize=LARGE)
     return fig
 
 # %% ../../nbs/12_plots/02_maps.ipynb #c017

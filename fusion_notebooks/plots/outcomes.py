@@ -12,6 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import MaxNLocator
 from .. import metrics
+from ..core.errors import BadInput
 from ..core.images import open_image
 from .style import _band, _colour, _figure, _flat, _inner, _layers, _legend, _model
 from .style import _percent, _text, _title
@@ -83,44 +84,91 @@ def known_answers(
     )
     return fig
 
+# %% ../../nbs/12_plots/03_outcomes.ipynb #order_of
+def _order(method):
+    "Families in the order of their colours, each method before its controls"
+    family = method.split('-')[0]
+    return list(FAMILIES).index(family) if family in FAMILIES else 9, '-' in method
+
+# %% ../../nbs/12_plots/03_outcomes.ipynb #draw_methods
+def _draw_methods(ax, methods, rows, title):
+    "Each method at the base's accuracy plus its paired difference, with the interval of that"
+    wide = rows.pivot_table(index='sample', columns='method', values='score').reindex(columns=methods)
+    image = rows.groupby('sample')['image'].first().reindex(wide.index) if 'image' in rows else None
+    base = wide.base.mean()
+    ax.axvline(100 * base, color=FAMILIES['base'], ls=':', lw=1.4)
+    for y, method in enumerate(methods):
+        colour = _colour(method)
+        if method == 'base':
+            ax.plot(100 * base, y, 's', color=colour, ms=5)
+            continue
+        difference, low, high, _ = metrics.paired(wide[method], wide.base, image)
+        ax.plot([100 * (base + low), 100 * (base + high)], [y, y], color=colour, lw=1.6)
+        ax.plot(100 * (base + difference), y, 'o', mec=colour, mfc=_inner(method), ms=5.5, zorder=3)
+    ax.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.5, -0.5))
+    ax.set_title(_text(f'{title} (n = {len(wide):,})'), fontsize=SMALL + 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    sns.despine(ax=ax)
+
 # %% ../../nbs/12_plots/03_outcomes.ipynb #c025
 def refine(
     table: pd.DataFrame,  # refine rows of the store: sample, method, score [, kind, image]
     kinds=None,  # kinds to show beside all; None: every kind of the table, () none
 ) -> plt.Figure:
-    "Accuracy per method with paired intervals against the base, all questions and by kind"
-    kinds = (sorted(table.kind.dropna().unique()) if 'kind' in table else []) if kinds is None else list(kinds)
+    "Accuracy per method with paired intervals against the base, all questions and by kind. Raises `BadInput`"
+    if kinds is None:
+        kinds = sorted(table.kind.dropna().unique()) if 'kind' in table else []
     panels = [('all', table)] + [(k, table[table.kind == k]) for k in kinds]
-    methods = list(
-        dict.fromkeys(
-            sorted(
-                table.method.unique(),
-                key=lambda m: (list(FAMILIES).index(m.split('-')[0]) if m.split('-')[0] in FAMILIES else 9, '-' in m),
-            )
-        )
-    )
+    methods = sorted(table.method.unique(), key=_order)
     if 'base' not in methods:
-        raise ValueError(f"refine: no rows of method 'base'; the table has {', '.join(methods)}")
+        raise BadInput(f"refine: no rows of method 'base'; the table has {', '.join(methods)}")
     fig, axes = _figure(1, len(panels), max(2.2, 4.2 / len(panels)), 0.9 + 0.27 * len(methods), sharey=True)
     for ax, (kind, rows) in zip(axes[0], panels):
-        wide = rows.pivot_table(index='sample', columns='method', values='score').reindex(columns=methods)
-        image = rows.groupby('sample')['image'].first().reindex(wide.index) if 'image' in rows else None
-        base = wide.base.mean()
-        ax.axvline(100 * base, color=FAMILIES['base'], ls=':', lw=1.4)
-        for y, method in enumerate(methods):
-            if method == 'base':
-                ax.plot(100 * base, y, 's', color=_colour(method), ms=5)
-                continue
-            difference, low, high, _ = metrics.paired(wide[method], wide.base, image)
-            ax.plot([100 * (base + low), 100 * (base + high)], [y, y], color=_colour(method), lw=1.6)
-            ax.plot(100 * (base + difference), y, 'o', mec=_colour(method), mfc=_inner(method), ms=5.5, zorder=3)
-        ax.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.5, -0.5))
-        ax.set_title(_text(f'{kind} (n = {len(wide):,})'), fontsize=SMALL + 0.5)
-        ax.xaxis.set_major_locator(MaxNLocator(4))
-        sns.despine(ax=ax)
+        _draw_methods(ax, methods, rows, kind)
     fig.supxlabel('accuracy (%), bar: 95 % interval of the paired difference to the base', fontsize=SMALL)
     fig.suptitle(_text(f'{_model(table)}answers refined', 28 * len(panels) + 30), fontsize=LARGE)
     return fig
+
+# %% ../../nbs/12_plots/03_outcomes.ipynb #front
+def _front(order, score):
+    "Of methods by cost, those that beat all cheaper ones; no one has the oracle's boxes"
+    front, best = [], -np.inf
+    for method in order:
+        if 'oracle' not in method and score[method] > best:
+            front.append(method)
+            best = score[method]
+    return front
+
+# %% ../../nbs/12_plots/03_outcomes.ipynb #columns_of
+def _columns(order, cost):
+    "Methods by cost, in groups that start within a fifth of the first one's cost"
+    columns = []
+    for method in order:
+        if not columns or cost[method] > 1.2 * cost[columns[-1][0]]:
+            columns.append([])
+        columns[-1].append(method)
+    return columns
+
+# %% ../../nbs/12_plots/03_outcomes.ipynb #name_methods
+def _name_methods(ax, columns, cost, score):
+    "Names beside the points; those of methods that cost the same stand under each other"
+    least = 0.045 * np.ptp(ax.get_ylim())
+    for column in columns:
+        y, x = np.inf, 1.04 * cost[column[-1]]
+        for method in sorted(column, key=lambda m: -score[m]):
+            y = min(y - least, 100 * score[method])
+            ax.annotate(
+                method,
+                (cost[method], 100 * score[method]),
+                xytext=(x, y),
+                va='center',
+                fontsize=SMALL - 1,
+                arrowprops=dict(arrowstyle='-', lw=0.4, color='.7', shrinkA=0, shrinkB=2),
+            )
+
+# %% ../../nbs/12_plots/03_outcomes.ipynb #cost_axis
+def _plain_number(value, position):
+    return f'{value:g}'
 
 # %% ../../nbs/12_plots/03_outcomes.ipynb #r002
 def pareto(
@@ -128,100 +176,74 @@ def pareto(
 ) -> plt.Figure:
     "Accuracy of every method against what it costs, relative to the plain answer"
     rows = table[table.score.notna()]
-    cost = rows.groupby('method', sort=False).flops.mean()
-    cost, score = (
-        cost / cost['base'],
-        {
-            m: metrics.interval(g.score, g['image' if 'image' in g else 'sample'])
-            for m, g in rows.groupby('method', sort=False)
-        },
-    )
+    by_method = rows.groupby('method', sort=False)
+    cost = by_method.flops.mean() / by_method.flops.mean()['base']
+    clusters = 'image' if 'image' in rows else 'sample'
+    interval = {m: metrics.interval(g.score, g[clusters]) for m, g in by_method}
+    score = {m: mean for m, (mean, _, _) in interval.items()}
+    order = sorted(cost.index, key=lambda m: (cost[m], -score[m]))
+    front = _front(order, score)
     fig, axes = _figure(width=6.4, height=4.2)
     ax = axes[0, 0]
-    order, columns = sorted(cost.index, key=lambda m: (cost[m], -score[m][0])), []
-    front = [
-        m
-        for i, m in enumerate(order)
-        if 'oracle' not in m and all(score[m][0] > score[k][0] for k in order[:i] if 'oracle' not in k)
-    ]  # no one has the oracle's boxes
-    ax.plot(
-        [cost[m] for m in front],
-        [100 * score[m][0] for m in front],
-        color='.6',
-        lw=1.2,
-        zorder=1,
-        label='front: nothing is both cheaper and better',
-    )
+    label = 'front: nothing is both cheaper and better'
+    ax.plot([cost[m] for m in front], [100 * score[m] for m in front], color='.6', lw=1.2, zorder=1, label=label)
     for m in order:
-        mean, low, high = (100 * v for v in score[m])
-        ax.errorbar(
-            cost[m], mean, [[mean - low], [high - mean]], fmt='o', color=_colour(m), mfc=_inner(m), ms=5, lw=1, zorder=2
-        )
-        if not columns or cost[m] > 1.2 * cost[columns[-1][0]]:
-            columns.append([])
-        columns[-1].append(m)
-    least = 0.045 * np.ptp(ax.get_ylim())  # names of methods that cost the same stand under each other
-    for column in columns:
-        y = np.inf
-        for m in sorted(column, key=lambda m: -score[m][0]):
-            y = min(y - least, 100 * score[m][0])
-            ax.annotate(
-                m,
-                (cost[m], 100 * score[m][0]),
-                xytext=(1.04 * cost[column[-1]], y),
-                va='center',
-                fontsize=SMALL - 1,
-                arrowprops=dict(arrowstyle='-', lw=0.4, color='.7', shrinkA=0, shrinkB=2),
-            )
+        mean, low, high = (100 * v for v in interval[m])
+        reach = [[mean - low], [high - mean]]
+        ax.errorbar(cost[m], mean, reach, fmt='o', color=_colour(m), mfc=_inner(m), ms=5, lw=1, zorder=2)
+    _name_methods(ax, _columns(order, cost), cost, score)
     ax.set_xscale('log', subs=[1.5, 2, 3, 4, 6, 8])
-    for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
-        axis(lambda v, _: f'{v:g}')
+    ax.xaxis.set_major_formatter(_plain_number)
+    ax.xaxis.set_minor_formatter(_plain_number)
     ax.set(xlabel='FLOPs of the decoder, multiples of the plain answer', ylabel='accuracy (%), 95 % interval')
     _legend(ax, loc='lower right')
     sns.despine(ax=ax)
     _title(ax, rows, 'accuracy against cost')
     return fig
 
+# %% ../../nbs/12_plots/03_outcomes.ipynb #box_or_none
+def _box(value):
+    "A box, or None for the NaN with which a table fills gaps"
+    return value if np.ndim(value) else None
+
+# %% ../../nbs/12_plots/03_outcomes.ipynb #draw_example
+def _draw_example(top, bottom, row):
+    "A picture with its boxes over the crop, with question and answers"
+    image, box = open_image(row['image']), _box(row.get('box'))
+    top.set_axis_on()
+    _picture(top, image, _text(row.get('question', ''), 34), _box(row.get('evidence')), box)
+    truth = f'\ntruth: {row["answer"]}' if row.get('answer') not in (None, '') else ''
+    answers = f'base: {row["base"]}\n{row.get("method", "refined")}: {row["refined"]}{truth}'
+    bottom.set_axis_on()
+    crop = image if box is None else _cut(image, box)
+    _picture(bottom, crop, _text(answers), ratio=image.height / image.width)
+
 # %% ../../nbs/12_plots/03_outcomes.ipynb #c028
 def refine_examples(
-    rows,  # up to eight: table or dicts with image, question, base, refined, box (chosen, pixels) [, evidence (box), answer, method]
+    rows,  # up to eight: image, question, base, refined, box (chosen, pixels) [, evidence (box), answer, method]
     title: str = '',
 ) -> plt.Figure:
-    "Pictures with the chosen box and its crop, the base's answer and the refined one"
+    "Pictures with the chosen box and its crop, the base's answer and the refined one. Raises `BadInput` for none"
     rows = (rows.to_dict('records') if isinstance(rows, pd.DataFrame) else list(rows))[:8]
     if not rows:
-        raise ValueError('refine_examples: no row; pass at least one example')
+        raise BadInput('refine_examples: no row; pass at least one example')
     columns = min(4, len(rows))
-    lines = -(-len(rows) // columns)
-    fig, axes = _figure(2 * lines, columns, 2.3, 2.1)
+    fig, axes = _figure(2 * -(-len(rows) // columns), columns, 2.3, 2.1)
     for ax in axes.flat:
         ax.set_axis_off()
     for k, row in enumerate(rows):
-        top, bottom, image = (
-            axes[2 * (k // columns), k % columns],
-            axes[2 * (k // columns) + 1, k % columns],
-            open_image(row['image']),
-        )
-        truth = f'\ntruth: {row["answer"]}' if row.get('answer') not in (None, '') else ''
-        box, evidence = (
-            v if np.ndim(v) else None for v in (row.get('box'), row.get('evidence'))
-        )  # a table fills gaps with NaN
-        top.set_axis_on()
-        _picture(top, image, _text(row.get('question', ''), 34), evidence, box)
-        bottom.set_axis_on()
-        _picture(
-            bottom,
-            _cut(image, box) if box is not None else image,
-            _text(f'base: {row["base"]}\n{row.get("method", "refined")}: {row["refined"]}{truth}'),
-            ratio=image.height / image.width,
-        )
-    fig.suptitle(
-        _text(title or 'refined answers', 25 * columns)
-        + '\nred: chosen box, its crop below'
-        + ('; green: evidence' if any(np.ndim(r.get('evidence')) for r in rows) else ''),
-        fontsize=LARGE,
-    )
+        line, column = divmod(k, columns)
+        _draw_example(axes[2 * line, column], axes[2 * line + 1, column], row)
+    heading = _text(title or 'refined answers', 25 * columns) + '\nred: chosen box, its crop below'
+    if any(_box(r.get('evidence')) is not None for r in rows):
+        heading += '; green: evidence'
+    fig.suptitle(heading, fontsize=LARGE)
     return fig
+
+# %% ../../nbs/12_plots/03_outcomes.ipynb #before_after
+def _before_after(before, after):
+    "The answers in words"
+    return f'before: {before}' if after is None else f'before: {before}   →   after: {after}'
 
 # %% ../../nbs/12_plots/03_outcomes.ipynb #ask
 def ask(
@@ -242,30 +264,23 @@ def ask(
     image = open_image(image)
     extent = (0, 0, *image.size) if extent is None else extent
     early, late, contrast = (np.asarray(m, float) for m in (early, late, contrast))
-    crop = _cut(image, box) if crop is None and box is not None else crop
-    names = (
-        [f'layer {i} ({n})' for i, n in zip(layers, ('pre-fusion', 'post-fusion'))]
-        if len(layers) == 2
-        else ['pre-fusion', 'post-fusion']
-    )
-    fig, axes = _figure(1, 5 if crop is not None else 4, 2.05, 2.05 * min(1.5, image.height / image.width) + 0.75)
-    axes = axes[0]
-    _picture(axes[0], image, 'picture', evidence, box)
-    grey, most, top = image.convert('L').convert('RGB'), np.abs(contrast).max() or 1, max(early.max(), late.max()) or 1
-    for ax, values, name, kw in (
-        (axes[1], early, names[0], dict(cmap=HEAT, vmin=0, vmax=top)),
-        (axes[2], late, names[1], dict(cmap=HEAT, vmin=0, vmax=top)),
-        (axes[3], contrast, 'contrast: late − early', dict(cmap=SIGNED, vmin=-most, vmax=most)),
-    ):
+    if crop is None and box is not None:
+        crop = _cut(image, box)
+    names = ['pre-fusion', 'post-fusion']
+    if len(layers) == 2:
+        names = [f'layer {i} ({name})' for i, name in zip(layers, names)]
+    heat = dict(cmap=HEAT, vmin=0, vmax=max(early.max(), late.max()) or 1)
+    most = np.abs(contrast).max() or 1
+    signed = dict(cmap=SIGNED, vmin=-most, vmax=most)
+    maps = [(early, names[0], heat), (late, names[1], heat), (contrast, 'contrast: late − early', signed)]
+    fig, axes = _figure(1, 4 if crop is None else 5, 2.05, 2.05 * min(1.5, image.height / image.width) + 0.75)
+    _picture(axes[0, 0], image, 'picture', evidence, box)
+    grey = image.convert('L').convert('RGB')
+    for ax, (values, name, colours) in zip(axes[0, 1:], maps):
         _picture(ax, grey, name)
-        _overlay(ax, values, extent, **kw)
+        _overlay(ax, values, extent, **colours)
         _outline(ax, box, CHOSEN)
     if crop is not None:
-        _picture(axes[4], open_image(crop), 'what the model sees again', ratio=image.height / image.width)
-    fig.suptitle(
-        _text(question, 110)
-        + '\n'
-        + _text(f'before: {before}' + ('' if after is None else f'   →   after: {after}'), 110),
-        fontsize=LARGE,
-    )
+        _picture(axes[0, 4], open_image(crop), 'what the model sees again', ratio=image.height / image.width)
+    fig.suptitle(_text(question, 110) + '\n' + _text(_before_after(before, after), 110), fontsize=LARGE)
     return fig
