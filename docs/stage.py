@@ -450,7 +450,7 @@ def interactive(
         if 'text/html' in o.get('data', {})
     ]
     return (
-        f'# Try it here\n\nThe explorer over a recorded question: move through the layers, click a patch to mask it. No kernel runs and nothing is fetched; with your own picture it runs in JupyterLab, see [explore](nbs/14_explore/02_widget.ipynb).\n\n````{{raw}} html\n{shown[0]}\n````\n'
+        f'# Try it here\n\nThe explorer over a recorded question: move through the layers, click a patch to mask it. No kernel runs and nothing is fetched; with your own picture it runs in JupyterLab, see [explore](nbs/14_explore/03_widget.ipynb).\n\n````{{raw}} html\n{shown[0]}\n````\n'
         if shown
         else ''
     )

@@ -2,6 +2,8 @@
 
 from .session import *
 from .payload import *
+from .jobs import *
 from .widget import *
+from .recorded import *
 
 __all__ = [name for name in dir() if not name.startswith('_')]

@@ -282,7 +282,7 @@ def test_tutorial(browser, server, mllm):
 
 @pytest.fixture(scope='module', params=FRONTS)
 def page(request, browser, server):
-    with opened(browser, server, request.param, '14_explore/02_widget.ipynb') as page:
+    with opened(browser, server, request.param, '14_explore/03_widget.ipynb') as page:
         finished(page)
         bring(page, 'explore(')
         get(page, 'canvas[data-draws]').wait_for()

@@ -109,7 +109,7 @@ def test_shots(page, here, scheme):
         'nbs/guides/comparison',
         'matrix',
         'nbs/guides/tutorial',
-        'nbs/14_explore/02_widget',
+        'nbs/14_explore/03_widget',
     ):
         page.goto(f'{here}{name}.html')
         page.screenshot(path=SHOTS / f'site-{Path(name).name}-{scheme}.png')
