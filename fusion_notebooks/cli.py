@@ -107,6 +107,8 @@ class _StudyCommand(TyperCommand):
     "A command whose options of lists take all values that follow"
 
     def parse_args(self, ctx, args):
+        if ctx.resilient_parsing:  # a shell asks for completions: the line is not finished
+            return super().parse_args(ctx, args)
         lists = [name for p in self.params if getattr(p, 'multiple', False) for name in p.opts]
         try:
             return super().parse_args(ctx, _spread(args, lists))
@@ -114,11 +116,20 @@ class _StudyCommand(TyperCommand):
             e.ctx = e.ctx or ctx
             raise
 
+# %% ../nbs/16_cli.ipynb #demo_models
+def _demo_models():
+    "Names of the demo models that come along"
+    package = Path(find_spec('fusion_notebooks').origin).parent
+    return sorted(p.parent.name for p in (package.parent / 'data/models').glob('*/config.json'))
+
 # %% ../nbs/16_cli.ipynb #instead
-def _instead(what):
-    "An option that replaces a list of the settings"
+def _instead(what, names=None):
+    "An option that replaces a list of the settings; names: of what a shell completes"
     help = f'{what} instead of those in the settings'
-    return typer.Option(f'--{what}', metavar=f'{what[0].upper()}...', help=help, rich_help_panel='Which study')
+    panel = 'Which study'
+    return typer.Option(
+        f'--{what}', metavar=f'{what[0].upper()}...', help=help, rich_help_panel=panel, autocompletion=names
+    )
 
 # %% ../nbs/16_cli.ipynb #quick
 _quick = typer.Option('--quick', help='a few samples, everything under data/runs/quick', rich_help_panel='Which study')
@@ -132,7 +143,7 @@ _settings = typer.Option(metavar='F', help='what the study is', rich_help_panel=
 
 # %% ../nbs/16_cli.ipynb #types
 _Quick = Annotated[bool, _quick]
-_Models = Annotated[list[str] | None, _instead('models')]
+_Models = Annotated[list[str] | None, _instead('models', _demo_models)]
 _Benchmarks = Annotated[list[str] | None, _instead('benchmarks')]
 _Analyses = Annotated[list[str] | None, _instead('analyses')]
 _Limit = Annotated[int | None, _limit]
@@ -332,12 +343,6 @@ def compact(
     s = choose(settings, quick, models, benchmarks, analyses, limit)
     print(f'{Store(s.results).compact()} files merged')
     return 0
-
-# %% ../nbs/16_cli.ipynb #demo_models
-def _demo_models():
-    "Names of the demo models that come along"
-    package = Path(find_spec('fusion_notebooks').origin).parent
-    return sorted(p.parent.name for p in (package.parent / 'data/models').glob('*/config.json'))
 
 # %% ../nbs/16_cli.ipynb #known
 def _known(model):

@@ -354,7 +354,10 @@ def test_version(capsys):
     assert not e.value.code and capsys.readouterr().out == f'fusion {fusion_notebooks.__version__}\n'
 
 
-@pytest.mark.parametrize('typed, offered', [('st', {'study', 'status'}), ('ask glyph-ll', {'glyph-llava'})])
+@pytest.mark.parametrize(
+    'typed, offered',
+    [('st', {'study', 'status'}), ('ask glyph-ll', {'glyph-llava'}), ('study --models glyph-n', {'glyph-next'})],
+)
 def test_a_shell_completes(typed, offered):
     code = 'import sys; from fusion_notebooks.cli import main; sys.exit(main())'
     asks = dict(_FUSION_COMPLETE='complete_bash', COMP_WORDS=f'fusion {typed}', COMP_CWORD=str(len(typed.split())))
