@@ -95,6 +95,7 @@ if get('CLOCK'):  # every look at the clock shows an earlier time
 if get('USER'):  # from here on somebody who may not do much
     import fcntl, fusion_notebooks.cli  # Python's own folder may be closed to that user
 
+    fusion_notebooks.cli.get_command(fusion_notebooks.cli.app).commands['study'].make_context('study', ['--limit', '1'])
     study.work_units.version('torch')
     os.setuid(int(get('USER')))
 if get('FSIZE'):

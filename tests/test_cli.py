@@ -1,8 +1,8 @@
 "The command line: bad input is one sentence and exit code 2"
 
-import json, os, re, shutil, subprocess, sys
+import json, os, re, shlex, shutil, subprocess, sys
 from pathlib import Path
-import numpy as np, pytest
+import numpy as np, pandas as pd, pytest
 from PIL import Image
 from fusion_notebooks.cli import main
 from test_study import ini, model_folder, one_thread
@@ -186,3 +186,180 @@ def test_a_card_is_drawn_where_something_is_new(ini, monkeypatch):
     assert drawn == list(s.models)
     cli._drawn(study.Report(done, {}, fresh={name}), s)
     assert drawn == 2 * list(s.models)
+
+
+# arguments
+
+WHOLE, COUNT = 'no whole number from 0 to 999999999999', 'no whole number from 1 to 999999999999'
+NUMBERS = {
+    **{(command, '--limit'): COUNT for command in ('study', 'status', 'figures', 'verify', 'compact')},
+    ('study', '--workers'): COUNT,
+    ('verify', '--share'): 'no number above 0 and at most 1',
+    ('verify', '--seed'): WHOLE,
+    ('verify', '--tolerance'): 'no finite number from 0 up, of at most 12 digits before the point',
+    ('demo eval', '--n'): COUNT,
+    ('demo eval', '--seed'): WHOLE,
+}
+
+
+@pytest.fixture
+def refused(capsys):
+    "What is said, in one line, of arguments that cannot be understood"
+
+    def refused(*argv):
+        with pytest.raises(SystemExit) as e:
+            main(argv)
+        out, err = capsys.readouterr()
+        assert e.value.code == 2 and not out
+        assert err.startswith('fusion: ') and err.count('\n') == 1 and err.endswith('.\n') and 'usage: fusion' in err
+        return err
+
+    return refused
+
+
+def test_every_numeric_option_is_listed():
+    from typing import get_type_hints
+    from fusion_notebooks import cli
+
+    functions = dict(zip(('demo eval', 'demo train'), (cli.demo_eval, cli.demo_train)))
+    functions |= {
+        name: getattr(cli, name) for name in ('study', 'status', 'figures', 'verify', 'compact', 'ask', 'doctor')
+    }
+    found = {
+        (command, f'--{name}')
+        for command, f in functions.items()
+        for name, kind in get_type_hints(f).items()
+        if name != 'return' and {'int', 'float'} & set(re.findall(r'\w+', getattr(kind, '__name__', '') or str(kind)))
+    }
+    assert found == {*NUMBERS}
+
+
+@pytest.mark.parametrize('text', ['²', 'nan', 'inf', '-1', '1' * 30, '', ' ', '1_0', '0x1', '1e999', '٣'])
+@pytest.mark.parametrize('command, flag', NUMBERS)
+def test_numbers_have_bounds(command, flag, text, refused):
+    for value in ([flag, text], [f'{flag}={text}']):
+        said = refused(*command.split(), *value)
+        assert f"'{flag}'" in said and NUMBERS[command, flag] in said
+
+
+@pytest.mark.parametrize(
+    'argv, said',
+    [
+        (['study', '--workers', '0'], COUNT),
+        (['study', '--limit', '2.5'], COUNT),
+        (['verify', '--share', '0'], 'no number above 0'),
+        (['verify', '--share', '1.01'], 'no number above 0 and at most 1'),
+        (['study', '--limit'], "'--limit' requires an argument"),
+        (['study', '--models'], "'--models': at least one value must follow"),
+        (['study', '--models', '--quick'], "'--models': at least one value must follow"),
+        (['study', '--model', 'x'], 'No such option: --model (Possible options: --help, --models)'),
+        (['ask', 'm', 'i', 'q', '--refine', 'dream'], "'dream' is not one of 'crop', 'mask'"),
+        (['ask', 'm'], "Missing argument 'IMAGE'; usage: fusion ask [OPTIONS] MODEL IMAGE QUESTION."),
+        (['studdy'], "Did you mean 'study'"),
+        ([], 'Missing command'),
+    ],
+)
+def test_what_is_wrong_with_arguments_is_one_sentence(argv, said, refused):
+    assert said in refused(*argv)
+
+
+@pytest.fixture
+def called(monkeypatch):
+    "How `study.choose` and `study.verify` were called by the command"
+    from fusion_notebooks import study
+
+    seen = {}
+    table = pd.DataFrame(dict(rows=[1], same=[True], difference=[0.0]))
+    monkeypatch.setattr(study, 'choose', lambda *a: seen.update(choose=a))
+    monkeypatch.setattr(study, 'verify', lambda s, *a: seen.update(verify=a) or table)
+    return seen
+
+
+def test_numbers_and_lists_arrive(called):
+    assert main(['verify']) == 0
+    assert called == dict(choose=('settings.ini', False, None, None, None, None), verify=(0.01, None))
+    argv = (
+        'verify --models a b --quick --analyses=c --models d --limit 3 --share .5 --seed 0 --settings f --tolerance 0'
+    )
+    assert main(argv.split()) == 0
+    assert called == dict(choose=('f', True, ['a', 'b', 'd'], None, ['c'], 3), verify=(0.5, 0))
+
+
+def test_interrupted(monkeypatch, capsys):
+    from fusion_notebooks import study
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, 'choose', stop)
+    assert main(['status']) == 130
+    err = capsys.readouterr().err
+    assert err == 'fusion: interrupted; what was finished is kept, and the same command goes on from there\n'
+
+
+def test_only_what_can_be_mended_becomes_a_sentence(monkeypatch, fails):
+    "A ValueError that is no sentence is somebody's bug, and shows where it came from"
+    from fusion_notebooks import study
+    from fusion_notebooks.core.errors import BadInput, NotSupported
+
+    for error in (
+        BadInput('Give\nanother.'),
+        NotSupported('No hooks here.'),
+        OSError('No space left.'),
+        ValueError('No.'),
+    ):
+
+        def refuse(*_):
+            raise error
+
+        monkeypatch.setattr(study, 'choose', refuse)
+        assert fails('status') == f'fusion: {" ".join(str(error).split())}\n'
+    error = ValueError('operands could not be broadcast')
+    with pytest.raises(ValueError, match='operands'):
+        main(['status'])
+
+
+@pytest.mark.parametrize(
+    'command', ['study', 'status', 'figures', 'verify', 'compact', 'ask', 'doctor', 'demo train', 'demo eval']
+)
+def test_help_ends_with_an_example_that_is_understood(command, capsys, monkeypatch):
+    from typer.main import get_command
+    from fusion_notebooks import cli
+
+    for flag in ('-h', '--help'):
+        with pytest.raises(SystemExit) as e:
+            main([*command.split(), flag])
+        out = capsys.readouterr().out
+        assert not e.value.code and f'Example: fusion {command}' in out
+    argv = shlex.split(' '.join(out.split('Example: fusion ')[1].split()))
+    context = get_command(cli.app).make_context('fusion', argv[:])
+    for name in command.split():
+        sub = context.command.commands[name]
+        argv = argv[1:]
+        context = sub.make_context(name, argv[:], parent=context)
+
+
+def test_help_is_in_groups(capsys):
+    with pytest.raises(SystemExit) as e:
+        main(['--help'])
+    out = capsys.readouterr().out
+    assert not e.value.code and all(f'─ {group} ─' in out for group in ('Studies', 'One model', 'Demo models'))
+
+
+def test_version(capsys):
+    import fusion_notebooks
+
+    with pytest.raises(SystemExit) as e:
+        main(['--version'])
+    assert not e.value.code and capsys.readouterr().out == f'fusion {fusion_notebooks.__version__}\n'
+
+
+@pytest.mark.parametrize(
+    'typed, offered',
+    [('st', {'study', 'status'}), ('ask glyph-ll', {'glyph-llava'}), ('study --models glyph-n', {'glyph-next'})],
+)
+def test_a_shell_completes(typed, offered):
+    code = 'import sys; from fusion_notebooks.cli import main; sys.exit(main())'
+    asks = dict(_FUSION_COMPLETE='complete_bash', COMP_WORDS=f'fusion {typed}', COMP_CWORD=str(len(typed.split())))
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | asks)
+    assert run.returncode == 0 and set(run.stdout.split()) == offered, run.stderr

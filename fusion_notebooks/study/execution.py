@@ -15,35 +15,38 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import patch
+from ..core.errors import BadInput
 from ..results.store import canonical, digest, write_atomic
 from .settings import notebooks, read_settings, Settings
 from .samples import code_of
 from .work_units import jobs, units
 
-# %% ../../nbs/13_study/06_execution.ipynb #c037
+# %% ../../nbs/13_study/06_execution.ipynb #is_json
+def _is_json(value):
+    "Does a value come back from JSON as it was?"
+    try:
+        return json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError):
+        return False
+
+# %% ../../nbs/13_study/06_execution.ipynb #parameters
 def parameters(
     nb: Path,  # the notebook
     given: dict,  # name → value
 ) -> dict:  # the same
-    "Check what a notebook is given. Raises `ValueError` for names that it does not list and for values that are not JSON."
+    "Check what a notebook is given. Raises `BadInput` for names that it does not list and values that are not JSON."
     import papermill as pm
 
     known = pm.inspect_notebook(str(nb))
     if not known:
-        raise ValueError(
-            f"{nb.name} has no cell tagged 'parameters', so it would ignore the model it is given: tag its first code cell 'parameters'."
-        )
+        mend = "tag its first code cell 'parameters'"
+        raise BadInput(f"{nb.name} has no cell tagged 'parameters', so it would ignore the model it is given: {mend}.")
     for name, value in given.items():
         if name not in known:
-            raise ValueError(f"{nb.name} has no parameter '{name}'; it has {', '.join(known)}.")
-        try:
-            same = json.loads(json.dumps(value, allow_nan=False)) == value
-        except (TypeError, ValueError):
-            same = False
-        if not same:
-            raise ValueError(
-                f'{nb.name}: the value of {name} is a {type(value).__name__}, which JSON cannot hold: give text, numbers, lists or dicts of them.'
-            )
+            raise BadInput(f"{nb.name} has no parameter '{name}'; it has {', '.join(known)}.")
+        if not _is_json(value):
+            what = f'the value of {name} is a {type(value).__name__}'
+            raise BadInput(f'{nb.name}: {what}, which JSON cannot hold: give text, numbers, lists or dicts of them.')
     return given
 
 # %% ../../nbs/13_study/06_execution.ipynb #takes_all_models
@@ -51,47 +54,78 @@ def takes_all_models(
     nb: Path,  # a notebook
 ) -> bool:  # True where its parameter is `models`, not `model`
     "Is a notebook about all models of a study?"
-    return any(
-        'parameters' in c['metadata'].get('tags', ()) and re.search(r'^models *=', ''.join(c['source']), re.M)
-        for c in json.loads(nb.read_text())['cells']
-    )
+    for cell in json.loads(nb.read_text())['cells']:
+        is_tagged = 'parameters' in cell['metadata'].get('tags', ())
+        if is_tagged and re.search(r'^models *=', ''.join(cell['source']), re.M):
+            return True
+    return False
 
 # %% ../../nbs/13_study/06_execution.ipynb #inputs
 def _inputs(nb, where, s, analysis):
+    "A hash of what goes into a notebook: its cells, the model, its rows, the settings, the package and its libraries"
     cells = [c['source'] for c in json.loads(nb.read_text())['cells']]
-    mine = jobs(s) if isinstance(where, list) else jobs(replace(s, models=(where,), analyses=(analysis,)))
+    about_all = isinstance(where, list)
+    mine = jobs(s) if about_all else jobs(replace(s, models=(where,), analyses=(analysis,)))
     rows = [digest(k) for job in mine for k in units(job, s)]
-    what = [
-        cells,
-        where,
-        rows,
-        repr(replace(s, models=(), analyses=())),
-        code_of(),
-        version('torch'),
-        version('transformers'),
-    ]
+    settings = repr(replace(s, models=(), analyses=()))
+    what = [cells, where, rows, settings, code_of(), version('torch'), version('transformers')]
     return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()
 
 # %% ../../nbs/13_study/06_execution.ipynb #outputs
 def _outputs(analysis, name, s):
-    return {
-        f.name: f.stat().st_size for f in (s.figures / name).glob(f'{analysis}*.p*')
-    }  # figures are named after the notebook
+    "name → bytes of the figures of a notebook: they are named after it"
+    return {f.name: f.stat().st_size for f in (s.figures / name).glob(f'{analysis}*.p*')}
 
 # %% ../../nbs/13_study/06_execution.ipynb #stands
 def _stands(analysis, where, name, s, **more):
-    "Is what a notebook made still there, and would the same come of it? And the hash of what goes into it"
-    out, inputs = (
-        s.runs / name / f'{analysis}.ipynb',
-        _inputs(notebooks(s)[analysis], where, s, analysis) + canonical(more),
-    )
+    "(is what a notebook made still there, and would it be made again; the hash of what goes into it)"
+    out = s.runs / name / f'{analysis}.ipynb'
+    inputs = _inputs(notebooks(s)[analysis], where, s, analysis) + canonical(more)
     try:
-        before, now = json.loads(out.with_suffix('.json').read_text()), _outputs(analysis, name, s)
+        before = json.loads(out.with_suffix('.json').read_text())
+        now = _outputs(analysis, name, s)
     except (OSError, ValueError):
         return False, inputs  # no record, or none that can be read
-    return s.compute and out.exists() and before['inputs'] == inputs and all(
-        now.get(k) == v for k, v in before['outputs'].items()
-    ), inputs
+    if not s.compute or not out.exists() or before['inputs'] != inputs:
+        return False, inputs
+    return all(now.get(k) == v for k, v in before['outputs'].items()), inputs
+
+# %% ../../nbs/13_study/06_execution.ipynb #write_record
+def _write_record(file, inputs, analysis, name, s):
+    "Write down what a notebook was made from, and its figures"
+    record = json.dumps(dict(inputs=inputs, outputs=_outputs(analysis, name, s)))
+
+    def write(f):
+        f.write(record.encode())
+
+    write_atomic(file, write)
+
+# %% ../../nbs/13_study/06_execution.ipynb #different
+def _different(s):
+    "The entries of the settings that differ from the file, as JSON values"
+    plain = read_settings(s.file, s.quick)
+    entries = {k: getattr(s, k) for k in ('calibration', 'evaluation', 'compute', 'benchmarks')}
+    entries |= {k: str(getattr(s, k)) for k in ('runs', 'figures')}
+    changed = {k: v for k, v in entries.items() if str(v) != str(getattr(plain, k))}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
+
+# %% ../../nbs/13_study/06_execution.ipynb #given
+def _given(where, s):
+    "The parameters of a notebook: the model or models, and the settings"
+    changed = _different(s)
+    settings = changed | dict(file=str(s.file)) if changed else str(s.file)
+    model = 'models' if isinstance(where, list) else 'model'
+    return {'settings': settings, 'quick': s.quick, model: where}
+
+# %% ../../nbs/13_study/06_execution.ipynb #environment
+def _environment(where):
+    "Environment of a notebook: for models in folders the Hub is not asked"
+    # waiting threads that spin make a small model ten times slower on a busy machine (measured on 2 cores)
+    quiet = dict(OMP_WAIT_POLICY='passive', TOKENIZERS_PARALLELISM='false', PYTHONWARNINGS='ignore:IProgress')
+    models = [where] if isinstance(where, str) else where
+    if all(Path(model).is_dir() for model in models):
+        quiet |= dict(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1')
+    return quiet
 
 # %% ../../nbs/13_study/06_execution.ipynb #execute
 def execute(
@@ -101,40 +135,20 @@ def execute(
     s: Settings,  # the study
     **more,  # further parameters of the notebook
 ) -> bool:  # False where nothing had to be done
-    "Run one notebook for one model. Raises `ValueError` for wrong parameters, `PapermillExecutionError` where a cell fails, `CellTimeoutError` where it hangs."
-    nb, out, (stands, inputs) = (
-        notebooks(s)[analysis],
-        s.runs / name / f'{analysis}.ipynb',
-        _stands(analysis, where, name, s, **more),
-    )
+    "Run one notebook. Raises `BadInput` for wrong parameters, papermill's exceptions where a cell fails or hangs."
+    nb = notebooks(s)[analysis]
+    out = s.runs / name / f'{analysis}.ipynb'
+    stands, inputs = _stands(analysis, where, name, s, **more)
     if stands:
         return False
     import papermill as pm
 
-    done = out.with_suffix('.json')
-    over = {k: getattr(s, k) for k in ('calibration', 'evaluation', 'compute', 'benchmarks')} | {
-        k: str(getattr(s, k)) for k in ('runs', 'figures')
-    }
-    plain = read_settings(s.file, s.quick)
-    over = {k: list(v) if isinstance(v, tuple) else v for k, v in over.items() if str(v) != str(getattr(plain, k))}
-    given = parameters(
-        nb,
-        dict(settings=over | dict(file=str(s.file)) if over else str(s.file), quick=s.quick)
-        | ({'models' if isinstance(where, list) else 'model': where} | more),
-    )
+    given = parameters(nb, _given(where, s) | more)
+    record = out.with_suffix('.json')
     out.parent.mkdir(parents=True, exist_ok=True)
-    for old in (done, s.figures / name / 'summary.csv'):
+    for old in (record, s.figures / name / 'summary.csv'):
         old.unlink(missing_ok=True)  # who dies from here on leaves nothing that looks finished
-    offline = (
-        dict(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1')
-        if all(Path(w).is_dir() for w in ([where] if isinstance(where, str) else where))
-        else {}
-    )
-    # waiting threads that spin make a small model ten times slower on a busy machine (measured on 2 cores)
-    with patch.dict(
-        os.environ,
-        offline | dict(OMP_WAIT_POLICY='passive', TOKENIZERS_PARALLELISM='false', PYTHONWARNINGS='ignore:IProgress'),
-    ):
+    with patch.dict(os.environ, _environment(where)):
         pm.execute_notebook(
             str(nb),
             str(out),
@@ -146,5 +160,5 @@ def execute(
             stderr_file=sys.stderr,
             extra_arguments=['--log-level=CRITICAL'],
         )
-    write_atomic(done, lambda f: f.write(json.dumps(dict(inputs=inputs, outputs=_outputs(analysis, name, s))).encode()))
+    _write_record(record, inputs, analysis, name, s)
     return True

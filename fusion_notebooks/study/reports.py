@@ -8,11 +8,12 @@ __all__ = ['findings', 'figure_dir', 'provenance', 'card']
 # %% ../../nbs/13_study/04_reports.ipynb #imports
 import pandas as pd
 from pathlib import Path
+from ..core.errors import BadInput
 from ..results.findings import FINDINGS
 from .settings import read_settings, Settings
 from .work_units import ANALYSES, calibrate, require
 
-# %% ../../nbs/13_study/04_reports.ipynb #c032
+# %% ../../nbs/13_study/04_reports.ipynb #findings
 def findings(
     model: str,  # demo name, local folder or Hub id
     analyses=tuple(FINDINGS),  # keys of `results.FINDINGS`
@@ -23,14 +24,18 @@ def findings(
     "What the rows say, on the evaluation split"
     s = settings if isinstance(settings, Settings) else read_settings(settings)
     out = []
-    for a in analyses:
-        rows = require(a, model, benchmark, settings=s, compute=compute)
-        if len(rows):
-            out += [
-                dict(analysis=a) | r
-                for r in FINDINGS[a](rows, calibrate(model, benchmark, s, compute) if a == 'masking' else None)
-            ]
+    for analysis in analyses:
+        rows = require(analysis, model, benchmark, settings=s, compute=compute)
+        if not len(rows):
+            continue
+        calibration = calibrate(model, benchmark, s, compute) if analysis == 'masking' else None
+        out += [dict(analysis=analysis) | finding for finding in FINDINGS[analysis](rows, calibration)]
     return pd.DataFrame(out, columns=['analysis', 'finding', 'kind', 'value', 'low', 'high', 'p', 'layers', 'n'])
+
+# %% ../../nbs/13_study/04_reports.ipynb #place
+def _place(name, benchmark):
+    "Folder of a model's figures and notebooks on a benchmark; the demo's own world adds no level"
+    return name if benchmark == 'glyph' else f'{name}/{benchmark}'
 
 # %% ../../nbs/13_study/04_reports.ipynb #figure_dir
 def figure_dir(
@@ -40,54 +45,33 @@ def figure_dir(
     "Where the figures of some rows go"
     return s.figures / _place(rows.model[0], rows.dataset[0])
 
-# %% ../../nbs/13_study/04_reports.ipynb #place-2
-def _place(name, benchmark):
-    return name if benchmark == 'glyph' else f'{name}/{benchmark}'
-
 # %% ../../nbs/13_study/04_reports.ipynb #provenance
 def provenance(
     rows: pd.DataFrame,  # from `require`
 ) -> dict:  # name → value, several values joined
     "What produced the rows: goes into the figure's files"
-    known = (
-        'model',
-        'revision',
-        'dataset',
-        'split',
-        'seed',
-        'package',
-        'transformers',
-        'torch',
-        'code',
-        'settings',
-        'dtype',
-        'attention',
-        'pixels',
-        'device',
-        'commit',
-    )
-    return {c: ', '.join(map(str, rows[c].unique())) for c in known if c in rows} | dict(
-        n=int(rows['sample'].nunique())
-    )
+    software = 'package transformers torch code settings'
+    known = f'model revision dataset split seed {software} dtype attention pixels device commit'
+    said = {c: ', '.join(map(str, rows[c].unique())) for c in known.split() if c in rows}
+    return said | dict(n=int(rows['sample'].nunique()))
 
-# %% ../../nbs/13_study/04_reports.ipynb #card1
+# %% ../../nbs/13_study/04_reports.ipynb #card
 def card(
     model: str,  # demo name, local folder or Hub id
     benchmark: str = '',  # one of `BENCHMARKS`; default: the first in the settings
     settings='settings.ini',  # path or `Settings`
 ) -> dict:  # rows, found, provenance: what `plots.card` takes
-    "What a model's fusion card says, from rows that are there. Raises `ValueError` where there are none."
+    "What a model's fusion card says, from rows that are there. Raises `BadInput` where there are none."
     s = settings if isinstance(settings, Settings) else read_settings(settings)
     there = any(s.results.glob('*.parquet'))  # or the samples would be drawn to look for nothing
-    rows = {
-        a: r
-        for a in FINDINGS
-        if there and a in ANALYSES and len(r := require(a, model, benchmark, settings=s, compute=False))
-    }
+    rows = {}
+    for analysis in FINDINGS if there else ():
+        if analysis in ANALYSES:
+            some = require(analysis, model, benchmark, settings=s, compute=False)
+            if len(some):
+                rows[analysis] = some
     if not rows:
-        raise ValueError(
-            f'No rows of {model} on {benchmark or s.benchmarks[0]} in {s.results}: run fusion study --models {model} first.'
-        )
-    return dict(
-        rows=rows, found=findings(model, list(rows), benchmark, s), provenance=provenance(next(iter(rows.values())))
-    )
+        what = f'{model} on {benchmark or s.benchmarks[0]}'
+        raise BadInput(f'No rows of {what} in {s.results}: run fusion study --models {model} first.')
+    found = findings(model, list(rows), benchmark, s)
+    return dict(rows=rows, found=found, provenance=provenance(next(iter(rows.values()))))

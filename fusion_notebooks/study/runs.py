@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from ..core.errors import BadInput
 from ..results.store import canonical, digest, Store, write_atomic
 from ..results.findings import FINDINGS
 from ..results.sentences import summary_text
@@ -30,7 +31,7 @@ from .reports import _place, findings
 from .workers import _gpus, _pinned, on_cluster, on_workers, work
 from .execution import _stands, execute, takes_all_models
 
-# %% ../../nbs/13_study/07_runs.ipynb #c039
+# %% ../../nbs/13_study/07_runs.ipynb #Report
 @dataclass
 class Report:
     "What `run` did"
@@ -43,7 +44,23 @@ class Report:
     @property
     def code(self):
         "Exit code: 0 all stand, 1 something failed, 2 nothing could be run on this input"
-        return 0 if not self.failed else 2 if self.bad_input and not self.done else 1
+        if not self.failed:
+            return 0
+        return 2 if self.bad_input and not self.done else 1
+
+# %% ../../nbs/13_study/07_runs.ipynb #fail
+def _fail(report, model, analysis, cause, bad_input):
+    "Say at once what failed, and keep it for the end"
+    report.failed[model, analysis] = cause
+    report.bad_input &= bad_input
+    print(f'{analysis} failed: {cause}', file=sys.stderr)
+
+# %% ../../nbs/13_study/07_runs.ipynb #limited
+def _limited(s, limit):
+    "At most so many samples; notebooks and figures go to a folder of their own"
+    runs = s.runs / f'limit-{limit}'
+    few = min(limit, s.calibration)
+    return replace(s, calibration=few, evaluation=limit, runs=runs, figures=runs / 'figures')
 
 # %% ../../nbs/13_study/07_runs.ipynb #choose
 def choose(
@@ -52,10 +69,9 @@ def choose(
     models=None,  # instead of those in the settings
     benchmarks=None,  # instead of those in the settings
     analyses=None,  # instead of those in the settings
-    limit: int
-    | None = None,  # so many samples per kind (of a benchmark: in all), and no more to calibrate on; notebooks and figures then go to a folder of their own
+    limit: int | None = None,  # samples per kind (of a benchmark: in all), and no more to calibrate on
 ) -> Settings:
-    "The settings of a run. Raises `ValueError` for unknown names."
+    "The settings of a run; with a limit, notebooks and figures get a folder. Raises `BadInput` for unknown names."
     s = read_settings(settings, quick)
     s = replace(
         s,
@@ -64,22 +80,17 @@ def choose(
         analyses=tuple(analyses or s.analyses),
     )
     if limit:
-        s = replace(
-            s,
-            calibration=min(limit, s.calibration),
-            evaluation=limit,
-            runs=s.runs / f'limit-{limit}',
-            figures=s.runs / f'limit-{limit}/figures',
-        )
+        s = _limited(s, limit)
     for what, some, known in (('analysis', s.analyses, notebooks(s)), ('benchmark', s.benchmarks, BENCHMARKS)):
-        if bad := [x for x in some if x not in known]:
-            raise ValueError(f"No {what} '{bad[0]}'; known: {', '.join(known)}.")
+        unknown = [name for name in some if name not in known]
+        if unknown:
+            raise BadInput(f"No {what} '{unknown[0]}'; known: {', '.join(known)}.")
     check_names(s)
     return s
 
 # %% ../../nbs/13_study/07_runs.ipynb #notebook
 def _notebook(analysis, where, name, s):
-    "Run one notebook: (what went wrong and whether the input is to blame, or None; what is said of it)"
+    "Run one notebook: ((what went wrong, whether the input is to blame) or None, what is said of it)"
     start = time.time()
     try:
         execute(analysis, where, name, s)
@@ -89,49 +100,197 @@ def _notebook(analysis, where, name, s):
 
 # %% ../../nbs/13_study/07_runs.ipynb #pin
 def _pin(pins):
+    "Begin a process: take one of the environments that are left"
     os.environ.update(pins.get())
+
+# %% ../../nbs/13_study/07_runs.ipynb #pool
+def _pool(n):
+    "n processes, each with its share of the cores and its own graphics card"
+    spawn = multiprocessing.get_context('spawn')
+    gpus, pins = _gpus(), spawn.SimpleQueue()
+    for i in range(n):
+        pins.put(_pinned(i, n, gpus))
+    return ProcessPoolExecutor(n, spawn, _pin, (pins,))
+
+# %% ../../nbs/13_study/07_runs.ipynb #result_of
+def _result_of(future):
+    "What `_notebook` said in another process, or that the process died"
+    try:
+        return future.result()
+    except BrokenExecutor:
+        return ('The process that ran it died: try fewer workers, or one.', False), ''
 
 # %% ../../nbs/13_study/07_runs.ipynb #side_by_side
 @contextmanager
 def _side_by_side(n):
-    "How to start a notebook in one of n processes, each on its own graphics card where there are any: `_notebook`, arguments → what waits for its result; with one, it runs when it is waited for"
+    "How to start a function in one of n processes: (f, arguments) → what waits for it; of one, it runs only then"
     if n < 2:
         yield partial
         return
-    spawn, gpus = multiprocessing.get_context('spawn'), _gpus()
-    pins = spawn.SimpleQueue()
-    for i in range(n):
-        pins.put(_pinned(i, n, gpus))
-    pool = ProcessPoolExecutor(n, spawn, _pin, (pins,))
+    pool = _pool(n)
 
-    def waits(future):
-        try:
-            return future.result()
-        except BrokenExecutor:
-            return ('The process that ran it died: try fewer workers, or one.', False), ''
+    def start(*call):
+        return partial(_result_of, pool.submit(*call))
 
     try:
-        yield lambda *call: partial(waits, pool.submit(*call))
+        yield start
     finally:
         pool.shutdown(cancel_futures=True)
 
+# %% ../../nbs/13_study/07_runs.ipynb #inside
+def _inside(folder, s):
+    "A folder, relative to the study where it lies in it"
+    root = s.root.resolve()
+    return str(folder.relative_to(root) if folder.is_relative_to(root) else folder)
+
 # %% ../../nbs/13_study/07_runs.ipynb #claim
 def _claim(s, names):
-    "Write down whose notebooks lie in a folder of runs. Raises `ValueError` where they are those of another model of that name"
+    "Write down whose notebooks lie in a folder. Raises `BadInput` where they are those of another model of that name."
     for where, name in names.items():
         folder = Path(where)
         if not folder.is_dir():
             continue  # a Hub id is its own name
-        inside = folder.is_relative_to(s.root.resolve())
-        mine = str(folder.relative_to(s.root.resolve()) if inside else folder)
-        marker = s.runs / name / 'model.txt'
+        mine, place = _inside(folder, s), s.runs / name
+        marker = place / 'model.txt'
         other = marker.read_text().strip() if marker.exists() else mine
         if other != mine and (s.root / other).is_dir():
-            raise ValueError(
-                f"{s.runs / name} holds the notebooks of another model of that name, {other}: rename {mine}, or set runs and figures to other folders."
-            )
+            mend = f'rename {mine}, or set runs and figures to other folders'
+            raise BadInput(f'{place} holds the notebooks of another model of that name, {other}: {mend}.')
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.write_text(mine + '\n')
+
+# %% ../../nbs/13_study/07_runs.ipynb #Place
+@dataclass
+class _Place:
+    "Where the notebooks of one model on one benchmark go"
+
+    where: str  # what `MLLM.load` takes
+    model: str  # name of the model
+    name: str  # of its folders: the model's, and the benchmark's
+    s: Settings  # the study, of this benchmark only
+
+# %% ../../nbs/13_study/07_runs.ipynb #places
+def _places(s, names):
+    "Of every model, on every benchmark; names: where → name"
+    pairs = [(where, benchmark) for where in names for benchmark in s.benchmarks]
+    return [_Place(w, names[w], _place(names[w], b), replace(s, benchmarks=(b,))) for w, b in pairs]
+
+# %% ../../nbs/13_study/07_runs.ipynb #Begun
+@dataclass
+class _Begun:
+    "A notebook of a place"
+
+    analysis: str  # its name
+    missing: str  # why it cannot run: rows that are missing
+    wait: object  # waits for its end, see `_notebook`; None where it was not begun
+
+# %% ../../nbs/13_study/07_runs.ipynb #missing_rows
+def _missing_rows(analysis, where, one, s):
+    "Why rows of an analysis are missing, in one sentence; '' where none are"
+    mine = jobs(replace(one, models=(where,), analyses=(analysis,)))
+    missing = [text for text in [failure(job, s) for job in mine] if text]
+    return missing[0] if missing else ''
+
+# %% ../../nbs/13_study/07_runs.ipynb #begin
+def _begin(analysis, place, s, start):
+    "Begin a notebook, unless rows are missing or it stands already"
+    missing = _missing_rows(analysis, place.where, place.s, s)
+    if missing:
+        return _Begun(analysis, missing, None)
+    arguments = (analysis, place.where, place.name, place.s)
+    try:
+        stands = _stands(*arguments)[0]
+    except Exception:
+        stands = False  # whatever is wrong with it: to run it says so
+    return _Begun(analysis, '', None if stands else start(_notebook, *arguments))
+
+# %% ../../nbs/13_study/07_runs.ipynb #finish
+def _finish(begun, place, report, expected):
+    "Wait for a notebook that was begun, and report it; missing rows are a failure where they were expected"
+    if begun.missing:
+        print(f'{place.name} · {begun.missing}', file=sys.stderr)
+        if expected:
+            _fail(report, place.name, begun.analysis, begun.missing, False)
+        return
+    wrong, said = begun.wait() if begun.wait else (None, 'done before, unchanged')
+    if wrong:
+        _fail(report, place.name, begun.analysis, *wrong)
+        return
+    report.done.append((place.name, begun.analysis))
+    if begun.wait:
+        report.fresh.add(place.model)
+    print(f'{place.name} · {begun.analysis}: {said}', file=sys.stderr, flush=True)
+
+# %% ../../nbs/13_study/07_runs.ipynb #title-of
+def _title(name, s):
+    "The model and the benchmark of a summary"
+    benchmark = s.benchmarks[0]
+    model = Path(name).name if benchmark == 'glyph' else name.removesuffix('/' + benchmark)
+    return f"{model} on {benchmark}{' (quick slice)' if s.quick else ''}"
+
+# %% ../../nbs/13_study/07_runs.ipynb #summarise
+def _summarise(where, name, s):
+    "Print what was found; it stands in `summary.csv` beside the figures, until a notebook runs again"
+    file = s.figures / name / 'summary.csv'
+    if not file.exists():
+        found = findings(where, [a for a in FINDINGS if a in ANALYSES], settings=s)
+        write_atomic(file, partial(found.to_csv, index=False, float_format='%.6g'))
+    found = pd.read_csv(file, dtype=dict(layers=str))
+    said = f'No rows of {", ".join(FINDINGS)} yet: what was computed stands in its tables and its notebook.'
+    if len(found):
+        said = summary_text(found)
+    print(f'\n{_title(name, s)}\n{said}\n')
+    print(f'figures and summary.csv: {os.path.relpath(file.parent)}')
+    print(f'executed notebooks: {os.path.relpath(s.runs / name)}')
+
+# %% ../../nbs/13_study/07_runs.ipynb #for_each
+def _for_each(s, names, analyses, workers, report):
+    "Run the notebooks about one model, for every model and benchmark; names: where → name"
+    with _side_by_side(workers) as start:
+        begun = [(place, [_begin(a, place, s, start) for a in analyses]) for place in _places(s, names)]
+        for place, notebooks_begun in begun:
+            for one in notebooks_begun:
+                _finish(one, place, report, expected=s.compute)
+            if any(model == place.name for model, _ in report.done):
+                _summarise(place.where, place.name, place.s)
+
+# %% ../../nbs/13_study/07_runs.ipynb #for_all
+def _for_all(s, models, analyses, report):
+    "Run the notebooks about all models"
+    for analysis in analyses:
+        try:
+            execute(analysis, models, 'study', s)
+        except Exception as e:  # whatever breaks in one notebook, the others still run
+            _fail(report, 'study', analysis, *_cause(e))
+            continue
+        report.done.append(('study', analysis))
+        print(f'tables of all models: {os.path.relpath(s.figures / "study")}', flush=True)
+
+# %% ../../nbs/13_study/07_runs.ipynb #models_found
+def _models_found(s, report):
+    "where → name of the models that are there; the others are reported"
+    names = {}
+    for model in s.models:
+        try:
+            where, name = find_model(model, s)
+            revision(where)
+            names[where] = name
+        except (ValueError, OSError) as e:
+            _fail(report, model, model, *_cause(e))
+    return names
+
+# %% ../../nbs/13_study/07_runs.ipynb #compute_rows
+def _compute_rows(s, workers, scheduler, wait):
+    "Compute the rows that are missing: on a cluster, in several processes, or here"
+    if not any(Store(s.results).missing(units(job, s)) for job in jobs(s)):
+        return
+    with finish_unit_on_signal():
+        if scheduler:
+            on_cluster(s, scheduler)
+        elif workers > 1:
+            on_workers(s, workers)
+        else:
+            work(s, wait=wait)
 
 # %% ../../nbs/13_study/07_runs.ipynb #run
 def run(
@@ -142,165 +301,76 @@ def run(
     workers: int = 1,  # local processes
     scheduler: str | None = None,  # address of a Dask scheduler instead
     rows: bool = True,  # compute rows; False draws the figures of those that are there
-    figures: bool = True,  # run the notebooks; False is for the tasks of an array, of which each does what the others leave
+    figures: bool = True,  # run the notebooks; False: for the tasks of an array, each does what the others leave
 ) -> Report:
-    "The whole study, with a one-screen summary per model. Raises `ValueError` for bad settings, `OSError` where rows cannot be kept."
+    "The whole study, with a summary per model. Raises `BadInput` for settings, `OSError` where rows cannot be kept."
     s = settings if isinstance(settings, Settings) else choose(settings, quick, models, None, analyses)
-    report, names = Report([], {}), {}
-
-    def fail(model, analysis, cause, ours):
-        report.failed[model, analysis] = cause
-        report.bad_input &= ours
-        print(f'{analysis} failed: {cause}', file=sys.stderr)
-
-    for model in s.models:
-        try:
-            where, name = find_model(model, s)
-            revision(where)
-            names[where] = name
-        except (ValueError, OSError) as e:
-            fail(model, model, *_cause(e))
+    report = Report([], {})
+    names = _models_found(s, report)
     if figures:
         _claim(s, names)
     s = replace(s, models=tuple(names), compute=rows)
-    if rows and any(Store(s.results).missing(units(job, s)) for job in jobs(s)):
-        with finish_unit_on_signal():
-            on_cluster(s, scheduler) if scheduler else on_workers(s, workers) if workers > 1 else work(s, wait=figures)
-    whole = [a for a in s.analyses if takes_all_models(notebooks(s)[a])]
-    places = (
-        [(w, _place(names[w], b), replace(s, benchmarks=(b,))) for w in names for b in s.benchmarks] if figures else []
-    )
-    with _side_by_side(workers) as start:
-
-        def begun(analysis, where, name, one):
-            missing = [
-                text for job in jobs(replace(one, models=(where,), analyses=(analysis,))) if (text := failure(job, s))
-            ]
-            try:
-                stands = _stands(analysis, where, name, one)[0]
-            except Exception:
-                stands = False  # to run it says what is wrong
-            return analysis, missing, None if missing or stands else start(_notebook, analysis, where, name, one)
-
-        for (where, name, one), mine in [(p, [begun(a, *p) for a in s.analyses if a not in whole]) for p in places]:
-            for analysis, missing, result in mine:
-                if missing:
-                    print(f'{name} · {missing[0]}', file=sys.stderr)
-                wrong, said = (
-                    ((missing[0], False) if rows else None, '')
-                    if missing
-                    else result()
-                    if result
-                    else (None, 'done before, unchanged')
-                )
-                if wrong:
-                    fail(name, analysis, *wrong)
-                if wrong or missing:
-                    continue
-                report.done.append((name, analysis))
-                if result:
-                    report.fresh.add(names[where])
-                print(f'{name} · {analysis}: {said}', file=sys.stderr, flush=True)
-            if any(m == name for m, _ in report.done):
-                _summarise(where, name, one)
-    for analysis in whole if figures and names else ():
-        try:
-            execute(analysis, list(names), 'study', s)
-        except Exception as e:
-            fail('study', analysis, *_cause(e))
-            continue
-        report.done.append(('study', analysis))
-        print(f'tables of all models: {os.path.relpath(s.figures / "study")}', flush=True)
+    if rows:
+        _compute_rows(s, workers, scheduler, wait=figures)
+    files = notebooks(s)
+    about_all = [a for a in s.analyses if takes_all_models(files[a])]
+    if figures:
+        _for_each(s, names, [a for a in s.analyses if a not in about_all], workers, report)
+        _for_all(s, list(names), about_all if names else [], report)
     for (model, analysis), cause in report.failed.items():
         print(f'FAILED {model} · {analysis}: {cause}', file=sys.stderr)
     return report
 
-# %% ../../nbs/13_study/07_runs.ipynb #summarise
-def _summarise(where, name, s):
-    "Print what was found; it stands in `summary.csv` beside the figures, until a notebook runs again"
-    file = s.figures / name / 'summary.csv'
-    if not file.exists():
-        found = findings(where, [a for a in FINDINGS if a in ANALYSES], settings=s)
-        write_atomic(file, lambda f: found.to_csv(f, index=False, float_format='%.6g'))
-    found, nothing = (
-        pd.read_csv(file, dtype=dict(layers=str)),
-        f'No rows of {", ".join(FINDINGS)} yet: what was computed stands in its tables and its notebook.',
-    )
-    print(
-        f"\n{Path(name).name if s.benchmarks == ('glyph',) else name.removesuffix('/' + s.benchmarks[0])} on {s.benchmarks[0]}{' (quick slice)' if s.quick else ''}\n{summary_text(found) if len(found) else nothing}\n\nfigures and summary.csv: {os.path.relpath(file.parent)}\nexecuted notebooks: {os.path.relpath(s.runs / name)}"
-    )
-
-# %% ../../nbs/13_study/07_runs.ipynb #c043
+# %% ../../nbs/13_study/07_runs.ipynb #size
 def _size(where):
-    "Decoder layers and gigabytes of a model's weights, from its files alone"
+    "Decoder layers and gigabytes of a model's weights, from its files alone; nan where they do not say it"
     config = _config(where)
-    layers = next(
-        (c['num_hidden_layers'] for c in (config.get('text_config') or {}, config) if 'num_hidden_layers' in c),
-        math.nan,
+    gigabytes = config.get('weights', math.nan) / 1e9
+    for part in (config.get('text_config') or {}, config):
+        if 'num_hidden_layers' in part:
+            return part['num_hidden_layers'], gigabytes
+    return math.nan, gigabytes
+
+# %% ../../nbs/13_study/07_runs.ipynb #pace
+def _pace(store, keys):
+    "Median seconds between the parts of a job; nan for fewer than three"
+    files = [store.path(k) for k in keys]
+    times = sorted(f.stat().st_mtime for f in files if f.exists())
+    return np.median(np.diff(times)) if len(times) > 2 else math.nan
+
+# %% ../../nbs/13_study/07_runs.ipynb #status_of
+def _status_of(job, s, store, failed, running):
+    "One row of `status`; failed: id → record, running: ids"
+    keys = units(job, s)
+    layers, gigabytes = _size(find_model(job.model, s)[0])
+    todo = store.missing(keys)
+    ids = {digest(k) for k in todo}
+    causes = [failed[i]['cause'] for i in ids if i in failed]
+    return job._asdict() | dict(
+        units=len(keys),
+        done=len(keys) - len(todo),
+        running=len(ids & running),
+        failed=len(ids & failed.keys()),
+        forwards=sum(len(k['samples']) for k in todo) * ANALYSES[job.analysis].forwards(layers),
+        gigabytes=gigabytes,
+        hours=len(todo) * _pace(store, keys) / 3600 if todo else 0,
+        cause=causes[0] if causes else '',
     )
-    return layers, config.get('weights', math.nan) / 1e9
 
 # %% ../../nbs/13_study/07_runs.ipynb #status
 def status(
     s: Settings,  # the study
-) -> (
-    pd.DataFrame
-):  # one row per job: units, done, running, failed; forwards and hours still to do, gigabytes of weights; cause
-    "How far a study is"
-    store, out = Store(s.results), []
+) -> pd.DataFrame:  # a row per job: units, done, running, failed, cause; still to do: forwards, gigabytes, hours
+    "How far a study is; gigabytes are those of the weights"
+    store = Store(s.results)
     failed, running = store.failures(), store.running()
-    for job in jobs(s):
-        keys, (layers, gigabytes) = units(job, s), _size(find_model(job.model, s)[0])
-        todo = store.missing(keys)
-        ids = {digest(k) for k in todo}
-        times = sorted(p.stat().st_mtime for k in keys if (p := store.path(k)).exists())
-        pace = np.median(np.diff(times)) if len(times) > 2 else math.nan
-        forwards = sum(len(k['samples']) for k in todo) * ANALYSES[job.analysis].forwards(layers)
-        out.append(
-            job._asdict()
-            | dict(
-                units=len(keys),
-                done=len(keys) - len(todo),
-                running=len(ids & running),
-                failed=len(ids & failed.keys()),
-                forwards=forwards,
-                gigabytes=gigabytes,
-                hours=len(todo) and len(todo) * pace / 3600,
-                cause=next((failed[i]['cause'] for i in ids if i in failed), ''),
-            )
-        )
-    return pd.DataFrame(out)
+    return pd.DataFrame([_status_of(job, s, store, failed, running) for job in jobs(s)])
 
-# %% ../../nbs/13_study/07_runs.ipynb #verify
-def verify(
-    s: Settings,  # the study
-    share: float = 0.01,  # of the samples of each job
-    seed: int | None = None,  # which; default: others every time
-) -> pd.DataFrame:  # analysis, model, dataset, split, sample, rows, same (as before, to the bit), difference (largest, of any number; inf where a text differs)
-    "Compute some samples again and compare. Raises `ValueError` where there is nothing to compare with."
-    store, choice, out = Store(s.results), random.Random(seed), []
-    for job in jobs(s):
-        there = [
-            (i, k)
-            for k in set(map(canonical, units(job, s))) - set(map(canonical, store.missing(units(job, s))))
-            for i in json.loads(k)['samples']
-        ]
-        for i, text in choice.sample(sorted(there), math.ceil(share * len(there))):
-            key = json.loads(text)
-            old = store.read([key], sample=i)
-            new = compute(job, s, key | dict(samples=[i])).reset_index(drop=True)
-            differ = (
-                [_difference(old[c], new[c]) for c in new if c not in ('commit', 'seconds')]
-                if len(old) == len(new)
-                else [math.inf]
-            )
-            out.append(
-                {k: key[k] for k in ('analysis', 'model', 'dataset', 'split')}
-                | dict(sample=i, rows=len(old), same=not any(differ), difference=max(differ))
-            )
-    if not out:
-        raise ValueError(f'No rows of this study in {s.results}: run fusion study first.')
-    return pd.DataFrame(out)
+# %% ../../nbs/13_study/07_runs.ipynb #flat
+def _flat(column):
+    "All numbers of a column of lists in one array; nan for an empty cell"
+    lists = [list(row) if np.ndim(row) else np.nan for row in column]
+    return np.array([x for row in lists for x in np.ravel(row)], float)
 
 # %% ../../nbs/13_study/07_runs.ipynb #difference
 def _difference(a, b):
@@ -308,11 +378,44 @@ def _difference(a, b):
     if pd.api.types.is_numeric_dtype(b):
         a, b = a.to_numpy(float), b.to_numpy(float)
     elif b.map(np.ndim).any():
-        a, b = (
-            np.array([x for row in c for x in np.ravel(list(row) if np.ndim(row) else np.nan)], float) for c in (a, b)
-        )
+        a, b = _flat(a), _flat(b)
     else:
-        return 0.0 if [str(x) for x in a.fillna('')] == [str(x) for x in b.fillna('')] else math.inf
+        same = [str(x) for x in a.fillna('')] == [str(x) for x in b.fillna('')]
+        return 0.0 if same else math.inf
     if a.shape != b.shape or (np.isnan(a) != np.isnan(b)).any():
         return math.inf
     return float(np.nanmax(np.abs(a - b), initial=0))
+
+# %% ../../nbs/13_study/07_runs.ipynb #computed
+def _computed(job, s, store):
+    "(sample, key as text) of every sample of a job whose rows are there, sorted"
+    keys = units(job, s)
+    there = {canonical(k) for k in keys} - {canonical(k) for k in store.missing(keys)}
+    return sorted((sample, text) for text in there for sample in json.loads(text)['samples'])
+
+# %% ../../nbs/13_study/07_runs.ipynb #compared
+def _compared(job, s, store, sample, key):
+    "One row of `verify`: a sample computed again, against the rows that are there"
+    old = store.read([key], sample=sample)
+    new = compute(job, s, key | dict(samples=[sample])).reset_index(drop=True)
+    differ = [math.inf]
+    if len(old) == len(new):
+        differ = [_difference(old[c], new[c]) for c in new if c not in ('commit', 'seconds')]
+    row = {k: key[k] for k in ('analysis', 'model', 'dataset', 'split')}
+    return row | dict(sample=sample, rows=len(old), same=not any(differ), difference=max(differ))
+
+# %% ../../nbs/13_study/07_runs.ipynb #verify
+def verify(
+    s: Settings,  # the study
+    share: float = 0.01,  # of the samples of each job
+    seed: int | None = None,  # which; default: others every time
+) -> pd.DataFrame:  # a row per sample: analysis, model, dataset, split, sample, rows, same, difference
+    "Compute some samples again: same to the bit, largest difference of a number. Raises `BadInput` without rows."
+    store, choice, out = Store(s.results), random.Random(seed), []
+    for job in jobs(s):
+        there = _computed(job, s, store)
+        for sample, text in choice.sample(there, math.ceil(share * len(there))):
+            out.append(_compared(job, s, store, sample, json.loads(text)))
+    if not out:
+        raise BadInput(f'No rows of this study in {s.results}: run fusion study first.')
+    return pd.DataFrame(out)

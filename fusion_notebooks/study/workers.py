@@ -13,16 +13,20 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import dataclass, field
+from fastcore.basics import patch
 from pathlib import Path
-from unittest.mock import patch
+from unittest import mock
 from ..analyses.records import ANALYSES
+from ..core.errors import BadInput, NotSupported
 from ..results.store import Store
 from .settings import Settings
 from .work_units import _cause, compute_missing, finish_unit_on_signal
 from .work_units import jobs, STOP, progress_reporter, units
 
-# %% ../../nbs/13_study/05_workers.ipynb #c035
+# %% ../../nbs/13_study/05_workers.ipynb #failed_before
 def _failed_before(s):
+    "Ids of the failures that stand in the store: a new run tries these units again, and its own failures only once"
     return {f['id'] for f in Store(s.results).failures().values()}
 
 # %% ../../nbs/13_study/05_workers.ipynb #work
@@ -32,7 +36,9 @@ def work(
     old=None,  # ids of failures to try again; default: all there are
 ):
     "Compute all rows of a study in this process, model after model"
-    old, todo = _failed_before(s) if old is None else old, {job: units(job, s) for job in jobs(s)}
+    if old is None:
+        old = _failed_before(s)
+    todo = {job: units(job, s) for job in jobs(s)}
     tell = progress_reporter(todo, s)
     for last in (False, True) if wait else (False,):
         for job in todo:
@@ -42,17 +48,18 @@ def work(
                 continue  # refine without its calibration, which has its own record
             compute_missing(job, s, todo[job], last, old, tell)
 
+# %% ../../nbs/13_study/05_workers.ipynb #stop_with
+def _stop_with(parent):
+    "Wait until this process has another parent, then stop after the unit in hand"
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    STOP.set()
+
 # %% ../../nbs/13_study/05_workers.ipynb #worker
 def _worker(s, parent, old):
     "One local worker: it ends with its parent, and finishes its unit when asked to stop"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent passes it on
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        STOP.set()
-
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=_stop_with, args=(parent,), daemon=True).start()
     try:
         with finish_unit_on_signal([signal.SIGTERM]):
             work(s, old=old)
@@ -66,107 +73,151 @@ def _worker(s, parent, old):
 def _gpus():
     "Names of the graphics cards that this process may use"
     given = os.environ.get('CUDA_VISIBLE_DEVICES')
-    return (
-        [g for g in given.split(',') if g]
-        if given is not None
-        else [str(i) for i, _ in enumerate(Path('/proc/driver/nvidia/gpus').glob('*'))]
-    )
+    if given is not None:
+        return [name for name in given.split(',') if name]
+    return [str(i) for i, _ in enumerate(Path('/proc/driver/nvidia/gpus').glob('*'))]
 
 # %% ../../nbs/13_study/05_workers.ipynb #pinned
 def _pinned(i, n, gpus):
     "Environment of the i-th of n processes: its share of the cores, and its graphics card"
-    threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, (os.cpu_count() or 1) // n))
-    return dict(OMP_NUM_THREADS=threads, OMP_WAIT_POLICY='passive', TOKENIZERS_PARALLELISM='false') | (
-        dict(CUDA_VISIBLE_DEVICES=gpus[i % len(gpus)]) if gpus else {}
-    )
+    share = str(max(1, (os.cpu_count() or 1) // n))
+    threads = os.environ.get('OMP_NUM_THREADS') or share
+    pins = dict(OMP_NUM_THREADS=threads, OMP_WAIT_POLICY='passive', TOKENIZERS_PARALLELISM='false')
+    if gpus:
+        pins['CUDA_VISIBLE_DEVICES'] = gpus[i % len(gpus)]
+    return pins
+
+# %% ../../nbs/13_study/05_workers.ipynb #Workers
+@dataclass
+class _Workers:
+    "Local processes that compute a study"
+
+    s: Settings  # the study
+    n: int  # processes
+    gpus: list  # names of graphics cards
+    old: set  # ids of failures to try again
+    alive: dict = field(default_factory=dict)  # number → process
+    deaths: int = 0  # one after the other without a unit done in between
+    before: tuple | None = None  # (units done, units failed) at the last death
+
+# %% ../../nbs/13_study/05_workers.ipynb #Workers_start
+@patch
+def start(self: _Workers, i):
+    "Start the i-th worker"
+    spawn = multiprocessing.get_context('spawn')
+    with mock.patch.dict(os.environ, _pinned(i, self.n, self.gpus)):
+        self.alive[i] = spawn.Process(target=_worker, args=(self.s, os.getpid(), self.old), name=f'worker {i}')
+        self.alive[i].start()
+
+# %% ../../nbs/13_study/05_workers.ipynb #Workers_ended
+@patch
+def ended(self: _Workers):
+    "Remove the processes that have ended: [(number, exit code)] of those that died"
+    gone = [(i, p.exitcode) for i, p in self.alive.items() if not p.is_alive()]
+    for i, _ in gone:
+        del self.alive[i]
+    return [(i, code) for i, code in gone if code != 0]
+
+# %% ../../nbs/13_study/05_workers.ipynb #Workers_count_death
+@patch
+def count_death(self: _Workers, code):
+    "Raises `OSError` where a worker could not go on, or where workers die and finish nothing in between"
+    if code == 2:
+        raise OSError('A worker could not go on; its reason stands above.')
+    store = Store(self.s.results)
+    now = (len(store.parts()), len(store.failures()))
+    self.deaths = self.deaths + 1 if now == self.before else 0
+    self.before = now
+    if self.deaths > 3 * self.n:
+        raise OSError(f'Workers die (exit code {code}) without finishing a unit: try fewer of them, or none.')
+
+# %% ../../nbs/13_study/05_workers.ipynb #Workers_stop
+@patch
+def stop(self: _Workers):
+    "Let all workers finish the unit in hand, and wait for them"
+    for p in self.alive.values():
+        p.terminate()
+    for p in self.alive.values():
+        p.join()
 
 # %% ../../nbs/13_study/05_workers.ipynb #on_workers
 def on_workers(
     s: Settings,  # the study
     n: int,  # processes
 ):
-    "Compute all rows of a study in local processes, each on its own graphics card where there are any. Raises `OSError` where they cannot go on."
-    spawn, store, gpus, old, alive, deaths = (
-        multiprocessing.get_context('spawn'),
-        Store(s.results),
-        _gpus(),
-        _failed_before(s),
-        {},
-        0,
-    )
-    todo = {job: units(job, s) for job in jobs(s)}
-    tell, before = progress_reporter(todo, s), None
-
-    def start(i):
-        with patch.dict(os.environ, _pinned(i, n, gpus)):
-            alive[i] = spawn.Process(target=_worker, args=(s, os.getpid(), old), name=f'worker {i}')
-            alive[i].start()
-
+    "Compute a study in local processes, each on its own graphics card. Raises `OSError` where they cannot go on."
+    workers = _Workers(s, n, _gpus(), _failed_before(s))
+    tell = progress_reporter({job: units(job, s) for job in jobs(s)}, s)
     try:
         for i in range(n):
-            start(i)
-        while alive:
+            workers.start(i)
+        while workers.alive:
             STOP.wait(0.5)
             tell()
             if STOP.is_set():
                 raise KeyboardInterrupt
-            for i, p in [(i, p) for i, p in alive.items() if not p.is_alive()]:
-                del alive[i]
-                if p.exitcode == 0:
-                    continue
-                if p.exitcode == 2:
-                    raise OSError('A worker could not go on; its reason stands above.')
-                now = (len(store.parts()), len(store.failures()))
-                deaths, before = (0 if now != before else deaths + 1), now
-                if deaths > 3 * n:
-                    raise OSError(
-                        f'Workers die (exit code {p.exitcode}) without finishing a unit: try fewer of them, or none.'
-                    )
-                print(f'worker {i} died (exit code {p.exitcode}); another one takes over', file=sys.stderr, flush=True)
-                start(i)
+            for i, code in workers.ended():
+                workers.count_death(code)
+                print(f'worker {i} died (exit code {code}); another one takes over', file=sys.stderr, flush=True)
+                workers.start(i)
     finally:
-        for p in alive.values():
-            p.terminate()
-        for p in alive.values():
-            p.join()
+        workers.stop()
 
-# %% ../../nbs/13_study/05_workers.ipynb #on_cluster
-def _on_cluster(job, s, key, old):
+# %% ../../nbs/13_study/05_workers.ipynb #check_address
+def _check_address(address):
+    "Raises `BadInput` for another machine without encryption"
+    if not re.fullmatch(r'tls://.+|(tcp|inproc)://(127(\.\d+){3}|localhost|\[::1\])(:\d+)?/?', address):
+        mend = 'give a tls:// address, see nbs/guides/clusters.ipynb'
+        raise BadInput(f'{address} is another machine without encryption: {mend}.')
+
+# %% ../../nbs/13_study/05_workers.ipynb #compute_on_cluster
+def _compute_unit(job, s, key, old):
+    "A task of the cluster: one unit"
     compute_missing(job, s, [key], False, old)
 
-# %% ../../nbs/13_study/05_workers.ipynb #on_cluster-2
+# %% ../../nbs/13_study/05_workers.ipynb #submit
+def _submit(client, s, todo, old):
+    "Hand every missing unit to the cluster: future → (job, key)"
+    store, asked = Store(s.results), {}
+    for job, keys in todo.items():
+        for key in store.missing(keys):
+            if store.failure(key).get('id') in (None, *old):
+                future = client.submit(_compute_unit, job, s, key, old, pure=False)
+                asked[future] = (job, key)
+    return asked
+
+# %% ../../nbs/13_study/05_workers.ipynb #take
+def _take(future, key, store):
+    "Record why a unit failed. Raises `OSError` where the worker could not keep rows."
+    if future.status != 'error':
+        return
+    e = future.exception()
+    if isinstance(e, OSError):
+        raise e
+    store.fail(key, *_cause(e))
+
+# %% ../../nbs/13_study/05_workers.ipynb #on_cluster
 def on_cluster(
     s: Settings,  # the study
     address: str,  # of a Dask scheduler, tls://host:port, or tcp:// on this machine; all must see the same folders
 ):
-    "Compute all rows of a study on a Dask cluster. Raises `ValueError` for an address that is not encrypted, `OSError` where nobody answers."
-    if not re.fullmatch(r'tls://.+|(tcp|inproc)://(127(\.\d+){3}|localhost|\[::1\])(:\d+)?/?', address):
-        raise ValueError(
-            f'{address} is another machine without encryption: give a tls:// address, see nbs/guides/clusters.ipynb.'
-        )
+    "Compute a study on a Dask cluster. Raises `BadInput` for an unencrypted address, `OSError` where nobody answers."
+    _check_address(address)
     try:
         from distributed import Client, as_completed
     except ImportError:
-        raise ValueError("--scheduler needs Dask: python -m pip install 'fusion_notebooks[cluster]'.") from None
+        raise NotSupported("--scheduler needs Dask: python -m pip install 'fusion_notebooks[cluster]'.") from None
     store, old = Store(s.results), _failed_before(s)
     with Client(address, set_as_default=False) as client:
         for late in (False, True):
             todo = {job: units(job, s) for job in jobs(s) if ANALYSES[job.analysis].calibrated == late}
             tell = progress_reporter(todo, s)
             for _ in range(3):  # what another study had claimed is asked for again
-                asked = {
-                    client.submit(_on_cluster, job, s, k, old, pure=False): (job, k)
-                    for job, keys in todo.items()
-                    for k in store.missing(keys)
-                    if store.failure(k).get('id') in (None, *old)
-                }
+                asked = _submit(client, s, todo, old)
                 try:
-                    for f in as_completed(asked, loop=client.loop):
-                        job, key = asked[f]
-                        if f.status == 'error':
-                            if isinstance(e := f.exception(), OSError):
-                                raise e
-                            store.fail(key, *_cause(e))
+                    for future in as_completed(asked, loop=client.loop):
+                        job, key = asked[future]
+                        _take(future, key, store)
                         tell(job)
                         if STOP.is_set():
                             raise KeyboardInterrupt
