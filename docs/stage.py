@@ -443,7 +443,7 @@ def interactive(
     shown = [
         ''.join(o.data['text/html'])
         for p, nb in books.items()
-        if p.stem == '02_widget'
+        if p.stem == '04_recorded'
         for c in nb.cells
         if 'recorded(' in c.source
         for o in c.get('outputs', [])

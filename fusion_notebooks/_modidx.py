@@ -2355,6 +2355,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'fusion_notebooks/study/settings.py'),
                                                  'fusion_notebooks.study.settings.find_settings': ( '13_study/settings.html#find_settings',
                                                                                                     'fusion_notebooks/study/settings.py'),
+                                                 'fusion_notebooks.study.settings.known_benchmarks': ( '13_study/settings.html#known_benchmarks',
+                                                                                                       'fusion_notebooks/study/settings.py'),
                                                  'fusion_notebooks.study.settings.notebooks': ( '13_study/settings.html#notebooks',
                                                                                                 'fusion_notebooks/study/settings.py'),
                                                  'fusion_notebooks.study.settings.read_settings': ( '13_study/settings.html#read_settings',

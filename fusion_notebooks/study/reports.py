@@ -17,7 +17,7 @@ from .work_units import ANALYSES, calibrate, require
 def findings(
     model: str,  # demo name, local folder or Hub id
     analyses=tuple(FINDINGS),  # keys of `results.FINDINGS`
-    benchmark: str = '',  # one of `BENCHMARKS`; default: the first in the settings
+    benchmark: str = '',  # one of `known_benchmarks`; default: the first in the settings
     settings='settings.ini',  # path or `Settings`
     compute: bool = False,  # True: compute rows that are missing
 ) -> pd.DataFrame:  # analysis, finding, kind, value, low, high, p, layers, n
@@ -58,7 +58,7 @@ def provenance(
 # %% ../../nbs/13_study/04_reports.ipynb #card
 def card(
     model: str,  # demo name, local folder or Hub id
-    benchmark: str = '',  # one of `BENCHMARKS`; default: the first in the settings
+    benchmark: str = '',  # one of `known_benchmarks`; default: the first in the settings
     settings='settings.ini',  # path or `Settings`
 ) -> dict:  # rows, found, provenance: what `plots.card` takes
     "What a model's fusion card says, from rows that are there. Raises `BadInput` where there are none."

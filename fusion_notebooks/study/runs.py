@@ -24,7 +24,7 @@ from ..core.errors import BadInput
 from ..results.store import canonical, digest, Store, write_atomic
 from ..results.findings import FINDINGS
 from ..results.sentences import summary_text
-from .settings import BENCHMARKS, notebooks, read_settings, Settings
+from .settings import known_benchmarks, notebooks, read_settings, Settings
 from .samples import _config, check_names, find_model, revision
 from .work_units import _cause, ANALYSES, compute, failure, finish_unit_on_signal, jobs, units
 from .reports import _place, findings
@@ -81,7 +81,7 @@ def choose(
     )
     if limit:
         s = _limited(s, limit)
-    for what, some, known in (('analysis', s.analyses, notebooks(s)), ('benchmark', s.benchmarks, BENCHMARKS)):
+    for what, some, known in (('analysis', s.analyses, notebooks(s)), ('benchmark', s.benchmarks, known_benchmarks())):
         unknown = [name for name in some if name not in known]
         if unknown:
             raise BadInput(f"No {what} '{unknown[0]}'; known: {', '.join(known)}.")

@@ -20,7 +20,7 @@ from ..core.errors import BadInput
 from ..core.files import read_json
 from ..core.images import open_image
 from ..results.store import Store
-from .settings import BENCHMARKS, PACKAGE, Settings
+from .settings import known_benchmarks, PACKAGE, Settings
 
 # %% ../../nbs/13_study/01_samples.ipynb #find_model
 def find_model(
@@ -136,7 +136,7 @@ def load(
 # %% ../../nbs/13_study/01_samples.ipynb #draw
 @lru_cache(maxsize=4)
 def draw(
-    benchmark: str,  # one of `BENCHMARKS`
+    benchmark: str,  # one of `known_benchmarks`
     split: str,  # calibration or evaluation
     limit: int,  # samples per kind
     seed: int = 0,  # other samples
@@ -144,8 +144,8 @@ def draw(
     family: str = '',  # config.model_type: how the questions of a benchmark are put
 ) -> tuple:  # of `Sample`
     "The samples of one split. Raises `BadInput` and `OSError` for files that cannot be used."
-    if benchmark not in BENCHMARKS:
-        raise BadInput(f"No benchmark '{benchmark}'; known: {', '.join(BENCHMARKS)}.")
+    if benchmark not in known_benchmarks():
+        raise BadInput(f"No benchmark '{benchmark}'; known: {', '.join(known_benchmarks())}.")
     if benchmark != 'glyph':
         return tuple(vqa.load(benchmark, split=split, limit=limit, order='random', seed=seed, root=root, family=family))
     from fusion_notebooks import demo
@@ -170,7 +170,7 @@ def _asked(job, s):
 def questions(
     model: str,  # demo name, local folder or Hub id
     s: Settings,  # the study
-    benchmark: str = '',  # one of `BENCHMARKS`; default: the first in the settings
+    benchmark: str = '',  # one of `known_benchmarks`; default: the first in the settings
     split: str = 'evaluation',  # calibration or evaluation
 ) -> tuple:  # of `Sample`
     "The questions behind the rows of `require`"
@@ -258,8 +258,8 @@ def listing(
     s: Settings,  # the study
 ) -> list:  # of [id, kind, hash of what is asked]
     "What `draw` gives, without drawing it again. Raises `BadInput` for an unknown benchmark."
-    if job.benchmark not in BENCHMARKS:
-        raise BadInput(f"No benchmark '{job.benchmark}'; known: {', '.join(BENCHMARKS)}.")
+    if job.benchmark not in known_benchmarks():
+        raise BadInput(f"No benchmark '{job.benchmark}'; known: {', '.join(known_benchmarks())}.")
     key = dict(
         samples=list(_asked(job, s)),
         files=_official_files(s.annotations / job.benchmark),

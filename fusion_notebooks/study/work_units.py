@@ -27,7 +27,7 @@ from ..core import catalog
 from ..core.errors import BadInput
 from ..results.claims import excuse_claims
 from ..results.store import digest, Store
-from .settings import BENCHMARKS, read_settings, Settings
+from .settings import known_benchmarks, read_settings, Settings
 from .samples import _asked, code_of, draw, find_model, Job, listing, load, revision
 
 # %% ../../nbs/13_study/03_work_units.ipynb #calibrated
@@ -87,7 +87,7 @@ def _common_key(job, s, compute):
         dataset=job.benchmark,
         split=job.split,
         seed=s.seed,
-        metric=BENCHMARKS[job.benchmark],
+        metric=known_benchmarks()[job.benchmark],
         code=code_of(f'core mllm metrics {a.modules}', a.rows),
         package=version('fusion_notebooks'),
         transformers=version('transformers'),
@@ -335,8 +335,8 @@ def _job_of(analysis, model, benchmark, split, s):
     if split not in ('calibration', 'evaluation'):
         raise BadInput(f"No split '{split}'; known: calibration, evaluation.")
     benchmark = benchmark or s.benchmarks[0]
-    if benchmark not in BENCHMARKS:
-        raise BadInput(f"No benchmark '{benchmark}'; known: {', '.join(BENCHMARKS)}.")
+    if benchmark not in known_benchmarks():
+        raise BadInput(f"No benchmark '{benchmark}'; known: {', '.join(known_benchmarks())}.")
     return Job(analysis, model, benchmark, split)
 
 # %% ../../nbs/13_study/03_work_units.ipynb #rows_of
@@ -355,7 +355,7 @@ def _computed(job, s, keys):
 def require(
     analysis: str,  # a key of `ANALYSES`
     model: str,  # demo name, local folder or Hub id
-    benchmark: str = '',  # one of `BENCHMARKS`; default: the first in the settings
+    benchmark: str = '',  # one of `known_benchmarks`; default: the first in the settings
     split: str = '',  # calibration or evaluation; default: that of the analysis
     limit: int | None = None,  # samples per kind; default: as the settings say
     settings='settings.ini',  # path or `Settings`
@@ -417,7 +417,7 @@ class Calibration:
 # %% ../../nbs/13_study/03_work_units.ipynb #calibrate
 def calibrate(
     model: str,  # demo name, local folder or Hub id
-    benchmark: str = '',  # one of `BENCHMARKS`; default: the first in the settings
+    benchmark: str = '',  # one of `known_benchmarks`; default: the first in the settings
     settings='settings.ini',  # path or `Settings`
     compute: bool | None = None,  # False: only from rows that are there; default: as the settings say
 ) -> Calibration:  # None where there are no rows
