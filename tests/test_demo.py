@@ -238,10 +238,10 @@ def test_what_each_hop_is_for():
 
 
 def test_patches_that_a_box_touches():
-    assert demo.training._touched((0, 0, 384, 384)).all()
-    one = demo.training._touched((48, 96, 96, 144)).reshape(8, 8)  # column 1, row 2
+    assert demo.recipes._touched((0, 0, 384, 384)).all()
+    one = demo.recipes._touched((48, 96, 96, 144)).reshape(8, 8)  # column 1, row 2
     assert one.sum() == 1 and one[2, 1]
-    assert demo.training._touched((47, 96, 97, 144)).sum() == 3
+    assert demo.recipes._touched((47, 96, 97, 144)).sum() == 3
 
 
 def test_what_is_hidden_at_every_layer_is_not_seen(packed):

@@ -11,6 +11,7 @@ import pandas as pd
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
+from ..core.catalog import register
 
 # %% ../../nbs/13_analyses/00_records.ipynb #no_options
 def no_options(
@@ -44,11 +45,13 @@ def analysis(
 ):  # decorator of the function that makes the rows
     "Make an analysis known to studies"
 
-    def register(rows):
-        ANALYSES[name] = Analysis(rows, options, modules, forwards, split, calibrated)
+    def keep(rows):
+        known = {other: a.rows for other, a in ANALYSES.items()}
+        register(known, name, rows)
+        ANALYSES.setdefault(name, Analysis(rows, options, modules, forwards, split, calibrated))
         return rows
 
-    return register
+    return keep
 
 # %% ../../nbs/13_analyses/00_records.ipynb #scored
 def score(

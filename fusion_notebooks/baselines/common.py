@@ -71,12 +71,11 @@ def method(
     if name not in catalog.METHODS or catalog.METHODS[name].how != 'baseline':
         raise BadInput(f"The catalog has no baseline '{name}': add its row with `core.catalog.add_method` first.")
 
-    def register(run):
-        catalog.note_added(name, run)
-        METHODS[name] = run
+    def keep(run):
+        catalog.register(METHODS, name, run)
         return run
 
-    return register
+    return keep
 
 # %% ../../nbs/07_baselines/00_common.ipynb #counting
 @contextmanager

@@ -8,7 +8,7 @@ __all__ = ['CROPS', 'MASKS', 'View', 'crop_by', 'mask_by']
 # %% ../../nbs/06_contrast/04_choices.ipynb #imports
 import numpy as np
 from dataclasses import dataclass
-from ..core.catalog import note_added
+from ..core.catalog import register
 from ..mllm.handle import Prompt
 from ..fusion.maps import normalise
 from .contrastive import Contrast
@@ -53,12 +53,11 @@ def crop_by(
 ):  # decorator
     "Make a function known as a choice of crops"
 
-    def register(choose):
-        note_added(f'crop by {name}', choose)
-        CROPS[name] = choose
+    def keep(choose):
+        register(CROPS, name, choose)
         return choose
 
-    return register
+    return keep
 
 # %% ../../nbs/06_contrast/04_choices.ipynb #mask_by
 def mask_by(
@@ -66,12 +65,11 @@ def mask_by(
 ):  # decorator
     "Make a function known as a choice of masked tokens"
 
-    def register(value):
-        note_added(f'mask by {name}', value)
-        MASKS[name] = value
+    def keep(value):
+        register(MASKS, name, value)
         return value
 
-    return register
+    return keep
 
 # %% ../../nbs/06_contrast/04_choices.ipynb #crop_contrast
 @crop_by('contrast')

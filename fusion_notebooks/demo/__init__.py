@@ -4,7 +4,13 @@ from .scenes import *
 from .questions import *
 from .models import *
 from .packing import *
-from .training import *
+from .streams import *
+from .fitting import *
+from .recipes import *
+from .trainer import *
+from .lessons import *
+from .stages import *
+from .evaluation import *
 from .shipped import *
 
 __all__ = [name for name in dir() if not name.startswith('_')]

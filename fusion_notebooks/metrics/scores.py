@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import re
 from functools import lru_cache
+from ..core.catalog import register
 from ..core.errors import BadInput
 
 # %% ../../nbs/09_metrics/00_scores.ipynb #METRICS
@@ -25,12 +26,12 @@ def metric(
 ):  # a decorator of (prediction, answers) → score, 0…1
     "Register a metric under a name"
 
-    def register(f):
-        METRICS[name] = f
+    def keep(f):
+        register(METRICS, name, f)
         _TAKES[name] = takes, fits
         return f
 
-    return register
+    return keep
 
 # %% ../../nbs/09_metrics/00_scores.ipynb #c005
 _ENDINGS = {

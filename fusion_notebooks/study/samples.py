@@ -221,18 +221,29 @@ def _functions_named(f, tree):
         if callable(used) and _package(used) == _package(f):
             yield used
 
+# %% ../../nbs/13_study/01_samples.ipynb #tree_of
+def _tree_of(function):
+    "The syntax tree of a function. Raises `BadInput` where its source cannot be read"
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError):
+        raise BadInput(
+            f"The source of '{getattr(function, '__name__', function)}' cannot be read, so its rows could not be told "
+            'from others: define it in a file or a cell.'
+        ) from None
+
 # %% ../../nbs/13_study/01_samples.ipynb #code_of
 @lru_cache
 def code_of(
     modules: str = '*',  # names of modules or packages of this package, separated by blanks, see `modules_of`
     function=None,  # with the functions of its own package that it names
 ) -> str:  # 8 hexadecimal digits
-    "A hash of code; comments do not count. Raises `BadInput` for a module that is not there."
+    "A hash of code; comments do not count. Raises `BadInput` for a module that is not there, or a source that is not."
     trees = [ast.parse(f.read_text()) for name in modules.split() for f in modules_of(name)]
     todo = [function] if function else []
     for f in todo:  # grows by the functions that are found
         f = inspect.unwrap(f)
-        tree = ast.parse(textwrap.dedent(inspect.getsource(f)))
+        tree = _tree_of(f)
         trees.append(tree)
         for used in _functions_named(f, tree):
             if used not in todo:
