@@ -20,7 +20,8 @@ def resample(
     seed: int = 0,
 ) -> np.ndarray:  # (draws, n) how often each cluster is drawn; rows sum to n
     "Bootstrap weights, the same for the same arguments"
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws).astype('float32')
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)
+    return drawn.astype('float32')
 
 # %% ../../nbs/03_fusion/02_bands.ipynb #check_columns
 def _check_columns(curve):
@@ -34,6 +35,16 @@ def _check_columns(curve):
                 f'curve: column {column!r} holds {sorted(curve[column].unique())}; pass the rows of one of them'
             )
 
+# %% ../../nbs/03_fusion/02_bands.ipynb #check_layers
+def _check_layers(layers, depth):
+    "Raises `BadInput` for a layer number that a model of this depth has not"
+    wrong = layers[(layers < 0) | (layers >= depth) | (layers % 1 != 0)]
+    if len(wrong):
+        raise BadInput(
+            f'curve: layer {wrong.iloc[0]} does not exist in a model of {depth} decoder layers (0 to {depth - 1}); '
+            'drop these rows'
+        )
+
 # %% ../../nbs/03_fusion/02_bands.ipynb #check
 def _check(curve, n_layers):
     "(curve with whole layers and a dataset, depth). Raises `BadInput`"
@@ -44,12 +55,7 @@ def _check(curve, n_layers):
     if not curve.accuracy.between(0, 100).all():
         raise BadInput('curve: an accuracy lies outside 0 to 100; pass percent or shares')
     depth = int(n_layers or curve.layer.max() + 1)
-    wrong = curve.layer[(curve.layer < 0) | (curve.layer >= depth) | (curve.layer % 1 != 0)]
-    if len(wrong):
-        raise BadInput(
-            f'curve: layer {wrong.iloc[0]} does not exist in a model of {depth} decoder layers (0 to {depth - 1}); '
-            'drop these rows'
-        )
+    _check_layers(curve.layer, depth)
     dataset = curve['dataset'] if 'dataset' in curve else ''
     return curve.assign(layer=curve.layer.astype(int), dataset=dataset), depth
 
@@ -58,40 +64,54 @@ def _unmasked(base, dataset):
     "One dataset's base: a number, or a Series over samples. Raises `BadInput` where it has none"
     if isinstance(base, pd.DataFrame):
         rows = base[base['dataset'] == dataset] if 'dataset' in base else base
-        return rows.groupby('sample').accuracy.mean() if 'sample' in rows else rows.accuracy.mean()
-    if isinstance(base, dict) and dataset not in base:
+        if 'sample' in rows:
+            return rows.groupby('sample').accuracy.mean()
+        return rows.accuracy.mean()
+    if not isinstance(base, dict):
+        return base
+    if dataset not in base:
         raise BadInput(f'base: dataset {dataset!r} has no unmasked accuracy; known are {sorted(base)}')
-    return base[dataset] if isinstance(base, dict) else base
+    return base[dataset]
 
 # %% ../../nbs/03_fusion/02_bands.ipynb #scale
 def _scale(curve, bases):
     "100 where accuracies are percent, 1 where they are shares. Raises `BadInput` where curve and base differ in that"
-    known, most = max(np.max(b) for b in bases.values()), curve.accuracy.max()
+    known = max(np.max(b) for b in bases.values())
+    most = curve.accuracy.max()
     if not 0 <= known <= 100:
         raise BadInput(f'base: {known} is no accuracy; pass percent or shares')
     if known <= 1 and most > 1.5:
         raise BadInput(f'base: {known:g} is a share, but the curve reaches {most:g} percent; pass both in one unit')
     return 100.0 if max(known, most) > 1.5 else 1.0
 
-# %% ../../nbs/03_fusion/02_bands.ipynb #by_picture
-def _resampled_pictures(rows, base, draws, seed):
-    "(k+1,) accuracies by layer, base last · (draws, k+1) the same of resampled pictures · number of pictures"
+# %% ../../nbs/03_fusion/02_bands.ipynb #cells
+def _cells(rows, base):
+    "(samples, k+1) accuracy by layer, then unmasked; NaN where not measured. Raises `BadInput` where nothing is paired"
     cells = rows.pivot_table(index='sample', columns='layer', values='accuracy')
     cells['base'] = base
     if cells.base.isna().all():
         raise BadInput('base: no sample of the curve has an unmasked accuracy; both need the same sample ids')
+    return cells
+
+# %% ../../nbs/03_fusion/02_bands.ipynb #by_picture
+def _resampled_pictures(rows, base, draws, seed):
+    "(k+1,) accuracies by layer, base last · (draws, k+1) the same of resampled pictures · number of pictures"
+    cells = _cells(rows, base)
     picture = cells.index
     if 'image' in rows:
         picture = rows.groupby('sample')['image'].first().reindex(cells.index)
-    sums = cells.groupby(np.asarray(picture)).sum().values
-    counts = cells.notna().astype(float).groupby(np.asarray(picture)).sum().values
-    w = resample(len(sums), draws, seed)
-    with np.errstate(invalid='ignore'):
-        return sums.sum(0) / counts.sum(0), (w @ sums) / (w @ counts), len(sums)
+    picture = np.asarray(picture)
+    sums = cells.groupby(picture).sum().values  # (pictures, k+1)
+    counts = cells.notna().astype(float).groupby(picture).sum().values
+    weights = resample(len(sums), draws, seed)
+    with np.errstate(invalid='ignore'):  # a layer that no drawn picture was asked at: 0 / 0, NaN
+        measured = sums.sum(0) / counts.sum(0)
+        resampled = (weights @ sums) / (weights @ counts)
+    return measured, resampled, len(sums)
 
 # %% ../../nbs/03_fusion/02_bands.ipynb #by_count
 def _resampled_counts(rows, base, n, draws, seed):
-    "The same for accuracies behind which n answers stand; without n there are no draws"
+    "The same from accuracies behind which n answers stand; (0, k+1) without n, for then nothing can be drawn"
     x = np.r_[rows.groupby('layer').accuracy.mean(), np.mean(base)]
     if not n and 'n' in rows and rows['n'].notna().all():
         n = int(rows['n'].min())
@@ -134,8 +154,12 @@ def _isolated(x):
     return level - x[..., :-1], level
 
 # %% ../../nbs/03_fusion/02_bands.ipynb #gaps
-def _gaps(reading, mine, depth):
-    "(layers,) of bool: where the neighbours that a reading needs are too far away"
+def _gaps(
+    reading,  # one of the four
+    mine,  # (k,) measured layers, ascending
+    depth,  # decoder layers of the model
+):  # (k,) bool
+    "Where the neighbours that a reading needs are too far away"
     steps = np.diff(np.r_[mine, depth])
     usual = np.median(steps[:-1]) if len(steps) > 1 else 1
     far = steps > 2 * usual
@@ -145,13 +169,22 @@ def _gaps(reading, mine, depth):
         return far | np.r_[False, far[:-1]]
     return np.zeros(len(far), bool)
 
-# %% ../../nbs/03_fusion/02_bands.ipynb #c022
+# %% ../../nbs/03_fusion/02_bands.ipynb #pool
 def _pool(parts, share):
     "Mean drop and level over the datasets of (2, datasets, …); with `share` the drop is divided by its level"
     drop, level = np.nanmean(parts, 1)
     if share:
         drop = np.divide(drop, level, out=np.full_like(drop, np.nan), where=level > 1e-9)
     return drop, level
+
+# %% ../../nbs/03_fusion/02_bands.ipynb #critical
+def _critical(many, se, clusters, level):
+    "By how many standard errors a band must reach out to hold for all layers at once"
+    z = norm.ppf(0.5 + level / 2)
+    largest = np.nanmax(np.abs(many - np.nanmean(many, 0)) / se, 1)  # (draws,)
+    width = max(z, np.nanquantile(largest, level))
+    small_sample = np.sqrt(clusters / (clusters - 1)) * student.ppf(0.5 + level / 2, clusters - 1) / z
+    return width * small_sample  # as in `metrics.interval`
 
 # %% ../../nbs/03_fusion/02_bands.ipynb #band
 def _band(drop, many, clusters, level):
@@ -161,9 +194,5 @@ def _band(drop, many, clusters, level):
     if clusters < 2:
         return drop - np.inf, drop + np.inf  # one picture says nothing of others
     se = np.maximum(np.nanstd(many, 0), 0.5 / clusters)  # a handful of equal scores is no certainty
-    z = norm.ppf(0.5 + level / 2)
-    largest = np.nanmax(np.abs(many - np.nanmean(many, 0)) / se, 1)
-    width = max(z, np.nanquantile(largest, level))
-    small_sample = np.sqrt(clusters / (clusters - 1)) * student.ppf(0.5 + level / 2, clusters - 1) / z
-    width *= small_sample  # as in `metrics.interval`
+    width = _critical(many, se, clusters, level)
     return drop - width * se, drop + width * se

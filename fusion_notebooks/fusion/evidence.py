@@ -9,18 +9,21 @@ __all__ = ['evidence_share', 'evidence_mass', 'pointing', 'auroc', 'iou', 'looks
 # %% ../../nbs/03_fusion/01_evidence.ipynb #imports
 import numpy as np
 from scipy.stats import rankdata
+from ..core.errors import BadInput
 from .maps import _array, hellinger, normalise
 
-# %% ../../nbs/03_fusion/01_evidence.ipynb #c011
+# %% ../../nbs/03_fusion/01_evidence.ipynb #evidence_share
 def evidence_share(
     boxes,  # (visual, 4) left, top, right, bottom of each token, pixels of the original image
     box,  # (4,) evidence box, pixels
 ) -> np.ndarray:  # (visual,) share of each token's area inside the box, 0…1
     "How much of each token the evidence box covers"
-    boxes, box = np.asarray(boxes, float).reshape(-1, 4), np.asarray(box, float)
-    width, height = (np.minimum(boxes[:, k + 2], box[k + 2]) - np.maximum(boxes[:, k], box[k]) for k in (0, 1))
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    left, top, right, bottom = np.asarray(boxes, float).reshape(-1, 4).T
+    box_left, box_top, box_right, box_bottom = np.asarray(box, float)
+    width = np.minimum(right, box_right) - np.maximum(left, box_left)
+    height = np.minimum(bottom, box_bottom) - np.maximum(top, box_top)
     inside = np.clip(width, 0, None) * np.clip(height, 0, None)
+    area = (right - left) * (bottom - top)
     return np.divide(inside, area, out=np.zeros_like(area), where=area > 0)
 
 # %% ../../nbs/03_fusion/01_evidence.ipynb #evidence_mass
@@ -31,8 +34,9 @@ def evidence_mass(
     "Attention on the evidence, of all attention on the image"
     return normalise(maps) @ np.asarray(share, float)
 
-# %% ../../nbs/03_fusion/01_evidence.ipynb #score1
+# %% ../../nbs/03_fusion/01_evidence.ipynb #inside
 def _inside(share):
+    "(visual,) bool: the tokens of the evidence, covered at least half as much as the one that is covered most"
     share = np.asarray(share, float)
     return (share >= share.max() / 2) & (share > 0)
 
@@ -41,10 +45,12 @@ def pointing(
     maps,  # (..., visual) any map, may be signed
     share,  # (visual,) from `evidence_share`
 ) -> np.ndarray:  # (...) 1 hit, 0 miss, NaN where the map or the evidence is empty
-    "Pointing game: does the brightest token touch the evidence? The first of several counts"
-    maps, share = _array(maps), np.asarray(share, float)
+    "Pointing game: does the brightest token touch the evidence? Of several equally bright ones the first counts"
+    maps = _array(maps)
+    share = np.asarray(share, float)
     known = np.isfinite(maps).all(-1) & (share.max() > 0)
-    return np.where(known, share[np.nan_to_num(maps).argmax(-1)] > 0, np.nan)
+    brightest = np.nan_to_num(maps).argmax(-1)
+    return np.where(known, share[brightest] > 0, np.nan)
 
 # %% ../../nbs/03_fusion/01_evidence.ipynb #auroc
 def auroc(
@@ -52,11 +58,14 @@ def auroc(
     share,  # (visual,) from `evidence_share`
 ) -> np.ndarray:  # (...) 0…1, chance .5; NaN where one of the two sorts of tokens is missing
     "How well a map tells the evidence from the rest (Mann-Whitney)"
-    maps, inside = _array(maps), _inside(share)
-    n, m = inside.sum(), (~inside).sum()
+    maps = _array(maps)
+    inside = _inside(share)
+    n = inside.sum()
+    m = (~inside).sum()
     if not n or not m:
         return np.full(maps.shape[:-1], np.nan)
-    return (rankdata(maps, axis=-1)[..., inside].sum(-1) - n * (n + 1) / 2) / (n * m)  # a NaN in a map stays NaN
+    ranks = rankdata(maps, axis=-1)[..., inside].sum(-1)  # a NaN in a map stays NaN
+    return (ranks - n * (n + 1) / 2) / (n * m)
 
 # %% ../../nbs/03_fusion/01_evidence.ipynb #iou
 def iou(
@@ -64,28 +73,44 @@ def iou(
     share,  # (visual,) from `evidence_share`
 ) -> np.ndarray:  # (...) 0…1; NaN where the map or the evidence is empty
     "Overlap of the evidence with as many of the brightest tokens; ties: the earlier token"
-    maps, inside = _array(maps), _inside(share)
+    maps = _array(maps)
+    inside = _inside(share)
     n = inside.sum()
     top = np.argsort(-maps, axis=-1, kind='stable')[..., :n]
     both = inside[top].sum(-1)
     return np.where(np.isfinite(maps).all(-1) & (n > 0), both / np.maximum(2 * n - both, 1), np.nan)
 
-# %% ../../nbs/03_fusion/01_evidence.ipynb #score4
+# %% ../../nbs/03_fusion/01_evidence.ipynb #early
+def _early(
+    maps,  # (layers, visual) distributions
+):  # (layers, visual), NaN where no map lies below
+    "The map below each layer that differs most from it (paper, section 2)"
+    early = np.full_like(maps, np.nan)
+    for l in range(1, len(maps)):
+        distance = hellinger(maps[:l], maps[l])
+        if np.isfinite(distance).any():
+            early[l] = maps[np.nanargmax(distance)]
+    return early
+
+# %% ../../nbs/03_fusion/01_evidence.ipynb #looks
 def looks(
     maps,  # (layers, visual) attention
     general=None,  # (layers, visual) attention under a general question
-) -> dict:  # late, early, contrast and, with `general`, relative → (layers, visual); NaN where there is no map, as below layer 0
+) -> dict:  # late, early, contrast [, relative] → (layers, visual); NaN where there is no map, as below layer 0
     "Every layer's map as it is, the one it is contrasted with, their difference, and relative attention"
     maps = normalise(maps)
-    early = np.full_like(maps, np.nan)
-    for l in range(1, len(maps)):
-        if np.isfinite(d := hellinger(maps[:l], maps[l])).any():
-            early[l] = maps[np.nanargmax(d)]
+    early = _early(maps)
     out = dict(late=maps, early=early, contrast=maps - early)
     if general is not None:
         general = normalise(general)
         out['relative'] = np.divide(maps, general, out=np.full_like(maps, np.nan), where=general > 0)
     return out
+
+# %% ../../nbs/03_fusion/01_evidence.ipynb #positive_mass
+def _positive_mass(maps, share):
+    "Evidence mass of the positive part of signed maps (…, visual); what is NaN counts as no attention"
+    maps = np.maximum(maps, 0)
+    return evidence_mass(np.where(np.isfinite(maps), maps, 0), share)
 
 # %% ../../nbs/03_fusion/01_evidence.ipynb #evidence_scores
 def evidence_scores(
@@ -94,15 +119,24 @@ def evidence_scores(
     general=None,  # (layers, visual) attention under a general question
 ) -> dict:  # '<look> <measure>' → (layers,)
     "Pointing game, mass, AUROC and IoU of every way to look"
+    measures = dict(pointing=pointing, mass=_positive_mass, auroc=auroc, iou=iou)
+    scores = {}
+    for look, seen in looks(maps, general).items():
+        for name, measure in measures.items():
+            scores[f'{look} {name}'] = measure(seen, share)
+    return scores
 
-    def mass(maps, share):
-        maps = np.maximum(maps, 0)
-        return evidence_mass(np.where(np.isfinite(maps), maps, 0), share)
+# %% ../../nbs/03_fusion/01_evidence.ipynb #brightest
+def _brightest(
+    maps,  # (layers, visual)
+    share,  # of the tokens, at least one token
+):  # (layers, visual) bool
+    "Which tokens are among the brightest of their layer; of equally bright ones the earlier"
+    order = np.argsort(-maps, axis=-1, kind='stable')
+    rank = np.argsort(order, axis=-1)
+    return rank < np.ceil(share * maps.shape[-1])
 
-    measures = dict(pointing=pointing, mass=mass, auroc=auroc, iou=iou)
-    return {f'{look} {name}': f(m, share) for look, m in looks(maps, general).items() for name, f in measures.items()}
-
-# %% ../../nbs/03_fusion/01_evidence.ipynb #c014
+# %% ../../nbs/03_fusion/01_evidence.ipynb #noise_tokens
 def noise_tokens(
     maps,  # (layers, visual) attention
     share,  # (visual,) from `evidence_share`
@@ -110,18 +144,18 @@ def noise_tokens(
     layers_share: float = 0.8,  # in at least this share of the layers
     after: float = 0.16,  # only layers deeper than this share of the depth
 ) -> np.ndarray:  # (visual,) bool
-    "Visual tokens that are bright through the depth and not evidence"
+    "Visual tokens that are bright through the depth and not evidence. Raises `BadInput` where no layer is deep enough."
     maps = normalise(maps)
     deep = np.arange(len(maps)) > after * len(maps)
     if not deep.any():
-        raise ValueError(
+        raise BadInput(
             f'noise_share: no layer of {len(maps)} is deeper than {after} of the depth; pass the maps of all layers'
         )
-    if not len(deep := maps[deep & np.isfinite(maps).all(-1)]):
-        return np.zeros(maps.shape[-1], bool)  # nobody looks
-    rank = np.argsort(np.argsort(-deep, axis=-1, kind='stable'), axis=-1)  # ties: the earlier token
-    bright = (rank < np.ceil(top * maps.shape[-1])).mean(0) >= layers_share - 1e-9
-    return bright & (np.asarray(share) == 0)
+    looking = maps[deep & np.isfinite(maps).all(-1)]
+    if not len(looking):
+        return np.zeros(maps.shape[-1], bool)
+    often = _brightest(looking, top).mean(0) >= layers_share - 1e-9
+    return often & (np.asarray(share) == 0)
 
 # %% ../../nbs/03_fusion/01_evidence.ipynb #noise_share
 def noise_share(
@@ -132,13 +166,17 @@ def noise_share(
     "How many visual tokens are bright through the depth and not evidence"
     return float(noise_tokens(maps, share, **kw).mean())
 
+# %% ../../nbs/03_fusion/01_evidence.ipynb #in_rms
+def _in_rms(x):
+    "Absolute values (…, width) in units of their root mean square"
+    return np.abs(x) / np.sqrt((x**2).mean(-1, keepdims=True)).clip(1e-12)
+
 # %% ../../nbs/03_fusion/01_evidence.ipynb #massive
 def massive(
     states,  # (rows, width) what enters a layer at the visual tokens
     first,  # (width,) what enters it at the prompt's first token, the sink of every text
     threshold: float = 20.0,  # of the RMS-normalised value
 ) -> np.ndarray:  # (rows,) bool
-    "Attention sinks by their massive activations (section 4): tokens above the threshold in a dimension in which the first token is"
-    unit = lambda x: np.abs(x) / np.sqrt((x**2).mean(-1, keepdims=True)).clip(1e-12)
-    first, states = unit(_array(first)), unit(_array(states))
-    return (states[:, first > threshold] > threshold).any(-1)
+    "Attention sinks (section 4): tokens above the threshold in a dimension in which the first token is, too"
+    large = _in_rms(_array(first)) > threshold
+    return (_in_rms(_array(states))[:, large] > threshold).any(-1)

@@ -7,30 +7,34 @@ __all__ = ['normalise', 'hellinger', 'profile']
 
 # %% ../../nbs/03_fusion/00_maps.ipynb #imports
 import numpy as np
+from ..core.errors import BadInput
 
-# %% ../../nbs/03_fusion/00_maps.ipynb #c005
+# %% ../../nbs/03_fusion/00_maps.ipynb #array
 def _array(x):
-    return np.asarray(x.detach().float().cpu() if hasattr(x, 'detach') else x, float)  # tensors come as they are
+    "An array of float64; a tensor may come as it is, on any device and in any precision"
+    if hasattr(x, 'detach'):
+        x = x.detach().float().cpu()
+    return np.asarray(x, float)
 
 # %% ../../nbs/03_fusion/00_maps.ipynb #normalise
 def normalise(
     maps,  # (..., visual) attention, not negative
 ) -> np.ndarray:  # (..., visual) float64, last axis sums to 1; NaN where a map is zero everywhere
-    "Each map as a distribution over the visual tokens"
+    "Each map as a distribution over the visual tokens. Raises `BadInput` for negative values."
     maps = _array(maps)
     if (maps < 0).any():
-        raise ValueError('normalise: a map holds negative values; pass attention, not a difference of maps')
+        raise BadInput('normalise: a map holds negative values; pass attention, not a difference of maps')
     total = maps.sum(-1, keepdims=True)
     return np.divide(maps, total, out=np.full_like(maps, np.nan), where=total > 0)
 
-# %% ../../nbs/03_fusion/00_maps.ipynb #c008
+# %% ../../nbs/03_fusion/00_maps.ipynb #hellinger
 def hellinger(
     p,  # (..., visual) attention, need not be normalised
     q,  # (..., visual) attention, broadcast against `p`
 ) -> np.ndarray:  # (...) distance, 0 equal … 1 disjoint
     "Hellinger distance of two maps over their last axis"
-    d = np.sqrt(normalise(p)) - np.sqrt(normalise(q))
-    return np.sqrt((d**2).sum(-1) / 2)
+    difference = np.sqrt(normalise(p)) - np.sqrt(normalise(q))
+    return np.sqrt((difference**2).sum(-1) / 2)
 
 # %% ../../nbs/03_fusion/00_maps.ipynb #profile
 def profile(
@@ -38,6 +42,6 @@ def profile(
 ) -> np.ndarray:  # (layers,) or (n, layers) distance to the last layer's map; its last value is 0
     "How far each layer's map is from where the model finally looks: the last layer's, or the last there is"
     maps = normalise(maps)
-    there = np.isfinite(maps).all(-1)
-    last = maps.shape[-2] - 1 - there[..., ::-1].argmax(-1)
+    looks = np.isfinite(maps).all(-1)  # (…, layers)
+    last = maps.shape[-2] - 1 - looks[..., ::-1].argmax(-1)
     return hellinger(maps, np.take_along_axis(maps, np.asarray(last)[..., None, None], -2))
