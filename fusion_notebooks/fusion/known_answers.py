@@ -45,7 +45,8 @@ def guessed(
 ) -> pd.DataFrame:
     "A share of the answers replaced by other answers to the unmasked questions"
     chance = chance_of(rows.prediction[rows.how == 'none'])
-    rng, scores = np.random.default_rng(seed), rows.score.to_numpy(float).copy()
+    rng = np.random.default_rng(seed)
+    scores = rows.score.to_numpy(float).copy()
     at = np.flatnonzero(rng.random(len(rows)) < share)
     scores[at] = rng.random(len(at)) < chance
     return rows.assign(score=scores)
@@ -95,11 +96,13 @@ def separation(
     opened,  # layers at which the picture is read
     decoys,  # layers at which something else is read
 ) -> dict:  # precision, recall, exact of the largest scores, and area
-    "Does a score tell open layers from decoys? `area` is the share of pairs in which the open layer has more: .5 is chance"
-    opened, decoys = list(opened), list(decoys)
+    "Does a score tell open layers from decoys? `area`: the share of pairs in which the open layer has more; chance .5"
+    opened = list(opened)
+    decoys = list(decoys)
     named = score[opened + decoys].nlargest(len(opened)).index
     found = agreement(named, opened, decoys) | dict(area=np.nan)
     if decoys:
-        pairs = [(score[o] > score[d]) + 0.5 * (score[o] == score[d]) for o in opened for d in decoys]
-        found['area'] = np.mean(pairs)
+        here = score[opened].to_numpy()[:, None]
+        there = score[decoys].to_numpy()
+        found['area'] = np.mean((here > there) + 0.5 * (here == there))
     return found

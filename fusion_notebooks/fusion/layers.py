@@ -11,7 +11,7 @@ import pandas as pd
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from ..core import catalog
 from ..core.errors import BadInput
 from .bands import _band, _check, _cumulative, _gaps, _isolated, _pool, _resampled, _scale
@@ -23,7 +23,7 @@ class Layers:
     "Layers found in a curve, and their evidence"
 
     layers: tuple  # 0-based decoder layers, ascending; () is an answer
-    confidence: dict  # layer -> share of the resampled curves (each without one dataset where there are three and no samples) that choose it
+    confidence: dict  # layer → share of the resampled curves that choose it; without samples each lacks one dataset
     table: pd.DataFrame  # layer, drop, low, high, confidence, chosen: one row per layer that was judged
     rule: str = ''  # how the layers were chosen, in words
     dip: tuple = ()  # review layer only: (dip as a share of the base, low, high)
@@ -41,8 +41,8 @@ class _Rule:
     "How layers are chosen from a curve"
 
     reading: Callable  # (…, k+1) accuracies → drop and level per layer, see `bands`
-    first: float  # only layers deeper than this share of the depth …
-    end: float  # … and not deeper than this
+    first: float  # only layers deeper than this share of the depth
+    end: float  # and not deeper than this one
     choose: Callable  # (drop, level, mean base) → which layers, all (…, layers)
     words: str  # the rule in words
 
@@ -51,105 +51,149 @@ class _Rule:
         "Are accuracies read as shares of the base?"
         return self.reading in (_valley, _isolated)
 
+# %% ../../nbs/03_fusion/03_layers.ipynb #Curve
+@dataclass
+class _Curve:
+    "A checked curve, and how it is resampled"
+
+    rows: pd.DataFrame  # layer, dataset, accuracy [, sample, image, n]
+    bases: dict  # dataset → unmasked accuracy, a number or a Series over samples
+    scale: float  # of both: 100 percent, 1 shares
+    depth: int  # decoder layers of the model
+    n: int | None  # answers behind each accuracy, where there are no sample rows
+    seed: int  # of the first dataset; each further one has the next
+    draws: int  # resampled curves
+
+    @cached_property
+    def layers(self):
+        "(layers,) the measured ones, ascending"
+        return np.unique(self.rows.layer)
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #read_curve
+def _read_curve(curve, base, n, n_layers, seed, draws):
+    "`_Curve` from what the user gave. Raises `BadInput`"
+    rows, depth = _check(curve, n_layers)
+    bases = {name: _unmasked(base, name) for name in rows.dataset.unique()}
+    return _Curve(rows, bases, _scale(rows, bases), depth, n, seed, draws)
+
 # %% ../../nbs/03_fusion/03_layers.ipynb #Judged
 @dataclass
 class _Judged:
     "One dataset of a curve, measured and resampled"
 
     base: float  # unmasked accuracy, a share
-    clusters: int | None  # what was resampled; None: nothing
+    clusters: int | None  # pictures, or answers, that were resampled; None: nothing was
     kept: np.ndarray  # (layers,) accuracy as a share of the base, NaN where not measured
     parts: np.ndarray  # (2, 1 + draws, layers) drop and level; row 0 as measured
 
-# %% ../../nbs/03_fusion/03_layers.ipynb #judge_dataset
-def _judge_dataset(rows, base, rule, layers, depth, n, draws, seed):
-    "Drop and level at each layer of one dataset; rows and base are shares"
-    mine = np.unique(rows.layer)
-    measured = np.isin(layers, mine)
-    x, boot, clusters = _resampled(rows, base, n, draws, seed)
-    known = x[-1]
-    x = np.vstack([x[None], boot])
-    if rule.relative:
-        above = (x[:, -1:] > 0) & (known > 0)
-        x = np.divide(x, x[:, -1:], out=np.full_like(x, np.nan), where=above)
-    kept = np.full(len(layers), np.nan)
-    kept[measured] = x[0, :-1] / (x[0, -1] or np.nan)
-    parts = np.full((2, len(x), len(layers)), np.nan)
-    gaps = _gaps(rule.reading, mine, depth)
+# %% ../../nbs/03_fusion/03_layers.ipynb #shares
+def _shares_of_base(x):
+    "Accuracies (curves, k+1) as shares of the base of their curve, the last column; NaN where a base is 0"
+    above = (x[:, -1:] > 0) & (x[0, -1] > 0)
+    return np.divide(x, x[:, -1:], out=np.full_like(x, np.nan), where=above)
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #drop_and_level
+def _drop_and_level(x, rule, mine, curve):
+    "(2, curves, layers) drop and level of accuracies (curves, k+1) at the layers `mine`; NaN at other layers and at gaps"
+    measured = np.isin(curve.layers, mine)
+    gaps = _gaps(rule.reading, mine, curve.depth)
+    parts = np.full((2, len(x), len(measured)), np.nan)
     for part, value in zip(parts, rule.reading(x)):
         part[:, measured] = np.where(gaps, np.nan, value)
-    return _Judged(known, clusters, kept, parts)
+    return parts
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #judge_dataset
+def _judge_dataset(curve, name, rule, seed):
+    "`_Judged` of one dataset of a `_Curve`"
+    rows = curve.rows[curve.rows.dataset == name]
+    rows = rows.assign(accuracy=rows.accuracy / curve.scale)
+    measured, drawn, clusters = _resampled(rows, curve.bases[name] / curve.scale, curve.n, curve.draws, seed)
+    x = np.vstack([measured[None], drawn])
+    if rule.relative:
+        x = _shares_of_base(x)
+    mine = np.unique(rows.layer)
+    kept = np.full(len(curve.layers), np.nan)
+    kept[np.isin(curve.layers, mine)] = x[0, :-1] / (x[0, -1] or np.nan)
+    return _Judged(measured[-1], clusters, kept, _drop_and_level(x, rule, mine, curve))
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #judge_datasets
-def _judge_datasets(curve, bases, scale, rule, depth, n, draws, seed):
-    "(layers, `_Judged` of each dataset). Raises `BadInput` where none has enough layers"
-    layers, judged = np.unique(curve.layer), []
-    for name, rows in curve.groupby('dataset'):
+def _judge_datasets(curve, rule):
+    "`_Judged` of each dataset of a `_Curve`. Raises `BadInput` where none has enough layers"
+    judged = []
+    for name, rows in curve.rows.groupby('dataset'):
         some = rows.layer.nunique()
-        if 2 * some < len(layers):
-            warnings.warn(f'dataset {name!r} left out: it has {some} of {len(layers)} layers')
+        if 2 * some < len(curve.layers):
+            warnings.warn(f'dataset {name!r} left out: it has {some} of {len(curve.layers)} layers')
             continue
-        rows = rows.assign(accuracy=rows.accuracy / scale)
-        judged.append(_judge_dataset(rows, bases[name] / scale, rule, layers, depth, n, draws, seed + len(judged)))
+        judged.append(_judge_dataset(curve, name, rule, curve.seed + len(judged)))
     if not judged:
         raise BadInput('curve: every dataset has too few of the layers; measure at least one dataset throughout')
-    return layers, judged
+    return judged
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #stacked
-def _stacked(judged, rule, layers, depth):
+def _stacked(judged, rule, curve):
     "(2, datasets, 1 + draws, layers) drop and level, NaN outside the part of the depth that the rule reads"
     parts = [j.parts for j in judged]
     if any(j.clusters is None for j in judged):
         parts = [p[:, :1] for p in parts]  # one dataset of unknown n: no interval for the mean either
-    inside = (layers > rule.first * depth) & (layers <= rule.end * depth)
+    inside = (curve.layers > rule.first * curve.depth) & (curve.layers <= rule.end * curve.depth)
     return np.where(inside, np.stack(parts, 1), np.nan)
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #picks
 def _picks(parts, chosen, curve, rule, mean_base):
     "(curves, layers) what the rule chooses on resampled curves; without samples each of them lacks one dataset"
-    datasets, draws = parts.shape[1], chosen[1:]
-    if 'sample' in curve or datasets < 3:
+    datasets = parts.shape[1]
+    draws = chosen[1:]
+    if 'sample' in curve.rows or datasets < 3:
         return draws
     again = parts[:, :, 1:].copy() if len(draws) else np.repeat(parts, datasets, 2)
     for d in range(datasets):
         again[:, d, d::datasets] = np.nan
     return rule.choose(*_pool(again, rule.reading is _valley), mean_base)
 
-# %% ../../nbs/03_fusion/03_layers.ipynb #found
-def _found(table, words, recovered):
-    "`Layers` from the table of judged layers"
-    layers = tuple(table.layer[table.chosen].tolist())
-    confidence = dict(zip(table.layer.tolist(), table.confidence.tolist()))
-    return Layers(layers, confidence, table, words, recovered=recovered if recovered >= 0 else np.nan)
+# %% ../../nbs/03_fusion/03_layers.ipynb #best_late
+def _best_late(judged, curve):
+    "The best late accuracy as a share of the base, mean over datasets; NaN where no late layer was measured"
+    kept = np.nanmean([j.kept for j in judged], 0)
+    best = float(np.nanmax(kept[curve.layers > LATE * curve.depth], initial=-1))
+    return best if best >= 0 else np.nan
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #table
+def _layer_table(judged, rule, curve, level):
+    "layer, drop, low, high, confidence, chosen: a row per layer that the rule could judge, accuracies as shares"
+    parts = _stacked(judged, rule, curve)
+    mean_base = np.mean([j.base for j in judged])
+    clusters = min((j.clusters for j in judged if j.clusters), default=1)
+    drop, levels = _pool(parts, rule.reading is _valley)  # (1 + draws, layers)
+    low, high = _band(drop[0], drop[1:], clusters, level)
+    chosen = rule.choose(drop, levels, mean_base)
+    picks = _picks(parts, chosen, curve, rule, mean_base)
+    table = pd.DataFrame(dict(layer=curve.layers, drop=drop[0], low=low, high=high))
+    table['confidence'] = picks.mean(0) if len(picks) else np.nan
+    table['chosen'] = chosen[0] & ~(low <= 0)
+    return table[np.isfinite(drop[0])].reset_index(drop=True)
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #judge
 def _judge(curve, base, rule, n, n_layers, seed, draws=2000, level=0.95):
     "`Layers` that a rule finds in a curve, with simultaneous bands and the share of resampled curves that agree"
-    curve, depth = _check(curve, n_layers)
-    bases = {name: _unmasked(base, name) for name in curve.dataset.unique()}
-    scale = _scale(curve, bases)
-    layers, judged = _judge_datasets(curve, bases, scale, rule, depth, n, draws, seed)
-    parts = _stacked(judged, rule, layers, depth)
-    mean_base = np.mean([j.base for j in judged])
-    clusters = min((j.clusters for j in judged if j.clusters), default=1)
+    curve = _read_curve(curve, base, n, n_layers, seed, draws)
+    judged = _judge_datasets(curve, rule)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)  # what no dataset can judge stays NaN
-        drop, levels = _pool(parts, rule.reading is _valley)
-        kept = np.nanmean([j.kept for j in judged], 0)
-        recovered = np.nanmax(kept[layers > LATE * depth], initial=-1)
-        low, high = _band(drop[0], drop[1:], clusters, level)
-        chosen = rule.choose(drop, levels, mean_base)
-        picks = _picks(parts, chosen, curve, rule, mean_base)
-    unit = 1 if rule.relative else scale
-    table = dict(layer=layers, drop=drop[0] * unit, low=low * unit, high=high * unit)
-    table['confidence'] = picks.mean(0) if len(picks) else np.nan
-    table['chosen'] = chosen[0] & ~(low <= 0)
-    return _found(pd.DataFrame(table)[np.isfinite(drop[0])].reset_index(drop=True), rule.words, float(recovered))
+        table = _layer_table(judged, rule, curve, level)
+        recovered = _best_late(judged, curve)
+    if not rule.relative:
+        table[['drop', 'low', 'high']] *= curve.scale
+    layers = tuple(table.layer[table.chosen].tolist())
+    confidence = dict(zip(table.layer.tolist(), table.confidence.tolist()))
+    return Layers(layers, confidence, table, rule.words, recovered=recovered)
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #never
 def _never(found):
     "A curve without a recovery has no shallow and no late part: nothing is read from it"
-    found.layers, found.kind, found.table['chosen'] = (), 'never recovers', False
+    found.layers = ()
+    found.kind = 'never recovers'
+    found.table['chosen'] = False
     found.note = f'never recovers: no layer deeper than {LATE:g} L keeps more than {found.recovered:.2f} of the base'
     return found
 
@@ -163,7 +207,9 @@ def _deepest_valleys(drop, level, mean_base, least, most):
 # %% ../../nbs/03_fusion/03_layers.ipynb #enough
 def _large_drops(drop, level, mean_base, threshold):
     "Drops above a threshold; None: 5 % of the base, at least 2 points"
-    return drop > (max(0.02, 0.05 * mean_base) if threshold is None else threshold)
+    if threshold is None:
+        threshold = max(0.02, 0.05 * mean_base)
+    return drop > threshold
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #paper_rule
 def _paper_rule(threshold, before, most):
@@ -178,8 +224,9 @@ def _information_rule(threshold, cumulative):
     "What each layer adds"
     what = 'rise to the next layer' if cumulative else 'drop at the layer'
     least = '5 % of the base and 2 points' if threshold is None else threshold
+    reading = _cumulative if cumulative else _single
     choose = partial(_large_drops, threshold=threshold)
-    return _Rule(_cumulative if cumulative else _single, -1, 1, choose, f'information: {what} above {least}')
+    return _Rule(reading, -1, 1, choose, f'information: {what} above {least}')
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #fusion_layers
 def fusion_layers(
@@ -190,12 +237,12 @@ def fusion_layers(
     scope: str = 'single',  # of edits of attention; 'from' is cumulative, as edits of states are
     n: int = None,  # samples behind each accuracy, for curves without sample rows
     n_layers: int = None,  # depth of the model; None: the last layer of the curve is the model's last
-    threshold: float = None,  # smallest drop; information: None is 5 % of base, at least .02; paper: share of the level, .5
+    threshold: float = None,  # smallest drop: 5 % of the base, at least .02; paper: .5 of the level
     before: float = LATE,  # paper: only the first part of the depth
     most: int = 10,  # paper: no more layers than this, the deepest valleys
     seed: int = 0,  # of the resampling
 ) -> Layers:  # `drop` in the unit of the curve (information) or relative (paper)
-    "Layers at which vision meets language. Raises `BadInput` for what is no curve, and for unknown rules and semantics."
+    "Layers at which vision meets language. Raises `BadInput` for what is no curve, an unknown rule or semantic."
     if rule not in ('information', 'paper'):
         raise BadInput(f"fusion_layers: rule {rule!r} does not exist; choose 'information' or 'paper'")
     if how not in catalog.SEMANTICS:
@@ -213,10 +260,11 @@ def _semantics(curve, how):
     honest = [s.name for s in catalog.SEMANTICS.values() if s.in_distribution]
     if 'how' not in curve or curve.how.nunique() < 2:
         return curve, {how: curve} if how in honest else {}
-    if how not in set(curve.how):
-        raise BadInput(f"curve: column 'how' holds {sorted(curve.how.unique())}; name one of them with how=")
     there = set(curve.how)
-    return curve[curve.how == how], {h: curve[curve.how == h] for h in honest if h in there}
+    if how not in there:
+        raise BadInput(f"curve: column 'how' holds {sorted(curve.how.unique())}; name one of them with how=")
+    shows_reading = {h: curve[curve.how == h] for h in honest if h in there}
+    return curve[curve.how == how], shows_reading
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #default_how
 def _default_how(curve):
@@ -236,8 +284,10 @@ def _clear_dips(drop, level, mean_base, threshold):
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #dip_rule
 def _dip_rule(how, threshold, late):
+    "Dips below both neighbours, late in the model"
+    choose = partial(_clear_dips, threshold=threshold)
     words = f'{how}: dip below both neighbours above {threshold:g} of the base, deeper than {late:g} L'
-    return _Rule(_isolated, late, 1, partial(_clear_dips, threshold=threshold), words)
+    return _Rule(_isolated, late, 1, choose, words)
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #shown_layers
 def _layers_read(honest, base, threshold, late, n, n_layers, seed):
@@ -248,6 +298,21 @@ def _layers_read(honest, base, threshold, late, n, n_layers, seed):
         fusing = fusion_layers(curve, base, how=how, n=n, n_layers=n_layers, seed=seed)
         shown |= {*dips.layers, *fusing.layers}
     return shown
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #deepest_first
+def _deepest_first(found):
+    "Rows of the layers found, or of all that were judged where none is, the largest drop first"
+    rows = found.table[found.table.chosen] if found.layers else found.table
+    return rows.sort_values('drop', ascending=False, kind='stable')
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #name_kinds
+def _name_kinds(found, shown):
+    "Say of each layer found whether the picture is read there (it is in `shown`): kind information, else edit"
+    kinds = {}
+    for i in found.layers:
+        kinds[i] = 'information' if i in shown else 'edit'
+    found.table['kind'] = found.table.layer.map(kinds).fillna('')
+    found.kind = kinds[found.layers[0]]
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #review_layer
 def review_layer(
@@ -260,29 +325,31 @@ def review_layer(
     threshold: float = LOST,  # smallest dip, as a share of the base
     late: float = LATE,  # only layers deeper than this share of the depth
     seed: int = 0,  # of the resampling
-) -> (
-    Layers
-):  # deepest dip first; `.dip` (share of the base, low, high) of it, or of the deepest late one where none counts
+) -> Layers:  # deepest dip first; `dip` is of that one, or of the deepest late one where none counts
     "The layer of a second, isolated, late drop, if there is one. Raises `BadInput` for what is no curve."
     how = how or _default_how(curve)
     curve, honest = _semantics(curve, how)
     found = _judge(curve, base, _dip_rule(how, threshold, late), n, n_layers, seed)
     if found.recovered < 1 - LOST:
         found = _never(found)
-    rows = found.table[found.table.chosen] if found.layers else found.table
-    rows = rows.sort_values('drop', ascending=False, kind='stable')
-    found.dip = tuple(float(v) for v in rows[['drop', 'low', 'high']].values[0]) if len(rows) else ()
+    rows = _deepest_first(found)
+    if len(rows):
+        found.dip = tuple(float(v) for v in rows[['drop', 'low', 'high']].values[0])
     if not found.layers:
         found.kind = found.kind or 'none'
         return found
     found.layers = tuple(rows.layer.tolist())
-    shown = _layers_read(honest, base, threshold, late, n, n_layers, seed)
-    kinds = {i: 'information' if i in shown else 'edit' for i in found.layers}
-    found.table['kind'] = found.table.layer.map(kinds).fillna('')
-    found.kind = kinds[found.layers[0]]
+    _name_kinds(found, _layers_read(honest, base, threshold, late, n, n_layers, seed))
     if not honest:
         found.note = 'no rows of knockout or swap: whether the picture is read there was not asked'
     return found
+
+# %% ../../nbs/03_fusion/03_layers.ipynb #as_curve
+def _as_curve(table, value):
+    "The columns of masking rows that a curve needs, with `value` as their accuracy"
+    columns = ('dataset', 'sample', 'image', 'layer', 'how', 'scope', value)
+    some = table[[c for c in columns if c in table]]
+    return some.rename(columns={value: 'accuracy'}).reset_index(drop=True)
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #masking_curve
 def masking_curve(
@@ -291,24 +358,20 @@ def masking_curve(
     scope: str = None,  # single, from or window; None: the only one there is
     value: str = 'score',  # column to read
 ) -> tuple:  # (curve, base) for `fusion_layers` and `review_layer`
-    "The curve of one semantic, or of several, with the paired unmasked rows. Raises `BadInput` where the table lacks them."
+    "The curve of one or several semantics, with the paired unmasked rows. Raises `BadInput` where there are none."
     hows = [how] if isinstance(how, str) else list(how)
-    rows, base = table[table.how.isin(hows)], table[table.how == 'none']
+    rows = table[table.how.isin(hows)]
+    base = table[table.how == 'none']
     if scope is not None:
         rows = rows[rows.scope == scope]
     there = {*rows.how, *base.how}
     for h in (*hows, 'none'):
         if h not in there:
             raise BadInput(f'masking_curve: no rows with how={h!r}; the table has {sorted(table.how.unique())}')
-    columns = ('dataset', 'sample', 'image', 'layer', 'how', 'scope', value)
+    base = base.drop(columns='scope', errors='ignore').assign(scope='')
+    return _as_curve(rows, value), _as_curve(base, value)
 
-    def kept(t):
-        some = t[[c for c in columns if c in table]]
-        return some.rename(columns={value: 'accuracy'}).reset_index(drop=True)
-
-    return kept(rows), kept(base.drop(columns='scope', errors='ignore').assign(scope=''))
-
-# %% ../../nbs/03_fusion/03_layers.ipynb #agree1
+# %% ../../nbs/03_fusion/03_layers.ipynb #agreement
 def agreement(
     found,  # `Layers` or layer numbers that an estimator names
     opened,  # layers at which the picture is read
