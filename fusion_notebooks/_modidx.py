@@ -1136,6 +1136,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                  'fusion_notebooks/engine/shared_attention.py'),
                                                           'fusion_notebooks.engine.shared_attention._runs': ( '04_engine/shared_attention.html#_runs',
                                                                                                               'fusion_notebooks/engine/shared_attention.py'),
+                                                          'fusion_notebooks.engine.shared_attention._same_run': ( '04_engine/shared_attention.html#_same_run',
+                                                                                                                  'fusion_notebooks/engine/shared_attention.py'),
                                                           'fusion_notebooks.engine.shared_attention._split_mask': ( '04_engine/shared_attention.html#_split_mask',
                                                                                                                     'fusion_notebooks/engine/shared_attention.py')},
             'fusion_notebooks.engine.traces': { 'fusion_notebooks.engine.traces.Trace': ( '04_engine/traces.html#trace',

@@ -16,15 +16,15 @@ from ..mllm.handle import MLLM, Prompt
 from ..mllm.batching import in_batches
 from ..hooks.attaching import _removing
 
-# %% ../../nbs/04_engine/00_prefix.ipynb #c010
+# %% ../../nbs/04_engine/00_prefix.ipynb #PrefixCache
 @dataclass
 class PrefixCache:
     "The first rows of a prompt, as later rows see them"
 
     keys: list  # per decoder layer (heads, n, width); None below the layer from which the prefix is read
     values: list  # likewise
-    position: int  # position of the row that follows
-    blank: int = 0  # rows at its beginning that nothing sees
+    position: int  # of the row that follows
+    blank: int = 0  # rows at its beginning that nothing sees, where it was padded
 
     @property
     def length(self):
@@ -42,7 +42,7 @@ class PrefixCache:
         values = [v[:, :n] for v in self.values]
         return PrefixCache(keys, values, self.position - self.length + n)
 
-# %% ../../nbs/04_engine/00_prefix.ipynb #c012
+# %% ../../nbs/04_engine/00_prefix.ipynb #next_position
 @contextmanager
 def next_position(
     mllm: MLLM,  # the model
@@ -62,7 +62,7 @@ def next_position(
     with _removing([mllm.decoder.register_forward_pre_hook(watch, with_kwargs=True)]):
         yield found
 
-# %% ../../nbs/04_engine/00_prefix.ipynb #c014
+# %% ../../nbs/04_engine/00_prefix.ipynb #head_of
 def head_of(
     p: Prompt,  # a prompt
     n: int,  # rows
@@ -101,7 +101,8 @@ def _numbers_per_row(mllm, shared, own):
     "Floats that a row of a branched batch needs: keys and values of its own, copies of the prefix, activations, logits"
     t = mllm.model.config.get_text_config()
     heads = _size(t, 'num_key_value_heads', 'num_attention_heads')
-    kv = 2 * heads * (_size(t, 'head_dim') or t.hidden_size // t.num_attention_heads)
+    head_dim = _size(t, 'head_dim') or t.hidden_size // t.num_attention_heads
+    kv = 2 * heads * head_dim  # of one token at one layer
     wide = _size(t, 'intermediate_size', 'ffn_dim', 'moe_intermediate_size') or 4 * t.hidden_size
     tail = own * (mllm.n_layers * kv + 4 * t.hidden_size + 3 * wide)
     return tail + 3 * (shared + own) * kv + 4 * t.vocab_size
@@ -112,7 +113,7 @@ def fitting(
     shared: int,  # rows of the prefix
     own: int,  # rows of the tail
 ) -> int:  # rows of a branched batch to begin with
-    "So many rows take half of the free memory; a CPU gains nothing from more than some thousand tokens"
+    "How many rows take half of the free memory; on a CPU at most `TOKENS` tokens"
     needed = _numbers_per_row(mllm, shared, own) * mllm.head.weight.element_size()
     most = int(0.5 * free_memory(mllm.device) / needed)
     if mllm.device.type != 'cuda':
@@ -129,7 +130,8 @@ def slides(
 # %% ../../nbs/04_engine/00_prefix.ipynb #made
 def _made(mllm, prompts, n):
     "The prefixes of n rows of some prompts, in one forward"
-    cache, inputs = DynamicCache(), mllm.encoded([head_of(p, n) for p in prompts])
+    cache = DynamicCache()
+    inputs = mllm.encoded([head_of(p, n) for p in prompts])
     with next_position(mllm) as position:
         mllm.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
     found = []
@@ -146,14 +148,20 @@ def prefixes(
     prompts: list,  # of `Prompt`
     n: int,  # rows; the same for all
 ) -> list:  # of `PrefixCache`
-    "Keys and values of the first n rows of some prompts"
+    "Keys and values of the first n rows of some prompts, those that are known from before and those of one forward"
     keys = [_key(mllm, p, n) for p in prompts]
-    new = {k: p for k, p in zip(keys, prompts) if k not in mllm.kept}
-    found = {k: mllm.kept.use(k) for k in keys if k not in new}
+    new, found = {}, {}
+    for k, p in zip(keys, prompts):
+        if k in mllm.kept:
+            found[k] = mllm.kept.use(k)
+        else:
+            new[k] = p
 
     def work(some):
         return _made(mllm, some, n)
 
     for k, prefix in zip(new, in_batches(work, list(new.values()), fitting(mllm, 0, n))):
-        found[k] = prefix if None in k else mllm.kept.put(k, prefix)
+        if None not in k:  # the model's state is known
+            mllm.kept.put(k, prefix)
+        found[k] = prefix
     return [found[k] for k in keys]

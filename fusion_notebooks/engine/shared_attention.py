@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ..hooks.edits import _as_float_mask
 
 # %% ../../nbs/04_engine/01_shared_attention.ipynb #STEMS
-SHARED = 'fusion_shared'  # name of the attention below
+SHARED = 'fusion_shared'  # under which transformers knows `_over_shared`
 
 # %% ../../nbs/04_engine/01_shared_attention.ipynb #follows
 def _follows(a, b):
@@ -36,13 +36,19 @@ def _as_batch(first, n):
     "A view of n tensors that lie behind each other in memory, of which the first is given"
     return first.as_strided((n, *first.shape), (first.numel(), *first.stride()))
 
+# %% ../../nbs/04_engine/01_shared_attention.ipynb #same_run
+def _same_run(before, rows, prefixes):
+    "May the prefix that these rows read join a run? It has as many readers, and lies right behind the last one"
+    if len(rows) != len(before):
+        return False
+    return all(map(_follows, prefixes[before[0]], prefixes[rows[0]]))
+
 # %% ../../nbs/04_engine/01_shared_attention.ipynb #runs_of
 def _runs(prefixes):
-    "Prefixes that lie side by side and are read by equally many rows, as views: [(keys, values, (prefixes, rows of each))]"
+    "Prefixes side by side in memory, with equally many rows each, as views: [(keys, values, (prefixes, rows of each))]"
     runs = []
     for rows in _readers(prefixes):
-        before = prefixes[runs[-1][-1][0]] if runs else None
-        if before and len(rows) == len(runs[-1][0]) and all(map(_follows, before, prefixes[rows[0]])):
+        if runs and _same_run(runs[-1][-1], rows, prefixes):
             runs[-1].append(rows)
         else:
             runs.append([rows])
@@ -85,27 +91,29 @@ def _over_own(query, q, key, value, mask, scaling):
     "Attention of the rows to their own keys, and its log-sum-exp; q is `query` with its head groups as further rows"
     groups = query.shape[1] // key.shape[1]
     if mask is None and groups > 1:  # causal: a group's queries must stay apart
-        out, weight = _flash(
-            query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), is_causal=True, scale=scaling
-        )
+        keys = key.repeat_interleave(groups, 1)
+        values = value.repeat_interleave(groups, 1)
+        out, weight = _flash(query, keys, values, is_causal=True, scale=scaling)
         return out.reshape(*q.shape[:3], -1), weight.reshape(q.shape[:3])
     return _flash(q, key, value, is_causal=mask is None, attn_mask=mask, scale=scaling)
 
 # %% ../../nbs/04_engine/01_shared_attention.ipynb #over_prefixes
 def _over_prefixes(q, prefixes, mask, scaling):
     "Attention of the rows to the prefixes that they read, and its log-sum-exp"
-    out, weight = torch.empty_like(q), torch.empty_like(q[..., 0], dtype=torch.float32)
+    out = torch.empty_like(q)
+    weight = torch.empty_like(q[..., 0], dtype=torch.float32)
     for keys, values, rows in _runs(prefixes):
 
         def in_line(x):  # (rows, heads, T, …) → (prefixes, heads, rows of each · T, …)
             return x[rows].transpose(1, 2).flatten(2, 3)
 
-        def apart(x):
+        def apart(x):  # and back
             return x.unflatten(2, (rows.shape[1], -1)).transpose(1, 2)
 
         closed = None if mask is None else in_line(mask)
         attention, logsumexp = _flash(in_line(q), keys, values, attn_mask=closed, scale=scaling)
-        out[rows], weight[rows] = apart(attention), apart(logsumexp)
+        out[rows] = apart(attention)
+        weight[rows] = apart(logsumexp)
     return out, weight
 
 # %% ../../nbs/04_engine/01_shared_attention.ipynb #over_stems
@@ -114,7 +122,7 @@ def _over_shared(module, query, key, value, mask, scaling=None, **kw):
     prefixes = getattr(key, 'prefixes', None)
     if not prefixes:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kw)
-    q = query.reshape(len(key), key.shape[1], -1, query.shape[-1])
+    q = query.reshape(len(key), key.shape[1], -1, query.shape[-1])  # (rows, key heads, groups · T, width)
     closed_own, closed_over = _halves(mask, query, key, prefixes[0][0].shape[1])
     own, own_weight = _over_own(query, q, key, value, closed_own, scaling)
     shared, shared_weight = _over_prefixes(q, prefixes, closed_over, scaling)
