@@ -26,28 +26,29 @@ class Capabilities:
 
 # %% ../../nbs/04_engine/03_probes.ipynb #near
 def _near(a, b, tolerance):
-    "Is every number as it should be, but for rounding?"
+    "Is every number of a that of b, but for a share of it and of the spread of them all?"
     return bool(((a - b).abs() <= tolerance * (b.abs() + b.std())).all())
 
 # %% ../../nbs/04_engine/03_probes.ipynb #alike
 def _alike(a, b, tolerance):
-    "By their norm: of a hundred thousand logits in bfloat16 some are always far off"
+    "Do all numbers together deviate little, by their norm?"
     return bool((a - b).norm() <= tolerance * (b - b.mean()).norm())
 
 # %% ../../nbs/04_engine/03_probes.ipynb #last_states
 def _last_states(mllm, inputs, n):
-    "(what enters the last layer in the first n rows, layers after which something was added to the states, last logits)"
-    found, added = {}, []
+    "(states of the first n rows before the last layer, layers after which something was added to states, last logits)"
+    found = dict(layer=0)  # how many have computed
+    added = []
 
     def enter(layer, args, kw):
-        h, j = _hidden(args, kw), found.get('layer', 0)
+        h = _hidden(args, kw)
         if 'out' in found and not torch.equal(found['out'], h):
-            added.append(j - 1)
+            added.append(found['layer'] - 1)
         found['last'] = h[0, :n]
 
     def leave(layer, args, out):
         found['out'] = out[0] if isinstance(out, tuple) else out
-        found['layer'] = found.get('layer', 0) + 1
+        found['layer'] += 1
 
     handles = []
     for layer in mllm.layers:
@@ -57,17 +58,25 @@ def _last_states(mllm, inputs, n):
         logits = mllm.model(**inputs, use_cache=False, logits_to_keep=1).logits[0, -1]
     return found['last'], added, logits
 
+# %% ../../nbs/04_engine/03_probes.ipynb #another_question
+def _another_question(inputs, n):
+    "The inputs of a prompt with the tokens behind its first n rows turned round"
+    ids = inputs['input_ids']
+    return inputs | dict(input_ids=torch.cat([ids[:, :n], ids[:, n:].flip(1)], 1))
+
 # %% ../../nbs/04_engine/03_probes.ipynb #one_row
 def _one_row(mllm, p, n, closed, logits, tolerance):
-    "Does a branched batch of one row give these logits? A layer that keeps something else raises one of many errors"
+    "Does a branched batch of one row give these logits?"
     inputs = mllm.encoded([p])
     ids = inputs['input_ids']
     try:
-        branched = BranchedBatch(mllm, [Branch(0)], prefixes(mllm, [p], n) if closed else [], [p.visual])
+        shared = prefixes(mllm, [p], n) if closed else []
+        branched = BranchedBatch(mllm, [Branch(0)], shared, [p.visual])
         if closed:
             again = branched.forward(ids[:, n:])
         else:
             again = branched.forward(inputs.pop('input_ids'), **inputs)
+    # a cache that keeps something else is not known here, and fails in its own way wherever its keys are looked for
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
     return len(branched.cache.layers) == mllm.n_layers and _alike(again[0, -1], logits.float(), tolerance)
@@ -75,25 +84,29 @@ def _one_row(mllm, p, n, closed, logits, tolerance):
 # %% ../../nbs/04_engine/03_probes.ipynb #probed
 @torch.inference_mode()
 def _probed(mllm, p):
-    "Probe what may be shared between forwards"
-    n, inputs = int(p.visual[-1]) + 1, mllm.encoded([p])
-    ids, eps = inputs['input_ids'], torch.finfo(mllm.dtype).eps
+    "`Capabilities` of a model, asked on one prompt"
+    n = int(p.visual[-1]) + 1
+    inputs = mllm.encoded([p])
+    tolerance = 16 * torch.finfo(mllm.dtype).eps
     states, added, logits = _last_states(mllm, inputs, n)
-    another_question = torch.cat([ids[:, :n], ids[:, n:].flip(1)], 1)
-    asked, _, _ = _last_states(mllm, inputs | dict(input_ids=another_question), n)
+    asked, _, _ = _last_states(mllm, _another_question(inputs, n), n)
     with edit(mllm, 0, p.visual[-1:], 'zero'):
         cut, _, _ = _last_states(mllm, inputs, n)
-    closed = _near(asked, states, 16 * eps)
-    causal = _near(cut[: n - 1], states[: n - 1], 16 * eps)
-    plain = _one_row(mllm, p, n, closed, logits, max(1e-3, 16 * eps))
-    return Capabilities(closed, causal, max(added, default=-1) + 1, plain)
+    closed = _near(asked, states, tolerance)
+    causal = _near(cut[: n - 1], states[: n - 1], tolerance)
+    clean = max(added, default=-1) + 1
+    plain = _one_row(mllm, p, n, closed, logits, max(1e-3, tolerance))
+    return Capabilities(closed, causal, clean, plain)
+
+# %% ../../nbs/04_engine/03_probes.ipynb #probing
+MLLM.probing = False  # True while `capabilities` runs its forwards
 
 # %% ../../nbs/04_engine/03_probes.ipynb #capabilities
 def capabilities(
     mllm: MLLM,  # the model
     p: Prompt,  # any prompt
 ) -> Capabilities:  # kept while the model stays as it is
-    "What may be shared between forwards: nothing while something is active whose effect is not known"
+    "What may be shared between forwards; nothing while something is active whose effect is not known"
     where = mllm.state()
     if mllm.cross or where is None:
         return Capabilities(False, False, mllm.n_layers, False)  # with cross-attention the picture has no rows
@@ -106,6 +119,3 @@ def capabilities(
             mllm.probing = False
 
     return mllm.kept.fetch(('capabilities', where), probe)
-
-# %% ../../nbs/04_engine/03_probes.ipynb #probing
-MLLM.probing = False  # True while `capabilities` runs its forwards

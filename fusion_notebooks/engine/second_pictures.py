@@ -14,9 +14,9 @@ from ..hooks.attaching import _removing
 from .prefix import PrefixCache
 from .branches import BranchedBatch, Branch
 
-# %% ../../nbs/04_engine/05_second_pictures.ipynb #Door
+# %% ../../nbs/04_engine/05_second_pictures.ipynb #Stop
 class _Stop(Exception):
-    "Ends a forward where the decoder begins"
+    "Ends a forward where the decoder begins, with the position ids that it was given"
 
 # %% ../../nbs/04_engine/05_second_pictures.ipynb #positions
 def _positions(mllm, inputs):
@@ -42,6 +42,26 @@ def _rest(x, both):
             return both.narrow(axis, k, both.shape[axis] - k)
     return None
 
+# %% ../../nbs/04_engine/05_second_pictures.ipynb #added_parts
+def _added_parts(
+    one,  # `Prompt` of a picture
+    both,  # of it and another one behind it
+    n,  # rows up to the last visual token of `one`
+):  # name → tensor; None where `both` is not made of parts
+    "Inputs of what a second picture adds: rows behind the first n, and tensors of the second picture alone"
+    if not torch.equal(one.inputs['input_ids'][:, :n], both.inputs['input_ids'][:, :n]):
+        return None
+    parts = {}
+    for name, value in both.inputs.items():
+        if _is_row(value, both.length):
+            parts[name] = value[:, n:]
+        else:
+            parts[name] = _rest(one.inputs[name], value)
+    if any(v is None for v in parts.values()):
+        return None
+    parts['attention_mask'] = torch.ones_like(parts['input_ids'])
+    return parts
+
 # %% ../../nbs/04_engine/05_second_pictures.ipynb #second_image
 @torch.inference_mode()
 def second_image(
@@ -51,17 +71,10 @@ def second_image(
     n: int,  # rows up to the last visual token of `one`
 ) -> tuple | None:  # (`Prompt` of what follows the first n rows, its position ids or None where they are just counted)
     "What a second picture adds to a prompt; None where `both` is not made of parts"
-    rows, other = {}, {}
-    for name, value in both.inputs.items():
-        if _is_row(value, both.length):
-            rows[name] = value[:, n:]
-        else:
-            other[name] = _rest(one.inputs[name], value)
-    same = torch.equal(one.inputs['input_ids'][:, :n], both.inputs['input_ids'][:, :n])
-    if not same or any(v is None for v in other.values()):
+    parts = _added_parts(one, both, n)
+    if parts is None:
         return None
-    rows['attention_mask'] = torch.ones_like(rows['input_ids'])
-    rest = replace(both, inputs=rows | other, visual=both.visual[len(one.visual) :] - n)
+    rest = replace(both, inputs=parts, visual=both.visual[len(one.visual) :] - n)
     at = _positions(mllm, mllm.encoded([both], [one, rest]))
     return rest, None if at is None else at[..., n:]
 
@@ -79,11 +92,14 @@ def second_answers(
     limit: int = 32,  # tokens
 ) -> list:  # of `Answer`, greedy
     "Answers to one picture with each of some others behind it, in one batch"
-    tails, k = [rest for rest, _ in rests], len(rests)
+    tails = [rest for rest, _ in rests]
+    k = len(rests)
     inputs = mllm.encoded([mllm.stack(tails)], tails)
     if rests[0][1] is not None:
         width = max(tail.length for tail in tails)
         inputs['position_ids'] = _padded_positions([at for _, at in rests], width)
     branched = BranchedBatch(mllm, [Branch(i) for i in range(k)], [prefix] * k, [visual] * k)
-    ids, seen = inputs.pop('input_ids'), inputs.pop('attention_mask')
-    return branched.greedy(branched.forward(ids, seen=seen, **inputs)[:, -1], limit)
+    ids = inputs.pop('input_ids')
+    seen = inputs.pop('attention_mask')
+    first = branched.forward(ids, seen=seen, **inputs)[:, -1]
+    return branched.greedy(first, limit)

@@ -71,10 +71,12 @@ def answer_of(
 # %% ../../nbs/04_engine/04_traces.ipynb #padded
 def _padded_layers(prefixes, what, n):
     "Keys or values of each layer as one batch (prefixes, heads, n, width), zeros in front of the shorter ones"
-    layers = []
-    for tensors in zip(*(getattr(prefix, what) for prefix in prefixes)):
-        layers.append(torch.stack([torch.nn.functional.pad(x, (0, 0, n - x.shape[1], 0)) for x in tensors]))
-    return layers
+
+    def padded(x):  # (heads, rows, width)
+        return torch.nn.functional.pad(x, (0, 0, n - x.shape[1], 0))
+
+    per_prefix = [getattr(prefix, what) for prefix in prefixes]
+    return [torch.stack([padded(x) for x in of_one_layer]) for of_one_layer in zip(*per_prefix)]
 
 # %% ../../nbs/04_engine/04_traces.ipynb #side_by_side
 def side_by_side(
@@ -82,11 +84,12 @@ def side_by_side(
 ) -> list:  # of `PrefixCache`, all of one length, which attention can read as one batch
     "Prefixes of several prompts; shorter ones begin with rows that nothing sees"
     n = max(prefix.length for prefix in prefixes)
-    keys, values = _padded_layers(prefixes, 'keys', n), _padded_layers(prefixes, 'values', n)
-    return [
-        PrefixCache([k[b] for k in keys], [v[b] for v in values], prefix.position, n - prefix.length)
-        for b, prefix in enumerate(prefixes)
-    ]
+    keys = _padded_layers(prefixes, 'keys', n)
+    values = _padded_layers(prefixes, 'values', n)
+    found = []
+    for b, prefix in enumerate(prefixes):
+        found.append(PrefixCache([k[b] for k in keys], [v[b] for v in values], prefix.position, n - prefix.length))
+    return found
 
 # %% ../../nbs/04_engine/04_traces.ipynb #exit_alone
 def _exit_alone(mllm, p, layer, limit):
@@ -100,10 +103,10 @@ def _exits_together(mllm, seen, layers, limit):
     prefixes = side_by_side([s.prefix for s in seen])
     visual = [s.prompt.visual + prefix.blank for s, prefix in zip(seen, prefixes)]
     plain = BranchedBatch(mllm, [Branch(b) for b in range(len(seen))], prefixes, visual)
-    rows = plain.pick([b for b in range(len(seen)) for _ in layers])
-    rows.rows = [replace(r, leave=i) for r, i in zip(rows.rows, layers * len(seen))]
-    first = torch.cat([lens(mllm, s.hidden[1:][layers]) for s in seen])
-    answers = rows.greedy(first, limit)
+    batch = plain.pick([b for b in range(len(seen)) for _ in layers])  # a row per pass and layer
+    batch.rows = [replace(r, leave=i) for r, i in zip(batch.rows, layers * len(seen))]
+    first = torch.cat([lens(mllm, s.hidden[1:][layers]) for s in seen])  # logits of the first tokens
+    answers = batch.greedy(first, limit)
     return [answers[k : k + len(layers)] for k in range(0, len(answers), len(layers))]
 
 # %% ../../nbs/04_engine/04_traces.ipynb #exits

@@ -94,7 +94,7 @@ def _shares_of_base(x):
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #drop_and_level
 def _drop_and_level(x, rule, mine, curve):
-    "(2, curves, layers) drop and level of accuracies (curves, k+1) at the layers `mine`; NaN at other layers and at gaps"
+    "(2, curves, layers) drop and level of accuracies (curves, k+1) at layers `mine`; NaN at other layers and gaps"
     measured = np.isin(curve.layers, mine)
     gaps = _gaps(rule.reading, mine, curve.depth)
     parts = np.full((2, len(x), len(measured)), np.nan)
