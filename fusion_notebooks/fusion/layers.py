@@ -103,9 +103,8 @@ def _drop_and_level(x, rule, mine, curve):
     return parts
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #judge_dataset
-def _judge_dataset(curve, name, rule, seed):
-    "`_Judged` of one dataset of a `_Curve`"
-    rows = curve.rows[curve.rows.dataset == name]
+def _judge_dataset(curve, name, rows, rule, seed):
+    "`_Judged` of one dataset of a `_Curve`, of which the rows are given"
     rows = rows.assign(accuracy=rows.accuracy / curve.scale)
     measured, drawn, clusters = _resampled(rows, curve.bases[name] / curve.scale, curve.n, curve.draws, seed)
     x = np.vstack([measured[None], drawn])
@@ -125,7 +124,7 @@ def _judge_datasets(curve, rule):
         if 2 * some < len(curve.layers):
             warnings.warn(f'dataset {name!r} left out: it has {some} of {len(curve.layers)} layers')
             continue
-        judged.append(_judge_dataset(curve, name, rule, curve.seed + len(judged)))
+        judged.append(_judge_dataset(curve, name, rows, rule, curve.seed + len(judged)))
     if not judged:
         raise BadInput('curve: every dataset has too few of the layers; measure at least one dataset throughout')
     return judged
@@ -160,7 +159,7 @@ def _best_late(judged, curve):
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #table
 def _layer_table(judged, rule, curve, level):
-    "layer, drop, low, high, confidence, chosen: a row per layer that the rule could judge, accuracies as shares"
+    "layer, drop, low, high, confidence, chosen: a row per layer that the rule could judge"
     parts = _stacked(judged, rule, curve)
     mean_base = np.mean([j.base for j in judged])
     clusters = min((j.clusters for j in judged if j.clusters), default=1)
@@ -168,10 +167,11 @@ def _layer_table(judged, rule, curve, level):
     low, high = _band(drop[0], drop[1:], clusters, level)
     chosen = rule.choose(drop, levels, mean_base)
     picks = _picks(parts, chosen, curve, rule, mean_base)
-    table = pd.DataFrame(dict(layer=curve.layers, drop=drop[0], low=low, high=high))
+    unit = 1 if rule.relative else curve.scale  # the curve's own, but for shares of the level
+    table = dict(layer=curve.layers, drop=drop[0] * unit, low=low * unit, high=high * unit)
     table['confidence'] = picks.mean(0) if len(picks) else np.nan
     table['chosen'] = chosen[0] & ~(low <= 0)
-    return table[np.isfinite(drop[0])].reset_index(drop=True)
+    return pd.DataFrame(table)[np.isfinite(drop[0])].reset_index(drop=True)
 
 # %% ../../nbs/03_fusion/03_layers.ipynb #judge
 def _judge(curve, base, rule, n, n_layers, seed, draws=2000, level=0.95):
@@ -182,8 +182,6 @@ def _judge(curve, base, rule, n, n_layers, seed, draws=2000, level=0.95):
         warnings.simplefilter('ignore', RuntimeWarning)  # what no dataset can judge stays NaN
         table = _layer_table(judged, rule, curve, level)
         recovered = _best_late(judged, curve)
-    if not rule.relative:
-        table[['drop', 'low', 'high']] *= curve.scale
     layers = tuple(table.layer[table.chosen].tolist())
     confidence = dict(zip(table.layer.tolist(), table.confidence.tolist()))
     return Layers(layers, confidence, table, rule.words, recovered=recovered)
