@@ -85,9 +85,8 @@ class Trainer:
     def tiles(self, i, scenes, rng, two):
         "Pixels of some scenes as LLaVA-NeXT's processor cuts them, and of a random crop of each where there are two"
         pictures = [picture(int(s), *scene) for s, scene in zip(i, scenes)]
-        sets = [pictures]
-        if two:
-            sets.append([p.crop(random_crop(things, rng)) for p, (things, _) in zip(pictures, scenes)])
+        crops = [p.crop(random_crop(things, rng)) for p, (things, _) in zip(pictures, scenes)]
+        sets = [pictures, crops] if two else [pictures]  # crops are drawn in either case: later draws follow on them
         process = self.processor.image_processor
         return [process(images, return_tensors='pt')['pixel_values'].to(self.device) for images in sets]
 
