@@ -58,7 +58,7 @@ class Question:
 
 # %% ../../nbs/11_demo/01_questions.ipynb #names
 def _names(thing, things, hide=None):
-    "Ways to name `thing` alone without giving away `hide`; colour and shape together are listed three times, to be drawn more often"
+    "Names of `thing` alone that do not give away `hide`; colour with shape is there thrice, to be drawn more often"
     names = []
     if hide != 'place':
         names.append(f'object at the {PLACES[thing.cell]}')
