@@ -53,7 +53,7 @@ class _Lesson:
 # %% ../../nbs/11_demo/08_lessons.ipynb #draw_scenes
 @patch
 def _draw_scenes(self: Trainer, rng, most):
-    "(scenes,) numbers of scenes with at most so many things, in order; where there may be more than one, with two at least"
+    "(scenes,) numbers of scenes with at most so many things, sorted; those with one thing only where `most` is 1"
     fitting = np.flatnonzero((self.counts >= min(most, 2)) & (self.counts <= most))
     return np.sort(rng.choice(fitting, self.recipe.scenes_asked, replace=False))
 
@@ -91,7 +91,7 @@ def draw_lesson(
 
 # %% ../../nbs/11_demo/08_lessons.ipynb #prefix
 def _prefix(tok, counts, around):
-    "(ids before the pictures, ids up to their end), pictures of `counts` visual tokens; `around`: each between two marks"
+    "(ids before the pictures, ids up to their end), for pictures of `counts` tokens; `around`: each between two marks"
     head = tok('USER: ').input_ids
     before, after = [], []
     if around:
@@ -103,7 +103,7 @@ def _prefix(tok, counts, around):
 
 # %% ../../nbs/11_demo/08_lessons.ipynb #of_rows
 def _of_rows(per_question, block):
-    "(scenes, questions, …) → (scenes, rows, …): what holds for a question, at each row of its block; zeros outside"
+    "(scenes, rows, …): what holds for a question, (scenes, questions, …), at each of its rows; zeros outside"
     asked = per_question.shape[1]
     inner = ((0, 0),) * (per_question.ndim - 2)
     padded = np.pad(per_question, ((0, 0), (1, 1), *inner))  # zeros for the prefix, and for padding
@@ -122,7 +122,7 @@ def _set_reads(gate, questions, block, hops):
 
 # %% ../../nbs/11_demo/08_lessons.ipynb #hidden
 def _hidden_patches(questions, block, hops, patches, before):
-    "hop → (scenes, rows, columns) True at what is hidden: at hop 1 what a relation asks for, at hop 2 what it starts from"
+    "hop → (scenes, rows, columns) True at what is hidden: first what a relation asks for, then what it starts from"
     hidden = {}
     for k, hop in enumerate(hops):
         closed = np.zeros((len(questions), len(questions[0]), patches), bool)
@@ -154,7 +154,7 @@ def mrope_positions(
 # %% ../../nbs/11_demo/08_lessons.ipynb #batch_of
 @patch
 def _batch_of(self: Trainer, lesson, visual, plan, gate, rng):
-    "What `packed_loss` reads, for a lesson whose pictures have so many visual tokens each; sets what the gate lets through"
+    "What `packed_loss` reads, for pictures of `visual` tokens each; sets what the gate lets through"
     r, questions = self.recipe, lesson.questions
     head, prefix = _prefix(self.tok, visual, bool(r.copy))
     layers = len(self.lm[0].layers)
@@ -170,7 +170,7 @@ def _batch_of(self: Trainer, lesson, visual, plan, gate, rng):
 
 # %% ../../nbs/11_demo/08_lessons.ipynb #shares
 def _shares_right(right, questions):
-    "Shares of right answers: of all, and of each kind of question that was asked; `right` in the order of the questions"
+    "Shares of right answers: of all, and of each kind of question that was asked; `right` (questions,)"
     kinds = np.array([q.kind for some in questions for q in some])
     shares = dict(right=right.float().mean())
     for kind in LESSONS:
