@@ -3,6 +3,7 @@
 The functions whose names begin with `add_` are that page's examples."""
 
 import ast, inspect
+from dataclasses import replace
 import nbformat
 import numpy as np
 import pandas as pd
@@ -27,7 +28,6 @@ from fusion_notebooks.mllm import MLLM
 REGISTRIES = [
     catalog.SEMANTICS,
     catalog.METHODS,
-    catalog.ADDED,
     baselines.METHODS,
     contrast.CROPS,
     contrast.MASKS,
@@ -154,7 +154,7 @@ def test_a_semantic_reaches_sweeps_layers_figures_and_studies(mllm, tmp_path):
         text = mllm.answer(p).text
     first = rows[(rows['sample'] == samples[0].id) & (rows.layer == 3) & (rows.how == 'halve')]
     assert first.prediction.item() == text
-    assert 'halve' in analyses.masking_options(None)['hows'] and list(catalog.ADDED) == ['halve']
+    assert 'halve' in analyses.masking_options(None)['hows'] and list(catalog.added()) == ['semantic halve']
     scored = rows.assign(score=1.0)
     assert fusion.fusion_layers(*fusion.masking_curve(scored, 'halve'), how='halve').layers == ()
     assert len(plots.masking(scored).axes) == 2
@@ -228,10 +228,10 @@ def test_rows_of_what_was_added_have_keys_of_their_own(tmp_path):
     def halved(states, given, strength):
         return states / 2.0
 
-    catalog.ADDED['halve'] = halved
+    catalog.SEMANTICS['halve'] = replace(catalog.SEMANTICS['halve'], write=halved)
     other = study.units(job, s)[0]
     assert len({str(sorted(k.items(), key=str)) for k in (plain, added, other)}) == 3
     exec('def nowhere(states, given, strength): return states', globals_ := {'__name__': 'elsewhere'})
-    catalog.ADDED['halve'] = globals_['nowhere']
-    with pytest.raises(ValueError, match="The source of 'halve' cannot be read"):
+    catalog.SEMANTICS['halve'] = replace(catalog.SEMANTICS['halve'], write=globals_['nowhere'])
+    with pytest.raises(ValueError, match="The source of 'semantic halve' cannot be read"):
         study.units(job, s)

@@ -11,7 +11,7 @@ import pandas as pd
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
-from ..core.catalog import register
+from ..core.catalog import register, registry
 
 # %% ../../nbs/13_analyses/00_records.ipynb #no_options
 def no_options(
@@ -32,7 +32,7 @@ class Analysis(NamedTuple):
     calibrated: bool = False  # does it read what calibration found?
 
 # %% ../../nbs/13_analyses/00_records.ipynb #ANALYSES
-ANALYSES = {}  # name → `Analysis`, in the order in which a study computes them
+ANALYSES = registry('analysis')  # name → `Analysis`, in the order in which a study computes them
 
 # %% ../../nbs/13_analyses/00_records.ipynb #analysis
 def analysis(

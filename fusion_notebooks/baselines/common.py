@@ -61,7 +61,9 @@ class CropProposal:
     crop: Image.Image  # the second picture
 
 # %% ../../nbs/07_baselines/00_common.ipynb #METHODS
-METHODS = {}  # name → function (mllm, image, question, …) → `BaselineAnswer` or `CropProposal`
+METHODS = catalog.registry(
+    'baseline'
+)  # name → function (mllm, image, question, …) → `BaselineAnswer` or `CropProposal`
 
 # %% ../../nbs/07_baselines/00_common.ipynb #method
 def method(

@@ -8,7 +8,7 @@ __all__ = ['CROPS', 'MASKS', 'View', 'crop_by', 'mask_by']
 # %% ../../nbs/06_contrast/04_choices.ipynb #imports
 import numpy as np
 from dataclasses import dataclass
-from ..core.catalog import register
+from ..core.catalog import register, registry
 from ..mllm.handle import Prompt
 from ..fusion.maps import normalise
 from .contrastive import Contrast
@@ -44,8 +44,8 @@ class View:
         return box_around(centre, max(right - left, bottom - top), self.prompt.images[0].size)
 
 # %% ../../nbs/06_contrast/04_choices.ipynb #registries
-CROPS = {}  # name → (View) → box, pixels
-MASKS = {}  # name → (Contrast, seed) → (visual,) values, of which the lowest are masked
+CROPS = registry('crop')  # name → (View) → box, pixels
+MASKS = registry('mask')  # name → (Contrast, seed) → (visual,) values, of which the lowest are masked
 
 # %% ../../nbs/06_contrast/04_choices.ipynb #crop_by
 def crop_by(

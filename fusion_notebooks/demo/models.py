@@ -8,41 +8,59 @@ __all__ = ['CHAT', 'AROUND', 'make_tokenizer', 'make_model', 'make_qwen', 'make_
 # %% ../../nbs/11_demo/02_models.ipynb #imports
 import numpy as np
 import torch
+from ..core.errors import BadInput
 from ..mllm.processor import PlainProcessor
 from ..mllm.handle import MLLM
 from .scenes import layout, PATCH, VIEW
 from .questions import ask, KINDS
 
 # %% ../../nbs/11_demo/02_models.ipynb #c013
-CHAT = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% endif %}{% endfor %}"
+CHAT = (  # pictures first, then the text
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}USER: "
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% endif %}{% endfor %}"
     "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ '\\n' + c['text'] }}{% endif %}{% endfor %}{{ '\\n' }}"
-    "{% else %}ASSISTANT: {{ m['content'][0]['text'] }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    "{% else %}ASSISTANT: {{ m['content'][0]['text'] }}</s>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+
+# %% ../../nbs/11_demo/02_models.ipynb #PROCESSOR
+_PROCESSOR = dict(  # how LLaVA's processors count visual tokens
+    patch_size=PATCH,
+    vision_feature_select_strategy='default',
+    image_token='<image>',
+    num_additional_image_tokens=1,
+)
+
+# %% ../../nbs/11_demo/02_models.ipynb #training_texts
+def _training_texts(scenes=2000):
+    "Questions with their answers, as the tokenizer learns from"
+    rng, texts = np.random.default_rng(0), []
+    for seed in range(scenes):
+        things, _ = layout(seed)
+        for kind in KINDS:
+            q = ask(things, kind, rng)
+            if q:
+                texts.append(f'USER: {q.text}\nASSISTANT: {q.answer}')
+    return texts
 
 # %% ../../nbs/11_demo/02_models.ipynb #make_tokenizer
 def make_tokenizer():
     "A byte-level BPE tokenizer in which every word of glyph world is one token"
-    from tokenizers import Tokenizer, models, pre_tokenizers, decoders, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    rng, texts = np.random.default_rng(0), []
-    for seed in range(2000):
-        things, _ = layout(seed)
-        texts += [f'USER: {q.text}\nASSISTANT: {q.answer}' for k in KINDS if (q := ask(things, k, rng))]
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
-    special = ['<s>', '</s>', '<pad>', '<image>']
-    tok.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=512,
-            show_progress=False,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        show_progress=False,
+        special_tokens=['<s>', '</s>', '<pad>', '<image>'],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
+    tok.train_from_iterator(_training_texts(), trainer)
     tok.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tok,
@@ -53,22 +71,11 @@ def make_tokenizer():
         extra_special_tokens={'image_token': '<image>'},
     )
 
-# %% ../../nbs/11_demo/02_models.ipynb #make_model
-def make_model(
-    seed: int = 0,  # of the initial weights
-    layers: int = 8,  # decoder layers
-) -> tuple:  # (model, processor)
-    "An untrained glyph-llava"
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
+# %% ../../nbs/11_demo/02_models.ipynb #configs
+def _configs(layers, tok):
+    "(vision, text) settings of a glyph LLaVA"
+    from transformers import CLIPVisionConfig, LlamaConfig
 
-    tok = make_tokenizer()
     vision = CLIPVisionConfig(
         hidden_size=192,
         intermediate_size=576,
@@ -91,6 +98,30 @@ def make_model(
         pad_token_id=2,
         tie_word_embeddings=True,
     )
+    return vision, text
+
+# %% ../../nbs/11_demo/02_models.ipynb #first_weights
+def _draw_weights(decoder):
+    "Wider than the default .02, which is meant for widths of thousands; heads begin by matching like with like, and copying it"
+    with torch.no_grad():
+        for name, p in decoder.named_parameters():
+            if p.ndim == 2:
+                p.normal_(0, 0.1 if 'embed' in name else 0.05)
+        for layer in decoder.layers:
+            attention = layer.self_attn
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+            attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+
+# %% ../../nbs/11_demo/02_models.ipynb #make_model
+def make_model(
+    seed: int = 0,  # of the initial weights
+    layers: int = 8,  # decoder layers
+) -> tuple:  # (model, processor)
+    "An untrained glyph-llava"
+    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    tok = make_tokenizer()
+    vision, text = _configs(layers, tok)
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
@@ -102,58 +133,27 @@ def make_model(
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
-    decoder = model.get_decoder()
-    with torch.no_grad():
-        for name, p in decoder.named_parameters():  # the default 0.02 is meant for widths of thousands
-            if p.ndim == 2:
-                p.normal_(0, 0.1 if 'embed' in name else 0.05)
-        for a in (
-            layer.self_attn for layer in decoder.layers
-        ):  # heads begin by matching like with like and copying what they find
-            a.k_proj.weight.copy_(a.q_proj.weight)
-            a.o_proj.weight.copy_(a.v_proj.weight.T)
+    _draw_weights(model.get_decoder())
     model.generation_config.update(bos_token_id=0, eos_token_id=1, pad_token_id=2)
     images = CLIPImageProcessor(size=dict(shortest_edge=VIEW), crop_size=dict(height=VIEW, width=VIEW))
-    return model, LlavaProcessor(
-        images,
-        tok,
-        patch_size=PATCH,
-        vision_feature_select_strategy='default',
-        image_token='<image>',
-        num_additional_image_tokens=1,
-        chat_template=CHAT,
-    )
+    return model, LlavaProcessor(images, tok, **_PROCESSOR, chat_template=CHAT)
 
 # %% ../../nbs/11_demo/02_models.ipynb #qwen1
-AROUND = (
-    '<|vision_start|>',
-    '<|vision_end|>',
-)  # of every picture of Qwen2-VL; without them two pictures would be one to M-RoPE
+AROUND = ('<|vision_start|>', '<|vision_end|>')  # of every picture; without them two would be one to M-RoPE
 
-# %% ../../nbs/11_demo/02_models.ipynb #make_qwen
-def make_qwen(
-    base: MLLM,  # a LLaVA of glyph world
-) -> tuple:  # (model, processor)
-    "A Qwen2-VL that begins with the blocks of a LLaVA"
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
+# %% ../../nbs/11_demo/02_models.ipynb #qwen_config
+_SAME = (  # settings of the language model that a Qwen2-VL takes over
+    'vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads '
+    'max_position_embeddings rms_norm_eps bos_token_id eos_token_id pad_token_id'
+).split()
 
-    tok, theirs = make_tokenizer(), base.model.state_dict()
-    tok.add_special_tokens(dict(additional_special_tokens=[*AROUND, '<|video_pad|>']))
+# %% ../../nbs/11_demo/02_models.ipynb #qwen_model
+def _qwen_model(base, tok):
+    "A Qwen2-VL of the sizes of a LLaVA, with weights as they are drawn"
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
     v, t = base.model.config.vision_config, base.model.config.text_config
-    same = (
-        'vocab_size',
-        'hidden_size',
-        'intermediate_size',
-        'num_hidden_layers',
-        'num_attention_heads',
-        'num_key_value_heads',
-        'max_position_embeddings',
-        'rms_norm_eps',
-        'bos_token_id',
-        'eos_token_id',
-        'pad_token_id',
-    )
-    text = {k: getattr(t, k) for k in same} | dict(
+    text = {k: getattr(t, k) for k in _SAME} | dict(
         vocab_size=len(tok),
         tie_word_embeddings=True,
         rope_parameters=dict(rope_type='default', rope_theta=10000.0, mrope_section=[4, 6, 6]),
@@ -169,84 +169,98 @@ def make_qwen(
     )
     start, end, video = tok.convert_tokens_to_ids([*AROUND, '<|video_pad|>'])
     torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(
-        Qwen2VLConfig(
-            text_config=text,
-            vision_config=vision,
-            image_token_id=tok.image_token_id,
-            vision_start_token_id=start,
-            vision_end_token_id=end,
-            video_token_id=video,
-            tie_word_embeddings=True,
-        )
+    config = Qwen2VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=tok.image_token_id,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        video_token_id=video,
+        tie_word_embeddings=True,
     )
-    ours = model.state_dict()
-    for k in ours:
-        if k not in theirs and 'visual' not in k:
-            ours[k].zero_()  # LLaMA has no biases
-        elif 'visual' not in k:
-            ours[k][: len(theirs[k])].copy_(theirs[k])  # there are new words
-    tower = {
-        k.split('vision_tower.')[1].replace('vision_model.', ''): x for k, x in theirs.items() if 'vision_tower' in k
+    return Qwen2VLForConditionalGeneration(config)
+
+# %% ../../nbs/11_demo/02_models.ipynb #copy_text
+def _copy_language_model(ours, theirs):
+    "Weights of the language model, in place: LLaMA has no biases, and there are new words"
+    for name, weight in ours.items():
+        if 'visual' in name:
+            continue
+        if name in theirs:
+            weight[: len(theirs[name])].copy_(theirs[name])
+        else:
+            weight.zero_()
+
+# %% ../../nbs/11_demo/02_models.ipynb #copy_tower
+def _copy_tower(ours, theirs, layers):
+    "Weights of a CLIP tower and its projector under the names of Qwen2-VL, in place"
+    prefix = 'vision_tower.'
+    tower = {k.split(prefix)[1].replace('vision_model.', ''): x for k, x in theirs.items() if prefix in k}
+
+    def put(name, weight):
+        ours[f'model.visual.{name}'].copy_(weight)
+
+    patches = tower['embeddings.patch_embedding.weight']
+    put('patch_embed.proj.weight', torch.stack([patches] * 2, 2) / 2)  # a picture is two equal frames
+    parts = {
+        'attn.proj': 'self_attn.out_proj',
+        'norm1': 'layer_norm1',
+        'norm2': 'layer_norm2',
+        'mlp.fc1': 'mlp.fc1',
+        'mlp.fc2': 'mlp.fc2',
     }
-    put = lambda k, x: ours['model.visual.' + k].copy_(x)
-    put(
-        'patch_embed.proj.weight', torch.stack([tower['embeddings.patch_embedding.weight']] * 2, 2) / 2
-    )  # a picture is two equal frames
-    for s in ('weight', 'bias'):
-        for i in range(v.num_hidden_layers):
-            a, b = f'encoder.layers.{i}.', f'blocks.{i}.'
-            put(f'{b}attn.qkv.{s}', torch.cat([tower[f'{a}self_attn.{x}_proj.{s}'] for x in 'qkv']))
-            for x, y in (
-                ('attn.proj', 'self_attn.out_proj'),
-                ('norm1', 'layer_norm1'),
-                ('norm2', 'layer_norm2'),
-                ('mlp.fc1', 'mlp.fc1'),
-                ('mlp.fc2', 'mlp.fc2'),
-            ):
-                put(f'{b}{x}.{s}', tower[f'{a}{y}.{s}'])
-        for x, y in (('0', 'linear_1'), ('2', 'linear_2')):
-            put(f'merger.mlp.{x}.{s}', theirs[f'model.multi_modal_projector.{y}.{s}'])
+    for kind in ('weight', 'bias'):
+        for i in range(layers):
+            block = f'encoder.layers.{i}.'
+            qkv = [tower[f'{block}self_attn.{x}_proj.{kind}'] for x in 'qkv']
+            put(f'blocks.{i}.attn.qkv.{kind}', torch.cat(qkv))
+            for new, old in parts.items():
+                put(f'blocks.{i}.{new}.{kind}', tower[f'{block}{old}.{kind}'])
+        for new, old in (('0', 'linear_1'), ('2', 'linear_2')):
+            put(f'merger.mlp.{new}.{kind}', theirs[f'model.multi_modal_projector.{old}.{kind}'])
+
+# %% ../../nbs/11_demo/02_models.ipynb #make_qwen
+def make_qwen(
+    base: MLLM,  # a LLaVA of glyph world
+) -> tuple:  # (model, processor)
+    "A Qwen2-VL that begins with the blocks of a LLaVA"
+    from transformers import Qwen2VLImageProcessor
+
+    tok = make_tokenizer()
+    tok.add_special_tokens(dict(additional_special_tokens=[*AROUND, '<|video_pad|>']))
+    model = _qwen_model(base, tok)
+    ours, theirs = model.state_dict(), base.model.state_dict()
+    _copy_language_model(ours, theirs)
+    _copy_tower(ours, theirs, base.model.config.vision_config.num_hidden_layers)
     model.load_state_dict(ours)
     model.generation_config.update(bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    return model, PlainProcessor(
-        Qwen2VLImageProcessor(patch_size=PATCH, merge_size=1, min_pixels=VIEW * VIEW * 9 // 16, max_pixels=VIEW * VIEW),
-        tok,
-        model,
-        CHAT.replace('<image>', AROUND[0] + '<image>' + AROUND[1]),
-    )
+    least, most = VIEW * VIEW * 9 // 16, VIEW * VIEW
+    images = Qwen2VLImageProcessor(patch_size=PATCH, merge_size=1, min_pixels=least, max_pixels=most)
+    return model, PlainProcessor(images, tok, model, CHAT.replace('<image>', AROUND[0] + '<image>' + AROUND[1]))
 
 # %% ../../nbs/11_demo/02_models.ipynb #patches
 def _patches(x):
-    "(B, 3, H, W) pixels as Qwen2-VL's processor lays them out, and their grids"
-    B, C, h, w = *x.shape[:2], *(n // PATCH for n in x.shape[2:])
-    x = (
-        x.reshape(B, C, h, PATCH, w, PATCH)
-        .permute(0, 2, 4, 1, 3, 5)[:, :, :, :, None]
-        .expand(-1, -1, -1, -1, 2, -1, -1)
-    )
-    return x.reshape(B * h * w, -1), torch.tensor([[1, h, w]] * B)
+    "((B · h · w, pixels), (B, 3) grids) of pixels (B, 3, H, W), as Qwen2-VL's processor lays them out"
+    B, C, h, w = *x.shape[:2], x.shape[2] // PATCH, x.shape[3] // PATCH
+    cells = x.reshape(B, C, h, PATCH, w, PATCH).permute(0, 2, 4, 1, 3, 5)
+    frames = cells[:, :, :, :, None].expand(-1, -1, -1, -1, 2, -1, -1)
+    return frames.reshape(B * h * w, -1), torch.tensor([[1, h, w]] * B)
 
 # %% ../../nbs/11_demo/02_models.ipynb #mrope
 def _mrope(n, grids):
-    "(3, N) positions of n words followed by pictures of (h, w) tokens, each between two marks, and the position that follows"
-    out, at, word = [torch.arange(n).expand(3, -1)], n, torch.zeros(3, 1, dtype=torch.long)
+    "((3, N) positions of n words, then pictures of (h, w) tokens, each between two marks; the position that follows)"
+    positions, at, word = [torch.arange(n).expand(3, -1)], n, torch.zeros(3, 1, dtype=torch.long)
     for h, w in grids:
-        out += [
-            word + at,
-            at
-            + 1
-            + torch.stack(
-                [torch.zeros(h * w, dtype=torch.long), torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)]
-            ),
-            word + at + 1 + max(h, w),
-        ]
+        time = torch.zeros(h * w, dtype=torch.long)
+        rows, columns = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
+        picture = torch.stack([time, rows, columns]) + at + 1
+        positions += [word + at, picture, word + at + 1 + max(h, w)]
         at += 2 + max(h, w)
-    return torch.cat(out, 1), at
+    return torch.cat(positions, 1), at
 
 # %% ../../nbs/11_demo/02_models.ipynb #cut
 def _cut(views, rng, least=5):
-    "The same random part of all views, in whole patches"
+    "(the same random part of all views, in whole patches; its first row and column of patches)"
     k = VIEW // PATCH
     h, w = rng.integers(least, k + 1, 2)
     y, x = (PATCH * int(rng.integers(0, k + 1 - n)) for n in (h, w))
@@ -256,40 +270,27 @@ def _cut(views, rng, least=5):
 def make_next(
     base: MLLM,  # a LLaVA of glyph world
 ) -> tuple:  # (model, processor)
-    "A LLaVA-NeXT with the weights of a LLaVA: beside the whole view, it sees tiles of twice its resolution"
-    from transformers import (
-        LlavaNextConfig,
-        LlavaNextForConditionalGeneration,
-        LlavaNextImageProcessorPil,
-        LlavaNextProcessor,
-    )
+    "A LLaVA-NeXT with the weights of a LLaVA: beside the whole view, it sees tiles of twice its resolution. Raises `BadInput`"
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+    from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor
 
     c, tok, side = base.model.config, make_tokenizer(), dict(height=VIEW, width=VIEW)
     grid = [[2 * VIEW, 2 * VIEW], [VIEW, 2 * VIEW], [2 * VIEW, VIEW]]
-    torch.manual_seed(0)
-    model = LlavaNextForConditionalGeneration(
-        LlavaNextConfig(
-            vision_config=c.vision_config,
-            text_config=c.text_config,
-            image_token_id=tok.image_token_id,
-            image_grid_pinpoints=grid,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy='default',
-            image_seq_length=(VIEW // PATCH) ** 2,
-            tie_word_embeddings=True,
-        )
+    config = LlavaNextConfig(
+        vision_config=c.vision_config,
+        text_config=c.text_config,
+        image_token_id=tok.image_token_id,
+        image_grid_pinpoints=grid,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy='default',
+        image_seq_length=(VIEW // PATCH) ** 2,
+        tie_word_embeddings=True,
     )
+    torch.manual_seed(0)
+    model = LlavaNextForConditionalGeneration(config)
     new = model.load_state_dict(base.model.state_dict(), strict=False)
     if {*new.missing_keys} - {'model.image_newline'} or new.unexpected_keys:
-        raise ValueError(f'{base.name} does not fit into a LLaVA-NeXT: {new}.')
+        raise BadInput(f'{base.name} does not fit into a LLaVA-NeXT: {new}.')
     model.generation_config.update(bos_token_id=0, eos_token_id=1, pad_token_id=2)
     images = LlavaNextImageProcessorPil(size=dict(shortest_edge=VIEW), crop_size=side, image_grid_pinpoints=grid)
-    return model, LlavaNextProcessor(
-        images,
-        tok,
-        patch_size=PATCH,
-        vision_feature_select_strategy='default',
-        image_token='<image>',
-        num_additional_image_tokens=1,
-        chat_template=CHAT,
-    )
+    return model, LlavaNextProcessor(images, tok, **_PROCESSOR, chat_template=CHAT)

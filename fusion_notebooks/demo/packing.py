@@ -11,6 +11,7 @@ import math
 import numpy as np
 import torch
 from PIL import Image
+from dataclasses import dataclass
 from pathlib import Path
 from torch import nn
 from tqdm import tqdm
@@ -18,17 +19,55 @@ from .scenes import COLOURS, DIGITS, layout, LETTERS, PATCH, picture, PICTURE, S
 from .questions import ask, LESSONS, square
 
 # %% ../../nbs/11_demo/03_packing.ipynb #c015
-SUFFIX = '\nASSISTANT:'
+SUFFIX = '\nASSISTANT:'  # of every question
 
 # %% ../../nbs/11_demo/03_packing.ipynb #draw_questions
 def _draw_questions(things, rng, n, shares=(0.3, 0.15, 0.15, 0.4)):
-    got = []
-    while len(got) < n:
-        q = ask(things, LESSONS[rng.choice(len(shares), p=shares)], rng)
-        if q is None:
-            q = ask(things, 'fine', rng)
-        got.append(q)
-    return got
+    "n questions about some things, by shares of `LESSONS`; where a kind cannot be asked, about a detail"
+    questions = []
+    while len(questions) < n:
+        kind = LESSONS[rng.choice(len(shares), p=shares)]
+        questions.append(ask(things, kind, rng) or ask(things, 'fine', rng))
+    return questions
+
+# %% ../../nbs/11_demo/03_packing.ipynb #drop_looking
+def _drop_looking(rng, layers, drop, late):
+    "(first layer at which the question's rows may look, the same of the suffix): `layers` is never"
+    if rng is None:
+        return 0, 0
+    only_suffix, none = rng.random(2) < drop
+    start = layers if none else int(rng.choice(len(late), p=late))
+    return max(layers if only_suffix else start, start), start
+
+# %% ../../nbs/11_demo/03_packing.ipynb #Line
+@dataclass
+class _Line:
+    "The rows of one scene"
+
+    ids: list  # token ids
+    positions: list  # restart behind the prefix with each question
+    block: list  # number of the question, 0 in the prefix
+    blind: list  # first layer at which a row may look
+    targets: list  # the answer's tokens where they are to be said, else -100
+
+# %% ../../nbs/11_demo/03_packing.ipynb #packed_line
+def _packed_line(tok, prefix, questions, rng, layers, drop, late):
+    "The questions of a scene behind its prefix"
+    n, k = len(prefix), len(questions)
+    line = _Line(list(prefix), list(range(n)), [0] * n, [0] * n, [-100] * n)
+    suffix = tok(SUFFIX, add_special_tokens=False).input_ids
+    texts = [f'\n{q.text}' for q in questions] + [f' {q.answer}' for q in questions]
+    tokens = tok(texts, add_special_tokens=False).input_ids
+    for j, (question, answer) in enumerate(zip(tokens[:k], tokens[k:]), 1):
+        answer = answer + [tok.eos_token_id]
+        piece = question + suffix + answer[:-1]
+        may_look, suffix_may_look = _drop_looking(rng, layers, drop, late)
+        line.ids += piece
+        line.block += [j] * len(piece)
+        line.positions += range(n, n + len(piece))
+        line.blind += [may_look] * len(question) + [suffix_may_look] * (len(piece) - len(question))
+        line.targets += [-100] * (len(piece) - len(answer)) + answer
+    return line
 
 # %% ../../nbs/11_demo/03_packing.ipynb #pack
 def pack(
@@ -39,78 +78,70 @@ def pack(
     layers: int = 8,  # decoder layers
     drop: tuple = (0.3, 0.03),  # chance that only the suffix rows may look, and that nothing is seen at all
     late: tuple = (0.1, 0.1, 0.4, 0.4),  # chance that looking starts at layer 0, 1, 2, 3
-) -> dict:  # ids, positions, block (B, N), number of the question or 0 · mask (B, 1, N, N) · blind (B, N), first layer at which a row may look · targets (B, N) answers
+) -> dict:  # ids, positions, block, blind, targets (B, N), see `_Line` · mask (B, 1, N, N) of bool
     "Put the questions of each scene behind its prefix so that none can read another"
-    rows = []
-    suffix = tok(SUFFIX, add_special_tokens=False).input_ids
-    for prefix, qs in zip(prefixes, questions):
-        ids, pos, block, blind, target = (
-            list(prefix),
-            list(range(len(prefix))),
-            [0] * len(prefix),
-            [0] * len(prefix),
-            [-100] * len(prefix),
-        )
-        texts = tok([f'\n{q.text}' for q in qs] + [f' {q.answer}' for q in qs], add_special_tokens=False).input_ids
-        for j, (q, a) in enumerate(zip(texts[: len(qs)], texts[len(qs) :]), 1):
-            a = a + [tok.eos_token_id]
-            piece = q + suffix + a[:-1]
-            start = only_suffix = 0
-            if rng is not None:
-                only_suffix, none = rng.random(2) < drop
-                start = layers if none else int(rng.choice(len(late), p=late))
-                only_suffix = layers if only_suffix else start
-            ids += piece
-            block += [j] * len(piece)
-            pos += range(len(prefix), len(prefix) + len(piece))
-            blind += [max(only_suffix, start)] * len(q) + [start] * (len(piece) - len(q))
-            target += [-100] * (len(piece) - len(a)) + a
-        rows.append((ids, pos, block, blind, target))
-    N = max(len(r[0]) for r in rows)
-    fill = lambda k, v: torch.tensor([r[k] + [v] * (N - len(r[k])) for r in rows])
-    ids, pos, block, blind, target = (fill(k, v) for k, v in enumerate((tok.pad_token_id, 0, -1, 0, -100)))
-    q, k = block[:, :, None], block[:, None, :]
-    mask = torch.ones(N, N, dtype=torch.bool).tril() & ((k == 0) | (q == k))
-    return dict(ids=ids, positions=pos, block=block, mask=mask[:, None], blind=blind, targets=target)
+    lines = [_packed_line(tok, prefix, some, rng, layers, drop, late) for prefix, some in zip(prefixes, questions)]
+    n = max(len(line.ids) for line in lines)
+
+    def filled(name, value):
+        return torch.tensor([getattr(line, name) + [value] * (n - len(line.ids)) for line in lines])
+
+    block = filled('block', -1)
+    row, column = block[:, :, None], block[:, None, :]
+    mask = torch.ones(n, n, dtype=torch.bool).tril() & ((column == 0) | (row == column))
+    return dict(
+        ids=filled('ids', tok.pad_token_id),
+        positions=filled('positions', 0),
+        block=block,
+        mask=mask[:, None],
+        blind=filled('blind', 0),
+        targets=filled('targets', -100),
+    )
 
 # %% ../../nbs/11_demo/03_packing.ipynb #late_look
 def _late_look(decoder, mask, blind, seen, hidden=None):
-    "Hooks for one training step: a row whose `blind` is d cannot attend to the columns `seen` at layers < d, nor ever to what is hidden from it at a layer"
+    "Pre-hooks: below its layer `blind` a row cannot attend to the columns `seen`, nor at any to what is `hidden` from it"
 
     def at(i):
         closed = ~mask | ((blind > i)[:, None, :, None] & seen[:, None, None, :])
         if i in (hidden or {}):
             closed = closed | hidden[i][:, None]
-        m = torch.zeros(closed.shape, device=mask.device).masked_fill(closed, -1e4)
-        return lambda layer, args, kw: (args, kw | dict(attention_mask=m))
+        additive = torch.zeros(closed.shape, device=mask.device).masked_fill(closed, -1e4)
+
+        def hook(layer, args, kw):
+            return args, kw | dict(attention_mask=additive)
+
+        return hook
 
     return [layer.register_forward_pre_hook(at(i), with_kwargs=True) for i, layer in enumerate(decoder.layers)]
 
 # %% ../../nbs/11_demo/03_packing.ipynb #packed_loss
 def packed_loss(
     model,  # a LLaVA
-    batch: dict,  # from `pack`; and where given, `hidden`: decoder layer → (B, N, N) True at what a row cannot read there
+    batch: dict,  # from `pack`; `hidden` where given: layer → (B, N, N) True at what a row cannot read there
     seen: torch.Tensor,  # (B, N) True at columns that hold the scene
     features: torch.Tensor,  # (B, visual, width) projected image features
 ) -> tuple:  # (loss, (n, ) True where the first answer token is right)
     "Cross entropy of the answers, each question as if it were asked alone"
-    decoder = model.get_decoder()
+    decoder, mask = model.get_decoder(), batch['mask']
     x = model.get_input_embeddings()(batch['ids'])
     x = x.masked_scatter(seen[..., None], features.to(x.dtype))
-    hooks = _late_look(decoder, batch['mask'], batch['blind'], seen, batch.get('hidden'))
+    hooks = _late_look(decoder, mask, batch['blind'], seen, batch.get('hidden'))
     try:
-        h = decoder(
-            inputs_embeds=x, attention_mask=batch['mask'], position_ids=batch['positions'], use_cache=False
-        ).last_hidden_state
+        out = decoder(inputs_embeds=x, attention_mask=mask, position_ids=batch['positions'], use_cache=False)
     finally:
-        [k.remove() for k in hooks]
+        for hook in hooks:
+            hook.remove()
     at = batch['targets'] != -100
-    logits, gold = model.get_output_embeddings()(h[at]).float(), batch['targets'][at]
+    logits, gold = model.get_output_embeddings()(out.last_hidden_state[at]).float(), batch['targets'][at]
     first = (batch['targets'].roll(1, 1) == -100)[at]
     return nn.functional.cross_entropy(logits, gold), (logits.argmax(-1) == gold)[first]
 
 # %% ../../nbs/11_demo/03_packing.ipynb #c017
-def random_crop(things, rng):
+def random_crop(
+    things: list,  # of the scene
+    rng,  # random numbers
+) -> tuple:  # (left, top, right, bottom), pixels of the picture
     "A random square: most often near some thing, sometimes anywhere"
     side = int(rng.uniform(90, 230))
     x, y = things[rng.integers(len(things))].centre if rng.random() < 0.75 else rng.uniform(0, PICTURE, 2)
@@ -119,30 +150,51 @@ def random_crop(things, rng):
 
 # %% ../../nbs/11_demo/03_packing.ipynb #patch_labels
 def _patch_labels(things, box):
-    "(64, 4) colour, shape and character of the thing under each patch centre, and the character that lies on the patch itself; 0 where there is none"
-    k, half = (np.arange(VIEW // PATCH) + 0.5) * PATCH / VIEW, PATCH / VIEW / 2 * (box[2] - box[0])
-    x, y = np.meshgrid(box[0] + k * (box[2] - box[0]), box[1] + k * (box[3] - box[1]))
-    out = np.zeros((x.size, 4), 'uint8')
+    "(64, 4) colour, shape, character of the thing under each patch centre, and the character on the patch itself; 0 is none"
+    side = box[2] - box[0]
+    k = (np.arange(VIEW // PATCH) + 0.5) * PATCH / VIEW
+    half = PATCH / VIEW / 2 * side
+    x, y = (v.ravel() for v in np.meshgrid(box[0] + k * side, box[1] + k * (box[3] - box[1])))
+    labels = np.zeros((x.size, 4), 'uint8')
     for t in things:
-        inside = ((t.box[0] < x) & (x < t.box[2]) & (t.box[1] < y) & (y < t.box[3])).ravel()
-        char = 1 + (DIGITS + LETTERS).index(t.char)
-        out[inside, :3] = 1 + list(COLOURS).index(t.colour), 1 + SHAPES.index(t.shape), char
+        left, top, right, bottom = t.box
+        inside = (left < x) & (x < right) & (top < y) & (y < bottom)
+        character = 1 + (DIGITS + LETTERS).index(t.char)
+        labels[inside, :3] = 1 + list(COLOURS).index(t.colour), 1 + SHAPES.index(t.shape), character
         reach = 0.3 * t.font + half  # half a glyph and half a patch
-        out[((abs(x - t.glyph[0]) < reach) & (abs(y - t.glyph[1]) < reach)).ravel(), 3] = char
-    return out
+        on_glyph = (abs(x - t.glyph[0]) < reach) & (abs(y - t.glyph[1]) < reach)
+        labels[on_glyph, 3] = character
+    return labels
 
 # %% ../../nbs/11_demo/03_packing.ipynb #train_layout
 def _train_layout(seed):
+    "A scene of the training pool: half of them have one or two things fewer, a quarter at most three"
     return layout(seed, least=1 + 2 * (seed % 2), most=6 - 3 * (seed % 4 == 0))
 
 # %% ../../nbs/11_demo/03_packing.ipynb #pool_item
 def _pool_item(seed):
+    "((3, 96, 96, 3) views, (3, 64, 4) labels) of a scene: the whole picture and two random crops"
     things, noise = _train_layout(seed)
     rng = np.random.default_rng([seed, 2])
     image = picture(seed, things, noise)
     boxes = [(0, 0, PICTURE, PICTURE)] + [random_crop(things, rng) for _ in range(2)]
     views = [np.asarray(image.crop(b).resize((VIEW, VIEW), Image.Resampling.BICUBIC)) for b in boxes]
     return np.stack(views), np.stack([_patch_labels(things, b) for b in boxes])
+
+# %% ../../nbs/11_demo/03_packing.ipynb #fill_pool
+def _fill_pool(folder, n, workers):
+    "Draw n scenes into two files"
+    from concurrent.futures import ProcessPoolExecutor
+
+    patches = (VIEW // PATCH) ** 2
+    views = np.lib.format.open_memmap(folder / 'views.npy', 'w+', 'uint8', (n, 3, VIEW, VIEW, 3))
+    labels = np.lib.format.open_memmap(folder / 'labels.npy', 'w+', 'uint8', (n, 3, patches, 4))
+    with ProcessPoolExecutor(workers) as pool:
+        items = tqdm(pool.map(_pool_item, range(n), chunksize=64), total=n, desc='draw', mininterval=5)
+        for i, (view, label) in enumerate(items):
+            views[i], labels[i] = view, label
+    views.flush()
+    labels.flush()
 
 # %% ../../nbs/11_demo/03_packing.ipynb #make_pool
 def make_pool(
@@ -151,21 +203,11 @@ def make_pool(
     workers: int = 2,  # processes
 ) -> tuple:  # views (n, 3, 96, 96, 3) uint8 and labels (n, 3, 64, 4) uint8, memory-mapped
     "Draw the training pictures, once"
-    from concurrent.futures import ProcessPoolExecutor
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    done, k = folder / 'done.json', (VIEW // PATCH) ** 2
-    if not (done.exists() and json.loads(done.read_text()) == n):
-        views = np.lib.format.open_memmap(folder / 'views.npy', 'w+', 'uint8', (n, 3, VIEW, VIEW, 3))
-        labels = np.lib.format.open_memmap(folder / 'labels.npy', 'w+', 'uint8', (n, 3, k, 4))
-        with ProcessPoolExecutor(workers) as ex:
-            for i, (v, l) in enumerate(
-                tqdm(ex.map(_pool_item, range(n), chunksize=64), total=n, desc='draw', mininterval=5)
-            ):
-                views[i], labels[i] = v, l
-        views.flush()
-        labels.flush()
+    done = folder / 'done.json'
+    if not done.exists() or json.loads(done.read_text()) != n:
+        _fill_pool(folder, n, workers)
         done.write_text(json.dumps(n))
     return np.load(folder / 'views.npy', mmap_mode='r'), np.load(folder / 'labels.npy', mmap_mode='r')
 
@@ -174,10 +216,11 @@ def _pixels(views, processor, device):
     "(B, 96, 96, 3) uint8 → (B, 3, 96, 96), normalised as the processor does"
     p = processor.image_processor
     x = torch.from_numpy(np.array(views)).to(device).float().permute(0, 3, 1, 2) / 255
-    return (x - torch.tensor(p.image_mean, device=device)[:, None, None]) / torch.tensor(p.image_std, device=device)[
-        :, None, None
-    ]
+    mean = torch.tensor(p.image_mean, device=device)[:, None, None]
+    std = torch.tensor(p.image_std, device=device)[:, None, None]
+    return (x - mean) / std
 
 # %% ../../nbs/11_demo/03_packing.ipynb #cosine
 def _cosine(step, steps, warm):
+    "Share of the peak learning rate: linear warm-up, then a cosine to 0"
     return min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import re
 from functools import lru_cache
-from ..core.catalog import register
+from ..core.catalog import register, registry
 from ..core.errors import BadInput
 
 # %% ../../nbs/09_metrics/00_scores.ipynb #METRICS
-METRICS = {}  # name → (prediction, answers) → score
+METRICS = registry('metric')  # name → (prediction, answers) → score
 _TAKES = {}  # name → (what `answers` must be, in words; answers → whether they are)
 
 # %% ../../nbs/09_metrics/00_scores.ipynb #metric

@@ -65,7 +65,7 @@ def jobs(
 def _added_code():
     "Hashes of the functions that were registered from outside this package. Raises `BadInput` for one without a source"
     found = {}
-    for name, function in catalog.ADDED.items():
+    for name, function in catalog.added().items():
         try:
             source = inspect.getsource(function)
         except (OSError, TypeError):
