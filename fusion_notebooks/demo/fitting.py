@@ -104,6 +104,11 @@ def _log(folder, stage, step, value, began, numbers):
         f.write(json.dumps(row) + '\n')
     return row
 
+# %% ../../nbs/11_demo/05_fitting.ipynb #due
+def _due(done, every, steps):
+    "Is it time, `done` of so many steps: after every so many, and after the last?"
+    return done % every == 0 or done == steps
+
 # %% ../../nbs/11_demo/05_fitting.ipynb #fit
 def fit(
     stage: str,  # name in the log and of the checkpoint
@@ -127,9 +132,9 @@ def fit(
         value, numbers = loss(step)
         _update(optimiser, value)
         done = step + 1
-        if done % 50 == 0 or done == steps:
+        if _due(done, 50, steps):
             row = _log(folder, stage, done, value, began, numbers)
             shown = {k: v for k, v in row.items() if k not in ('stage', 'step', 'seconds')}
             bar.set_postfix(shown, refresh=False)
-        if done % every == 0 or done == steps:
+        if _due(done, every, steps):
             _save_checkpoint(path, modules, optimiser, done, steps)

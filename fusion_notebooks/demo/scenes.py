@@ -112,23 +112,30 @@ def _polygon(centre, radii, turn=0.0):
     angles = np.arange(len(radii)) * 2 * np.pi / len(radii) + turn
     return [(centre[0] + r * np.sin(a), centre[1] - r * np.cos(a)) for r, a in zip(radii, angles)]
 
+# %% ../../nbs/11_demo/00_scenes.ipynb #corners
+def _corners(thing):
+    "Corners [(x, y)] of a thing whose shape has some that are not those of its box"
+    (x, y), r = thing.centre, thing.size / 2
+    match thing.shape:
+        case 'triangle':
+            return [(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)]
+        case 'diamond':
+            return _polygon(thing.centre, [r, 0.8 * r] * 2)
+        case 'star':
+            return _polygon(thing.centre, [r, 0.5 * r] * 5)
+        case 'hexagon':
+            return _polygon(thing.centre, [0.95 * r] * 6, np.pi / 6)
+
 # %% ../../nbs/11_demo/00_scenes.ipynb #draw_shape
 def _draw_shape(draw, thing, fill):
     "Draw a thing's shape, filled"
-    (x, y), r = thing.centre, thing.size / 2
-    match thing.shape:
-        case 'circle':
-            draw.ellipse(thing.box, fill)
-        case 'square':
-            draw.rectangle([x - 0.82 * r, y - 0.82 * r, x + 0.82 * r, y + 0.82 * r], fill)
-        case 'triangle':
-            draw.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill)
-        case 'diamond':
-            draw.polygon(_polygon(thing.centre, [r, 0.8 * r] * 2), fill)
-        case 'star':
-            draw.polygon(_polygon(thing.centre, [r, 0.5 * r] * 5), fill)
-        case 'hexagon':
-            draw.polygon(_polygon(thing.centre, [0.95 * r] * 6, np.pi / 6), fill)
+    if thing.shape == 'circle':
+        draw.ellipse(thing.box, fill)
+    elif thing.shape == 'square':
+        (x, y), half = thing.centre, 0.82 * (thing.size / 2)  # about as large as the others
+        draw.rectangle([x - half, y - half, x + half, y + half], fill)
+    else:
+        draw.polygon(_corners(thing), fill)
 
 # %% ../../nbs/11_demo/00_scenes.ipynb #draw_thing
 def _draw_thing(draw, thing, rng):
