@@ -35,10 +35,10 @@ def best_blind(
 
 # %% ../../nbs/11_demo/10_evaluation.ipynb #blind
 def _blind(mllm, prompts):
-    "Answers with the picture knocked out at every layer; prompts of one length, whose visual tokens coincide, share a batch"
+    "Answers with the picture knocked out at every layer; prompts of one length share a batch"
     answers = {}
     for length in {p.length for p in prompts}:
-        some = [k for k, p in enumerate(prompts) if p.length == length]
+        some = [k for k, p in enumerate(prompts) if p.length == length]  # their visual tokens have the same places
         with edit(mllm, None, prompts[some[0]].visual, 'knockout'):
             answers.update(zip(some, mllm.answers([prompts[k] for k in some])))
     return [answers[k] for k in range(len(prompts))]

@@ -192,6 +192,12 @@ def _copy_language_model(ours, theirs):
         else:
             weight.zero_()
 
+# %% ../../nbs/11_demo/02_models.ipynb #tower_weights
+def _tower_weights(weights):
+    "name → weight of a LLaVA's tower, named as in CLIP"
+    prefix = 'vision_tower.'
+    return {k.split(prefix)[1].replace('vision_model.', ''): w for k, w in weights.items() if prefix in k}
+
 # %% ../../nbs/11_demo/02_models.ipynb #BLOCK
 _BLOCK = {  # of a tower: name in Qwen2-VL → name in CLIP
     'attn.proj': 'self_attn.out_proj',
@@ -204,8 +210,7 @@ _BLOCK = {  # of a tower: name in Qwen2-VL → name in CLIP
 # %% ../../nbs/11_demo/02_models.ipynb #copy_tower
 def _copy_tower(ours, theirs, layers):
     "Weights of a CLIP tower and its projector under the names of Qwen2-VL, in place"
-    prefix = 'vision_tower.'
-    tower = {k.split(prefix)[1].replace('vision_model.', ''): x for k, x in theirs.items() if prefix in k}
+    tower = _tower_weights(theirs)
 
     def put(name, weight):
         ours[f'model.visual.{name}'].copy_(weight)
@@ -275,7 +280,7 @@ def _cut(views, rng, least=5):
 def make_next(
     base: MLLM,  # a LLaVA of glyph world
 ) -> tuple:  # (model, processor)
-    "A LLaVA-NeXT with the weights of a LLaVA: it also sees tiles of twice the resolution. `BadInput` where they do not fit"
+    "A LLaVA-NeXT with the weights of a LLaVA. Raises `BadInput` where the weights do not fit"
     from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
     from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor
 
