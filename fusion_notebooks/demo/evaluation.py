@@ -24,20 +24,21 @@ def best_blind(
     n: int = 4000,  # training scenes to count answers in
 ) -> float:  # accuracy, %
     "Accuracy of always giving each template's most frequent answer"
-    counts = defaultdict(Counter)
+    counts = defaultdict(Counter)  # what is asked for → answer → how often
     for seed in range(n):
         q = ask(layout(seed)[0], kind, np.random.default_rng([seed, 3]))
         if q:
             counts[q.template.split('-')[0]][q.answer] += 1
-    most = sum(max(answers.values()) for answers in counts.values())
-    return 100 * most / sum(sum(answers.values()) for answers in counts.values())
+    right = sum(max(answers.values()) for answers in counts.values())
+    asked = sum(answers.total() for answers in counts.values())
+    return 100 * right / asked
 
 # %% ../../nbs/11_demo/10_evaluation.ipynb #blind
 def _blind(mllm, prompts):
-    "Answers with the picture knocked out at every layer; prompts of one length share a batch: their visual tokens lie at one place"
+    "Answers with the picture knocked out at every layer; prompts of one length share a batch"
     answers = {}
     for length in {p.length for p in prompts}:
-        some = [k for k, p in enumerate(prompts) if p.length == length]
+        some = [k for k, p in enumerate(prompts) if p.length == length]  # their visual tokens have the same places
         with edit(mllm, None, prompts[some[0]].visual, 'knockout'):
             answers.update(zip(some, mllm.answers([prompts[k] for k in some])))
     return [answers[k] for k in range(len(prompts))]
@@ -62,7 +63,8 @@ def evaluate(
     "Accuracy in one pass, with the oracle crop, and without the picture"
     out = {}
     for kind in KINDS:
-        right, questions = np.zeros(3), stream(kinds=(kind,), seed=seed)
+        right = np.zeros(3)  # in one pass, with the oracle crop, blind
+        questions = stream(kinds=(kind,), seed=seed)
         with tqdm(total=n, desc=kind, mininterval=5) as todo:
             while todo.n < n:
                 part = list(islice(questions, min(chunk, n - todo.n)))
@@ -74,7 +76,7 @@ def evaluate(
 
 # %% ../../nbs/11_demo/10_evaluation.ipynb #evidence_ratio
 def _evidence_ratio(mllm, s):
-    "(layers,) how much more of the last row's attention lies on the evidence than at a random place; NaN where no picture is seen"
+    "(layers,) the last row's attention to the evidence over that to a random place; NaN where no picture is seen"
     p = mllm.prompt(s.image, s.question)
     with capture(mllm) as cache, torch.inference_mode():
         mllm.model(**p.inputs, use_cache=False, logits_to_keep=1)

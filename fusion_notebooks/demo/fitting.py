@@ -30,27 +30,20 @@ def _trained(optimiser):
     "Its parameters, in order"
     return [p for group in optimiser.param_groups for p in group['params']]
 
-# %% ../../nbs/11_demo/05_fitting.ipynb #load_checkpoint
-def _load_checkpoint(path, modules, optimiser, steps):
-    "Put a checkpoint in place; gives its step, 0 where there is none. The moments are needed only where steps are left"
-    from safetensors.torch import load_file
+# %% ../../nbs/11_demo/05_fitting.ipynb #rates
+def _set_rates(optimiser, step, steps):
+    "Learning rates of a step: warm-up over a tenth of the steps, 200 at most, then cosine decay"
+    warm_up = min(200, steps // 10 + 1)
+    for group in optimiser.param_groups:
+        group['lr'] = group['peak'] * _cosine(step, steps, warm_up)
 
-    if not path.exists():
-        return 0
-    saved = load_file(path)
-    step = int(saved.pop('step'))
-    for i, module in enumerate(modules):
-        module.load_state_dict({k.split('.', 1)[1]: v for k, v in saved.items() if k.startswith(f'{i}.')})
-    if step >= steps:
-        return step
-    for i, p in enumerate(_trained(optimiser)):
-        if f'm.{i}' in saved:
-            optimiser.state[p] = dict(
-                step=torch.tensor(float(step)),
-                exp_avg=saved[f'm.{i}'].to(p.device),
-                exp_avg_sq=saved[f'v.{i}'].to(p.device),
-            )
-    return step
+# %% ../../nbs/11_demo/05_fitting.ipynb #update
+def _update(optimiser, value):
+    "One step against the gradient of the loss `value`, clipped to norm 1"
+    optimiser.zero_grad(set_to_none=True)
+    value.backward()
+    nn.utils.clip_grad_norm_(_trained(optimiser), 1.0)
+    optimiser.step()
 
 # %% ../../nbs/11_demo/05_fitting.ipynb #moments
 def _moments(optimiser):
@@ -64,16 +57,43 @@ def _moments(optimiser):
 
 # %% ../../nbs/11_demo/05_fitting.ipynb #save_checkpoint
 def _save_checkpoint(path, modules, optimiser, step, steps):
-    "Write a checkpoint under its name at once; the last one of a stage has no moments"
+    "Write a checkpoint; it takes its name only when it is complete. The last one of a stage has no moments"
     from safetensors.torch import save_file
 
-    tensors = {f'{i}.{k}': v for i, module in enumerate(modules) for k, v in module.state_dict().items()}
+    tensors = {}
+    for i, module in enumerate(modules):
+        tensors |= {f'{i}.{name}': weight for name, weight in module.state_dict().items()}
     if step < steps:
         tensors |= _moments(optimiser)
-    tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     part = path.with_suffix('.tmp')
     save_file(tensors | dict(step=torch.tensor(step)), part)
     part.replace(path)
+
+# %% ../../nbs/11_demo/05_fitting.ipynb #restore_moments
+def _restore_moments(optimiser, saved, step):
+    "Put the moments of a checkpoint in place; parameters without any start anew"
+    for i, p in enumerate(_trained(optimiser)):
+        if f'm.{i}' not in saved:
+            continue
+        first, second = saved[f'm.{i}'].to(p.device), saved[f'v.{i}'].to(p.device)
+        optimiser.state[p] = dict(step=torch.tensor(float(step)), exp_avg=first, exp_avg_sq=second)
+
+# %% ../../nbs/11_demo/05_fitting.ipynb #load_checkpoint
+def _load_checkpoint(path, modules, optimiser, steps):
+    "Put a checkpoint in place; gives its step, 0 where there is none. The moments are needed only where steps are left"
+    from safetensors.torch import load_file
+
+    if not path.exists():
+        return 0
+    saved = load_file(path)
+    step = int(saved.pop('step'))
+    for i, module in enumerate(modules):
+        own = {k.split('.', 1)[1]: v for k, v in saved.items() if k.startswith(f'{i}.')}
+        module.load_state_dict(own)
+    if step < steps:
+        _restore_moments(optimiser, saved, step)
+    return step
 
 # %% ../../nbs/11_demo/05_fitting.ipynb #log_row
 def _log(folder, stage, step, value, began, numbers):
@@ -83,6 +103,11 @@ def _log(folder, stage, step, value, began, numbers):
     with open(folder / 'log.jsonl', 'a') as f:
         f.write(json.dumps(row) + '\n')
     return row
+
+# %% ../../nbs/11_demo/05_fitting.ipynb #due
+def _due(done, every, steps):
+    "Is it time, `done` of so many steps: after every so many, and after the last?"
+    return done % every == 0 or done == steps
 
 # %% ../../nbs/11_demo/05_fitting.ipynb #fit
 def fit(
@@ -97,22 +122,19 @@ def fit(
     "Train with AdamW, warm-up and cosine decay; after an interruption it goes on from the last checkpoint"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path, optimiser = folder / f'{stage}.safetensors', _optimiser(modules, lr)
+    path = folder / f'{stage}.safetensors'
+    optimiser = _optimiser(modules, lr)
     start = _load_checkpoint(path, modules, optimiser, steps)
-    began, warm_up = time.time(), min(200, steps // 10 + 1)
+    began = time.time()
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, mininterval=10)
     for step in bar:
-        for group in optimiser.param_groups:
-            group['lr'] = group['peak'] * _cosine(step, steps, warm_up)
+        _set_rates(optimiser, step, steps)
         value, numbers = loss(step)
-        optimiser.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(_trained(optimiser), 1.0)
-        optimiser.step()
-        last = step + 1 == steps
-        if step % 50 == 49 or last:
-            row = _log(folder, stage, step + 1, value, began, numbers)
+        _update(optimiser, value)
+        done = step + 1
+        if _due(done, 50, steps):
+            row = _log(folder, stage, done, value, began, numbers)
             shown = {k: v for k, v in row.items() if k not in ('stage', 'step', 'seconds')}
             bar.set_postfix(shown, refresh=False)
-        if (step + 1) % every == 0 or last:
-            _save_checkpoint(path, modules, optimiser, step + 1, steps)
+        if _due(done, every, steps):
+            _save_checkpoint(path, modules, optimiser, done, steps)

@@ -48,37 +48,54 @@ class _Lesson:
     i: np.ndarray  # numbers of the scenes
     two: bool  # is there a second picture?
     questions: list  # per scene a list of `Question`
-    shown: list  # per picture the views of all scenes, or their tiles
+    shown: list  # per picture the views of all scenes, (scenes, H, W, 3), or their tiles
+
+# %% ../../nbs/11_demo/08_lessons.ipynb #draw_scenes
+@patch
+def _draw_scenes(self: Trainer, rng, most):
+    "(scenes,) numbers of scenes with at most so many things, sorted; those with one thing only where `most` is 1"
+    fitting = np.flatnonzero((self.counts >= min(most, 2)) & (self.counts <= most))
+    return np.sort(rng.choice(fitting, self.recipe.scenes_asked, replace=False))
+
+# %% ../../nbs/11_demo/08_lessons.ipynb #draw_views
+@patch
+def _draw_views(self: Trainer, i, two, rng):
+    "What is shown of scenes i: [(scenes, H, W, 3)], the whole pictures, and where there are two a random crop of each"
+    views = self.pool[0]
+    shown = [views[i, 0]]
+    if not two:
+        return shown
+    crops = views[i, rng.integers(1, 3, len(i))]
+    if self.recipe.copy and rng.random() < 0.5:  # Qwen2-VL reads pictures of any sides
+        crops, _ = _cut(crops, rng)
+    return shown + [crops]
 
 # %% ../../nbs/11_demo/08_lessons.ipynb #draw_lesson
 @patch
 def draw_lesson(
     self: Trainer,
-    rng,  # of the step
+    rng: np.random.Generator,  # of the step
     most: int,  # things in a scene
     plan: Plan,  # what to draw
 ) -> _Lesson:
     "Scenes with at most so many things, questions about them, and what is shown"
-    r, (views, _) = self.recipe, self.pool
-    fitting = np.flatnonzero((self.counts >= min(most, 2)) & (self.counts <= most))
-    i = np.sort(rng.choice(fitting, r.scenes_asked, replace=False))
+    i = self._draw_scenes(rng, most)
     two = rng.random() < plan.second
     scenes = [_train_layout(int(s)) for s in i]
-    questions = [_draw_questions(things, rng, r.asked, plan.kinds) for things, _ in scenes]
-    if r.tile:
-        return _Lesson(i, two, questions, self.tiles(i, scenes, rng, two))
-    shown = [views[i, 0]]
-    if two:
-        shown.append(views[i, rng.integers(1, 3, len(i))])
-    if r.copy and two and rng.random() < 0.5:
-        shown[1], _ = _cut(shown[1], rng)
+    questions = [_draw_questions(things, rng, self.recipe.asked, plan.kinds) for things, _ in scenes]
+    if self.recipe.tile:
+        shown = self.tiles(i, scenes, rng, two)
+    else:
+        shown = self._draw_views(i, two, rng)
     return _Lesson(i, two, questions, shown)
 
 # %% ../../nbs/11_demo/08_lessons.ipynb #prefix
 def _prefix(tok, counts, around):
-    "(token ids before the pictures, ids up to the last visual token) of pictures with so many visual tokens each"
+    "(ids before the pictures, ids up to their end), for pictures of `counts` tokens; `around`: each between two marks"
     head = tok('USER: ').input_ids
-    before, after = ([i] for i in tok.convert_tokens_to_ids(AROUND)) if around else ([], [])
+    before, after = [], []
+    if around:
+        before, after = ([i] for i in tok.convert_tokens_to_ids(AROUND))
     ids = list(head)
     for n in counts:
         ids += before + [tok.image_token_id] * n + after
@@ -86,32 +103,36 @@ def _prefix(tok, counts, around):
 
 # %% ../../nbs/11_demo/08_lessons.ipynb #of_rows
 def _of_rows(per_question, block):
-    "(scenes, questions, …) → (scenes, rows, …): what holds for a question, at each row of its block; zeros outside"
+    "(scenes, rows, …): what holds for a question, (scenes, questions, …), at each of its rows; zeros outside"
     asked = per_question.shape[1]
-    padded = np.pad(per_question, ((0, 0), (1, 1)) + ((0, 0),) * (per_question.ndim - 2))
-    rows = torch.arange(len(per_question))[:, None]
-    return torch.from_numpy(padded).to(block.device)[rows, block % (asked + 2)]
+    inner = ((0, 0),) * (per_question.ndim - 2)
+    padded = np.pad(per_question, ((0, 0), (1, 1), *inner))  # zeros for the prefix, and for padding
+    scenes = torch.arange(len(per_question))[:, None]
+    return torch.from_numpy(padded).to(block.device)[scenes, block % (asked + 2)]
 
 # %% ../../nbs/11_demo/08_lessons.ipynb #set_reads
 def _set_reads(gate, questions, block, hops):
     "At a hop that a question does not need, its rows read another scene"
     gate.reads = {}
     for hop in hops:
-        needed = np.array([[hop in reads_at(q.kind, q.text, hops) for q in some] for some in questions])
-        gate.reads[hop] = _of_rows(needed, block)
+        needed = []
+        for some in questions:
+            needed.append([hop in reads_at(q.kind, q.text, hops) for q in some])
+        gate.reads[hop] = _of_rows(np.array(needed), block)
 
 # %% ../../nbs/11_demo/08_lessons.ipynb #hidden
 def _hidden_patches(questions, block, hops, patches, before):
-    "Relations: the first hop cannot see what is asked for, the second not what it starts from. hop → (scenes, rows, columns)"
+    "hop → (scenes, rows, columns) True at what is hidden: first what a relation asks for, then what it starts from"
     hidden = {}
     for k, hop in enumerate(hops):
         closed = np.zeros((len(questions), len(questions[0]), patches), bool)
-        for a, some in enumerate(questions):
-            for b, q in enumerate(some):
+        for scene, some in enumerate(questions):
+            for number, q in enumerate(some):
                 if q.kind == 'relation':
-                    closed[a, b] = _touched((q.box, q.via)[k])
+                    closed[scene, number] = _touched((q.box, q.via)[k])
         rows = _of_rows(closed, block)
-        hidden[hop] = nn.functional.pad(rows, (before, rows.shape[1] - before - patches))
+        after = rows.shape[1] - before - patches  # columns behind the picture
+        hidden[hop] = nn.functional.pad(rows, (before, after))
     return hidden
 
 # %% ../../nbs/11_demo/08_lessons.ipynb #mrope_positions
@@ -130,6 +151,33 @@ def mrope_positions(
     pictures = at.to(self.device)[:, None].expand(-1, len(positions), -1)
     return torch.cat([pictures, words[..., prefix:]], 2)
 
+# %% ../../nbs/11_demo/08_lessons.ipynb #batch_of
+@patch
+def _batch_of(self: Trainer, lesson, visual, plan, gate, rng):
+    "What `packed_loss` reads, for pictures of `visual` tokens each; sets what the gate lets through"
+    r, questions = self.recipe, lesson.questions
+    head, prefix = _prefix(self.tok, visual, bool(r.copy))
+    layers = len(self.lm[0].layers)
+    batch = pack(self.tok, [prefix] * len(lesson.i), questions, rng, layers, plan.drop, plan.late)
+    batch = {name: x.to(self.device) for name, x in batch.items()}
+    if gate:
+        _set_reads(gate, questions, batch['block'], r.hops)
+    if gate and len(r.hops) == 2 and not lesson.two:
+        batch['hidden'] = _hidden_patches(questions, batch['block'], r.hops, self.patches, len(head))
+    if r.copy:
+        batch['positions'] = self.mrope_positions(batch['positions'], len(head), len(prefix), lesson.shown)
+    return batch
+
+# %% ../../nbs/11_demo/08_lessons.ipynb #shares
+def _shares_right(right, questions):
+    "Shares of right answers: of all, and of each kind of question that was asked; `right` (questions,)"
+    kinds = np.array([q.kind for some in questions for q in some])
+    shares = dict(right=right.float().mean())
+    for kind in LESSONS:
+        if (kinds == kind).any():
+            shares[kind] = right.cpu().numpy()[kinds == kind].mean()
+    return shares
+
 # %% ../../nbs/11_demo/08_lessons.ipynb #question
 @patch
 def question(
@@ -141,26 +189,16 @@ def question(
     gate=None,  # `Gate` of a planted model
 ) -> tuple:  # (loss, dict of shares of right answers)
     "One step on questions about pictures"
-    r, rng, plan = self.recipe, self.rng(stage, step), plan or plan_for(most)
+    plan = plan or plan_for(most)
+    rng = self.rng(stage, step)
     lesson = self.draw_lesson(rng, most, plan)
+    inputs = lesson.shown
+    if not self.recipe.tile:  # tiles are pixels already
+        inputs = [self.pixels(views) for views in inputs]
     with self.cast():
-        features = [self.view(x if r.tile else self.pixels(x)) for x in lesson.shown]
-    head, prefix = _prefix(self.tok, [f.shape[1] for f in features], bool(r.copy))
-    n = len(lesson.i)
-    batch = pack(self.tok, [prefix] * n, lesson.questions, rng, len(self.lm[0].layers), plan.drop, plan.late)
-    batch = {k: v.to(self.device) for k, v in batch.items()}
-    if gate:
-        _set_reads(gate, lesson.questions, batch['block'], r.hops)
-        if len(r.hops) == 2 and not lesson.two:
-            batch['hidden'] = _hidden_patches(lesson.questions, batch['block'], r.hops, self.patches, len(head))
-    if r.copy:
-        batch['positions'] = self.mrope_positions(batch['positions'], len(head), len(prefix), lesson.shown)
+        features = [self.view(x) for x in inputs]  # per picture (scenes, visual, width)
+    batch = self._batch_of(lesson, [f.shape[1] for f in features], plan, gate, rng)
+    visual = batch['ids'] == self.tok.image_token_id
     with self.cast():
-        visual = batch['ids'] == self.tok.image_token_id
         value, right = packed_loss(self.model, batch, visual, torch.cat(features, 1))
-    kind = np.array([q.kind for some in lesson.questions for q in some])
-    numbers = dict(right=right.float().mean())
-    for k in LESSONS:
-        if (kind == k).any():
-            numbers[k] = right.cpu().numpy()[kind == k].mean()
-    return value, numbers | dict(most=most)
+    return value, _shares_right(right, lesson.questions) | dict(most=most)

@@ -35,8 +35,9 @@ _PROCESSOR = dict(  # how LLaVA's processors count visual tokens
 
 # %% ../../nbs/11_demo/02_models.ipynb #training_texts
 def _training_texts(scenes=2000):
-    "Questions with their answers, as the tokenizer learns from"
-    rng, texts = np.random.default_rng(0), []
+    "Questions with their answers, from which the tokenizer learns"
+    rng = np.random.default_rng(0)
+    texts = []
     for seed in range(scenes):
         things, _ = layout(seed)
         for kind in KINDS:
@@ -102,13 +103,13 @@ def _configs(layers, tok):
 
 # %% ../../nbs/11_demo/02_models.ipynb #first_weights
 def _draw_weights(decoder):
-    "Wider than the default .02, which is meant for widths of thousands; heads begin by matching like with like, and copying it"
+    "Draw first weights, in place: wider than the default .02, which is for widths of thousands"
     with torch.no_grad():
         for name, p in decoder.named_parameters():
             if p.ndim == 2:
                 p.normal_(0, 0.1 if 'embed' in name else 0.05)
         for layer in decoder.layers:
-            attention = layer.self_attn
+            attention = layer.self_attn  # heads begin by matching like with like and copying what they find
             attention.k_proj.weight.copy_(attention.q_proj.weight)
             attention.o_proj.weight.copy_(attention.v_proj.weight.T)
 
@@ -191,30 +192,37 @@ def _copy_language_model(ours, theirs):
         else:
             weight.zero_()
 
+# %% ../../nbs/11_demo/02_models.ipynb #tower_weights
+def _tower_weights(weights):
+    "name → weight of a LLaVA's tower, named as in CLIP"
+    prefix = 'vision_tower.'
+    return {k.split(prefix)[1].replace('vision_model.', ''): w for k, w in weights.items() if prefix in k}
+
+# %% ../../nbs/11_demo/02_models.ipynb #BLOCK
+_BLOCK = {  # of a tower: name in Qwen2-VL → name in CLIP
+    'attn.proj': 'self_attn.out_proj',
+    'norm1': 'layer_norm1',
+    'norm2': 'layer_norm2',
+    'mlp.fc1': 'mlp.fc1',
+    'mlp.fc2': 'mlp.fc2',
+}
+
 # %% ../../nbs/11_demo/02_models.ipynb #copy_tower
 def _copy_tower(ours, theirs, layers):
     "Weights of a CLIP tower and its projector under the names of Qwen2-VL, in place"
-    prefix = 'vision_tower.'
-    tower = {k.split(prefix)[1].replace('vision_model.', ''): x for k, x in theirs.items() if prefix in k}
+    tower = _tower_weights(theirs)
 
     def put(name, weight):
         ours[f'model.visual.{name}'].copy_(weight)
 
     patches = tower['embeddings.patch_embedding.weight']
     put('patch_embed.proj.weight', torch.stack([patches] * 2, 2) / 2)  # a picture is two equal frames
-    parts = {
-        'attn.proj': 'self_attn.out_proj',
-        'norm1': 'layer_norm1',
-        'norm2': 'layer_norm2',
-        'mlp.fc1': 'mlp.fc1',
-        'mlp.fc2': 'mlp.fc2',
-    }
     for kind in ('weight', 'bias'):
         for i in range(layers):
             block = f'encoder.layers.{i}.'
             qkv = [tower[f'{block}self_attn.{x}_proj.{kind}'] for x in 'qkv']
             put(f'blocks.{i}.attn.qkv.{kind}', torch.cat(qkv))
-            for new, old in parts.items():
+            for new, old in _BLOCK.items():
                 put(f'blocks.{i}.{new}.{kind}', tower[f'{block}{old}.{kind}'])
         for new, old in (('0', 'linear_1'), ('2', 'linear_2')):
             put(f'merger.mlp.{new}.{kind}', theirs[f'model.multi_modal_projector.{old}.{kind}'])
@@ -249,7 +257,9 @@ def _patches(x):
 # %% ../../nbs/11_demo/02_models.ipynb #mrope
 def _mrope(n, grids):
     "((3, N) positions of n words, then pictures of (h, w) tokens, each between two marks; the position that follows)"
-    positions, at, word = [torch.arange(n).expand(3, -1)], n, torch.zeros(3, 1, dtype=torch.long)
+    positions = [torch.arange(n).expand(3, -1)]
+    at = n
+    word = torch.zeros(3, 1, dtype=torch.long)
     for h, w in grids:
         time = torch.zeros(h * w, dtype=torch.long)
         rows, columns = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
@@ -270,11 +280,12 @@ def _cut(views, rng, least=5):
 def make_next(
     base: MLLM,  # a LLaVA of glyph world
 ) -> tuple:  # (model, processor)
-    "A LLaVA-NeXT with the weights of a LLaVA: beside the whole view, it sees tiles of twice its resolution. Raises `BadInput`"
+    "A LLaVA-NeXT with the weights of a LLaVA. Raises `BadInput` where the weights do not fit"
     from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
     from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor
 
-    c, tok, side = base.model.config, make_tokenizer(), dict(height=VIEW, width=VIEW)
+    c, tok = base.model.config, make_tokenizer()
+    side = dict(height=VIEW, width=VIEW)
     grid = [[2 * VIEW, 2 * VIEW], [VIEW, 2 * VIEW], [2 * VIEW, VIEW]]
     config = LlavaNextConfig(
         vision_config=c.vision_config,

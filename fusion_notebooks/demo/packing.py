@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from dataclasses import dataclass
+from fastcore.basics import patch
 from pathlib import Path
 from torch import nn
 from tqdm import tqdm
@@ -50,6 +51,18 @@ class _Line:
     blind: list  # first layer at which a row may look
     targets: list  # the answer's tokens where they are to be said, else -100
 
+# %% ../../nbs/11_demo/03_packing.ipynb #add
+@patch
+def add(self: _Line, number, prefix, question, suffix, answer, looks):
+    "Put a question behind a prefix of so many rows; `looks`: first layers at which its rows and the suffix's may look"
+    piece = question + suffix + answer[:-1]
+    behind = len(piece) - len(question)  # rows of the suffix and the answer
+    self.ids += piece
+    self.block += [number] * len(piece)
+    self.positions += range(prefix, prefix + len(piece))
+    self.blind += [looks[0]] * len(question) + [looks[1]] * behind
+    self.targets += [-100] * (len(piece) - len(answer)) + answer
+
 # %% ../../nbs/11_demo/03_packing.ipynb #packed_line
 def _packed_line(tok, prefix, questions, rng, layers, drop, late):
     "The questions of a scene behind its prefix"
@@ -58,16 +71,17 @@ def _packed_line(tok, prefix, questions, rng, layers, drop, late):
     suffix = tok(SUFFIX, add_special_tokens=False).input_ids
     texts = [f'\n{q.text}' for q in questions] + [f' {q.answer}' for q in questions]
     tokens = tok(texts, add_special_tokens=False).input_ids
-    for j, (question, answer) in enumerate(zip(tokens[:k], tokens[k:]), 1):
-        answer = answer + [tok.eos_token_id]
-        piece = question + suffix + answer[:-1]
-        may_look, suffix_may_look = _drop_looking(rng, layers, drop, late)
-        line.ids += piece
-        line.block += [j] * len(piece)
-        line.positions += range(n, n + len(piece))
-        line.blind += [may_look] * len(question) + [suffix_may_look] * (len(piece) - len(question))
-        line.targets += [-100] * (len(piece) - len(answer)) + answer
+    for i in range(k):
+        answer = tokens[k + i] + [tok.eos_token_id]
+        looks = _drop_looking(rng, layers, drop, late)
+        line.add(i + 1, n, tokens[i], suffix, answer, looks)
     return line
+
+# %% ../../nbs/11_demo/03_packing.ipynb #column
+def _padded(lines, name, value):
+    "(scenes, rows) one of the lists of all lines, filled up with a value"
+    n = max(len(line.ids) for line in lines)
+    return torch.tensor([getattr(line, name) + [value] * (n - len(line.ids)) for line in lines])
 
 # %% ../../nbs/11_demo/03_packing.ipynb #pack
 def pack(
@@ -81,21 +95,17 @@ def pack(
 ) -> dict:  # ids, positions, block, blind, targets (B, N), see `_Line` · mask (B, 1, N, N) of bool
     "Put the questions of each scene behind its prefix so that none can read another"
     lines = [_packed_line(tok, prefix, some, rng, layers, drop, late) for prefix, some in zip(prefixes, questions)]
-    n = max(len(line.ids) for line in lines)
-
-    def filled(name, value):
-        return torch.tensor([getattr(line, name) + [value] * (n - len(line.ids)) for line in lines])
-
-    block = filled('block', -1)
+    block = _padded(lines, 'block', -1)
     row, column = block[:, :, None], block[:, None, :]
+    n = block.shape[1]
     mask = torch.ones(n, n, dtype=torch.bool).tril() & ((column == 0) | (row == column))
     return dict(
-        ids=filled('ids', tok.pad_token_id),
-        positions=filled('positions', 0),
+        ids=_padded(lines, 'ids', tok.pad_token_id),
+        positions=_padded(lines, 'positions', 0),
         block=block,
         mask=mask[:, None],
-        blind=filled('blind', 0),
-        targets=filled('targets', -100),
+        blind=_padded(lines, 'blind', 0),
+        targets=_padded(lines, 'targets', -100),
     )
 
 # %% ../../nbs/11_demo/03_packing.ipynb #late_look
@@ -140,7 +150,7 @@ def packed_loss(
 # %% ../../nbs/11_demo/03_packing.ipynb #c017
 def random_crop(
     things: list,  # of the scene
-    rng,  # random numbers
+    rng: np.random.Generator,  # draws side and place
 ) -> tuple:  # (left, top, right, bottom), pixels of the picture
     "A random square: most often near some thing, sometimes anywhere"
     side = int(rng.uniform(90, 230))
@@ -148,13 +158,19 @@ def random_crop(
     x, y = (v + rng.uniform(-0.2, 0.2) * side for v in (x, y))
     return square((x - side / 2, y - side / 2, x + side / 2, y + side / 2), 0)
 
+# %% ../../nbs/11_demo/03_packing.ipynb #patch_centres
+def _patch_centres(box):
+    "(x, y), (64,) each: centres of the patches of the view of a box, in pixels of the picture"
+    left, top, right, bottom = box
+    k = (np.arange(VIEW // PATCH) + 0.5) * PATCH / VIEW
+    x, y = np.meshgrid(left + k * (right - left), top + k * (bottom - top))
+    return x.ravel(), y.ravel()
+
 # %% ../../nbs/11_demo/03_packing.ipynb #patch_labels
 def _patch_labels(things, box):
-    "(64, 4) colour, shape, character of the thing under each patch centre, and the character on the patch itself; 0 is none"
-    side = box[2] - box[0]
-    k = (np.arange(VIEW // PATCH) + 0.5) * PATCH / VIEW
-    half = PATCH / VIEW / 2 * side
-    x, y = (v.ravel() for v in np.meshgrid(box[0] + k * side, box[1] + k * (box[3] - box[1])))
+    "(64, 4) colour, shape and character of the thing under each patch centre, and character on the patch; 0 is none"
+    x, y = _patch_centres(box)
+    half = PATCH / VIEW / 2 * (box[2] - box[0])  # a patch, in pixels of the picture
     labels = np.zeros((x.size, 4), 'uint8')
     for t in things:
         left, top, right, bottom = t.box
@@ -168,8 +184,10 @@ def _patch_labels(things, box):
 
 # %% ../../nbs/11_demo/03_packing.ipynb #train_layout
 def _train_layout(seed):
-    "A scene of the training pool: half of them have one or two things fewer, a quarter at most three"
-    return layout(seed, least=1 + 2 * (seed % 2), most=6 - 3 * (seed % 4 == 0))
+    "A scene of the training pool: 3 to 6 things where the seed is odd, else 1 to 6; 1 to 3 at every fourth"
+    least = 3 if seed % 2 else 1
+    most = 3 if seed % 4 == 0 else 6
+    return layout(seed, least, most)
 
 # %% ../../nbs/11_demo/03_packing.ipynb #pool_item
 def _pool_item(seed):
@@ -177,9 +195,9 @@ def _pool_item(seed):
     things, noise = _train_layout(seed)
     rng = np.random.default_rng([seed, 2])
     image = picture(seed, things, noise)
-    boxes = [(0, 0, PICTURE, PICTURE)] + [random_crop(things, rng) for _ in range(2)]
-    views = [np.asarray(image.crop(b).resize((VIEW, VIEW), Image.Resampling.BICUBIC)) for b in boxes]
-    return np.stack(views), np.stack([_patch_labels(things, b) for b in boxes])
+    boxes = [(0, 0, PICTURE, PICTURE), random_crop(things, rng), random_crop(things, rng)]
+    views = [image.crop(box).resize((VIEW, VIEW), Image.Resampling.BICUBIC) for box in boxes]
+    return np.stack(views), np.stack([_patch_labels(things, box) for box in boxes])
 
 # %% ../../nbs/11_demo/03_packing.ipynb #fill_pool
 def _fill_pool(folder, n, workers):

@@ -42,11 +42,7 @@ TEMPLATES = dict(
     ),
 )
 KINDS = ('fine', 'colour', 'shape', 'relation')
-LESSONS = (
-    *KINDS,
-    'where',
-    'beyond',
-)  # `where`: the place of a thing; `beyond`: of a thing's neighbour. Planted models learn from them
+LESSONS = (*KINDS, 'where', 'beyond')  # planted models also learn from places: of a thing, and of a thing's neighbour
 
 # %% ../../nbs/11_demo/01_questions.ipynb #Question
 @dataclass(frozen=True)
@@ -62,25 +58,75 @@ class Question:
 
 # %% ../../nbs/11_demo/01_questions.ipynb #names
 def _names(thing, things, hide=None):
-    "Ways to name `thing` that fit no other thing and do not give away the attribute `hide`"
-    only = lambda **kw: sum(all(getattr(t, k) == v for k, v in kw.items()) for t in things) == 1
-    names = [f'object at the {PLACES[thing.cell]}']
-    if hide == 'place':
-        names = []
+    "Names of `thing` alone that do not give away `hide`; colour with shape is there thrice, to be drawn more often"
+    names = []
+    if hide != 'place':
+        names.append(f'object at the {PLACES[thing.cell]}')
     if hide not in ('colour', 'shape'):
         names += [f'{thing.colour} {thing.shape}'] * 3
-    if hide != 'shape' and only(shape=thing.shape):
+    if hide != 'shape' and sum(t.shape == thing.shape for t in things) == 1:
         names.append(thing.shape)
-    if hide != 'colour' and only(colour=thing.colour):
+    if hide != 'colour' and sum(t.colour == thing.colour for t in things) == 1:
         names.append(f'{thing.colour} object')
     return names
 
 # %% ../../nbs/11_demo/01_questions.ipynb #neighbour
 def _neighbour(thing, things, direction):
-    "The thing `n` such that `n` is, say, right of `thing`"
+    "The thing that is, say, right of `thing`, in the next cell; None where there is none"
     dx, dy = DIRECTIONS[direction]
-    x, y = thing.cell % 3 + dx, thing.cell // 3 + dy
-    return next((t for t in things if 0 <= x < 3 and t.cell == x + 3 * y and 0 <= y), None)
+    column, row = thing.cell % 3 + dx, thing.cell // 3 + dy
+    if not (0 <= column < 3 and 0 <= row < 3):
+        return None
+    for other in things:
+        if other.cell == 3 * row + column:
+            return other
+    return None
+
+# %% ../../nbs/11_demo/01_questions.ipynb #neighbours
+def _neighbours(things):
+    "[(thing, direction, its neighbour there)]"
+    found = []
+    for thing in things:
+        for direction in DIRECTIONS:
+            other = _neighbour(thing, things, direction)
+            if other:
+                found.append((thing, direction, other))
+    return found
+
+# %% ../../nbs/11_demo/01_questions.ipynb #pick
+def _pick(options, rng):
+    "One of some options"
+    return options[rng.integers(len(options))]
+
+# %% ../../nbs/11_demo/01_questions.ipynb #Subject
+@dataclass(frozen=True)
+class _Subject:
+    "What a question is about, before it is put into words"
+
+    thing: object  # `Thing` that holds the answer
+    attribute: str  # char, colour, shape or place
+    name: str  # of the thing, for the text
+    via: tuple | None = None  # relation: box of the thing that it starts from
+
+# %% ../../nbs/11_demo/01_questions.ipynb #about_one
+def _about_thing(things, kind, rng):
+    "`_Subject` of a question that names the thing it asks about"
+    attribute = dict(fine='char', where='place').get(kind, kind)
+    thing = _pick(things, rng)
+    return _Subject(thing, attribute, _pick(_names(thing, things, attribute), rng))
+
+# %% ../../nbs/11_demo/01_questions.ipynb #about_neighbour
+def _about_neighbour(things, kind, rng):
+    "`_Subject` of a question about the neighbour of a thing that is named by its looks; None where there is none"
+    neighbours = _neighbours(things)
+    if not neighbours:
+        return None
+    anchor, direction, thing = _pick(neighbours, rng)
+    attribute = 'place' if kind == 'beyond' else _pick(('char', 'colour', 'shape'), rng)
+    looks = [name for name in _names(anchor, things) if 'object at' not in name]
+    if not looks:
+        return None
+    return _Subject(thing, attribute, f'object {direction} the {_pick(looks, rng)}', anchor.box)
 
 # %% ../../nbs/11_demo/01_questions.ipynb #ask
 def ask(
@@ -89,34 +135,16 @@ def ask(
     rng: np.random.Generator,  # chooses thing, name and template
 ) -> Question | None:  # None where the scene has no such question
     "One question of a kind about a scene"
-    pick = lambda xs: xs[rng.integers(len(xs))]
-    via = None
-    if kind in ('relation', 'beyond'):
-        pairs = [(a, d, b) for a in things for d in DIRECTIONS if (b := _neighbour(a, things, d))]
-        if not pairs:
-            return
-        anchor, direction, thing = pick(pairs)
-        attribute = 'place' if kind == 'beyond' else pick(('char', 'colour', 'shape'))
-        via = anchor.box
-        named = [n for n in _names(anchor, things) if 'object at' not in n]
-        np_ = f'object {direction} the {pick(named)}' if named else None
-    else:
-        attribute = dict(fine='char', where='place').get(kind, kind)
-        thing = pick(things)
-        np_ = pick(_names(thing, things, attribute))
-    if np_ is None:
-        return
+    choose = _about_neighbour if kind in ('relation', 'beyond') else _about_thing
+    about = choose(things, kind, rng)
+    if about is None:
+        return None
     k = int(rng.integers(5))
-    text = TEMPLATES[attribute][k].format(np=np_, a=thing.sort)
+    thing, attribute = about.thing, about.attribute
+    text = TEMPLATES[attribute][k].format(np=about.name, a=thing.sort)
+    answer = PLACES[thing.cell] if attribute == 'place' else getattr(thing, attribute)
     sort = thing.sort if attribute == 'char' else attribute
-    return Question(
-        kind,
-        f'{sort}-{k}',
-        text,
-        PLACES[thing.cell] if attribute == 'place' else getattr(thing, attribute),
-        thing.box,
-        via,
-    )
+    return Question(kind, f'{sort}-{k}', text, answer, thing.box, about.via)
 
 # %% ../../nbs/11_demo/01_questions.ipynb #c011
 def square(
@@ -125,7 +153,11 @@ def square(
     bounds: tuple = (PICTURE, PICTURE),  # width and height of the picture
 ) -> tuple:  # a square of whole pixels inside the picture
     "The square around a box, moved into the picture where it would stick out"
-    side = min(max(box[2] - box[0], box[3] - box[1]) * (1 + 2 * margin), *bounds)
-    left, top = ((box[i] + box[i + 2] - side) / 2 for i in (0, 1))
-    left, top = (round(min(max(v, 0), b - side)) for v, b in zip((left, top), bounds))
+    longer = max(box[2] - box[0], box[3] - box[1])
+    side = min(longer * (1 + 2 * margin), *bounds)
+    corner = []
+    for i, bound in enumerate(bounds):
+        start = (box[i] + box[i + 2] - side) / 2  # the two share their centre
+        corner.append(round(min(max(start, 0), bound - side)))
+    left, top = corner
     return (left, top, left + round(side), top + round(side))

@@ -55,7 +55,7 @@ def reads_at(
     text: str,  # the question
     hops: tuple,  # layers
 ) -> tuple:  # at which of them it needs the picture
-    "Two hops: the first finds a thing by its looks, the second by its place, relations need both; three: colour, shape, the rest"
+    "Two hops: looks, then place (relations need both); three hops: colour, then shape, then the rest"
     if len(hops) == 3:
         k = dict(colour=0, shape=1).get(kind, 2)
         return hops[k : k + 1]

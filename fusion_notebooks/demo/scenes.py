@@ -10,6 +10,7 @@ __all__ = ['COLOURS', 'SHAPES', 'DIGITS', 'LETTERS', 'PLACES', 'DIRECTIONS', 'PI
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from dataclasses import dataclass
+from fastcore.basics import patch
 from functools import lru_cache
 
 # %% ../../nbs/11_demo/00_scenes.ipynb #c005
@@ -23,22 +24,13 @@ COLOURS = dict(
 )
 SHAPES = ('circle', 'square', 'triangle', 'diamond', 'star', 'hexagon')
 DIGITS, LETTERS = '0123456789', 'ACEFHKLPTX'
-PLACES = (
-    'top left',
-    'top center',
-    'top right',
-    'middle left',
-    'middle center',
-    'middle right',
-    'bottom left',
-    'bottom center',
-    'bottom right',
-)
-DIRECTIONS = {'right of': (1, 0), 'left of': (-1, 0), 'above': (0, -1), 'below': (0, 1)}
+_ROWS, _COLUMNS = ('top', 'middle', 'bottom'), ('left', 'center', 'right')
+PLACES = tuple(f'{row} {column}' for row in _ROWS for column in _COLUMNS)  # names of the cells, row by row
+DIRECTIONS = {'right of': (1, 0), 'left of': (-1, 0), 'above': (0, -1), 'below': (0, 1)}  # (columns, rows)
 PICTURE, VIEW, PATCH = 384, 96, 12  # pixels of a picture, pixels the model sees, pixels per patch
 FIRST_SEED = dict(train=0, calibration=10_000_000, evaluation=20_000_000)  # scenes of different splits never meet
 
-# %% ../../nbs/11_demo/00_scenes.ipynb #c006
+# %% ../../nbs/11_demo/00_scenes.ipynb #Thing
 @dataclass(frozen=True)
 class Thing:
     "One coloured shape with a character on it"
@@ -51,19 +43,45 @@ class Thing:
     size: int  # width and height of the shape, pixels
     font: int  # font size of the character, pixels
 
-    @property
-    def box(self):
-        "(left, top, right, bottom), pixels"
-        return tuple(c + s * self.size / 2 for s in (-1, 1) for c in self.centre)
+# %% ../../nbs/11_demo/00_scenes.ipynb #box
+@patch(as_prop=True)
+def box(self: Thing) -> tuple:
+    "(left, top, right, bottom) of the square around the shape, pixels"
+    return tuple(c + side * self.size / 2 for side in (-1, 1) for c in self.centre)
 
-    @property
-    def glyph(self):
-        "Centre of the character, pixels"
-        return self.centre[0], self.centre[1] + 0.1 * self.size * (self.shape == 'triangle')
+# %% ../../nbs/11_demo/00_scenes.ipynb #glyph
+@patch(as_prop=True)
+def glyph(self: Thing) -> tuple:
+    "(x, y) centre of the character, pixels; lower in a triangle, where there is more room"
+    x, y = self.centre
+    return (x, y + 0.1 * self.size) if self.shape == 'triangle' else (x, y)
 
-    @property
-    def sort(self):
-        return 'digit' if self.char in DIGITS else 'letter'
+# %% ../../nbs/11_demo/00_scenes.ipynb #sort
+@patch(as_prop=True)
+def sort(self: Thing) -> str:
+    "'digit' or 'letter': what its character is"
+    return 'digit' if self.char in DIGITS else 'letter'
+
+# %% ../../nbs/11_demo/00_scenes.ipynb #centre
+def _draw_centre(cell, size, rng):
+    "(x, y) in pixels: the middle of a cell, moved at random as far as a shape of this size stays inside"
+    width = PICTURE / 3
+    slack = (width - size) / 2
+    centre = []
+    for k in (cell % 3, cell // 3):
+        centre.append(float(round((k + 0.5) * PICTURE / 3 + rng.uniform(-slack, slack))))
+    return tuple(centre)
+
+# %% ../../nbs/11_demo/00_scenes.ipynb #thing
+def _draw_thing_in(cell, pair, rng):
+    "A `Thing` in a cell; `pair` numbers the pairs of colour and shape"
+    size = int(rng.integers(78, 116))
+    centre = _draw_centre(cell, size, rng)
+    chars = DIGITS if rng.random() < 0.6 else LETTERS
+    char = str(rng.choice(list(chars)))
+    font = int(rng.integers(18, 45))
+    colour, shape = list(COLOURS)[pair // 6], SHAPES[pair % 6]
+    return Thing(colour, shape, char, int(cell), centre, size, font)
 
 # %% ../../nbs/11_demo/00_scenes.ipynb #layout
 def layout(
@@ -73,85 +91,101 @@ def layout(
 ) -> tuple:  # (list of `Thing`, list of distractor cells)
     "Where everything stands in the scene of one seed; two things never share both colour and shape"
     rng = np.random.default_rng(seed)
-    n, cells = rng.integers(least, most + 1), rng.permutation(9)
+    n = rng.integers(least, most + 1)
+    cells = rng.permutation(9)
     pairs = rng.choice(len(COLOURS) * len(SHAPES), n, replace=False)
-    things = []
-    for pair, cell in zip(pairs, cells):
-        size = int(rng.integers(78, 116))
-        slack = (PICTURE / 3 - size) / 2
-        centre = tuple(
-            float(round((k + 0.5) * PICTURE / 3 + rng.uniform(-slack, slack))) for k in (cell % 3, cell // 3)
-        )
-        char = rng.choice(list(DIGITS if rng.random() < 0.6 else LETTERS))
-        things.append(
-            Thing(
-                list(COLOURS)[pair // 6],
-                SHAPES[pair % 6],
-                str(char),
-                int(cell),
-                centre,
-                size,
-                int(rng.integers(18, 45)),
-            )
-        )
-    return things, cells[n : n + rng.integers(1, 4)].tolist()
+    things = [_draw_thing_in(cell, pair, rng) for pair, cell in zip(pairs, cells)]
+    distractors = cells[n : n + rng.integers(1, 4)]
+    return things, distractors.tolist()
 
-# %% ../../nbs/11_demo/00_scenes.ipynb #c007
+# %% ../../nbs/11_demo/00_scenes.ipynb #font
 @lru_cache
 def _font(size):
+    "DejaVu Sans Bold, which comes with matplotlib; `size` in pixels"
     from matplotlib import get_data_path
 
     return ImageFont.truetype(f'{get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf', size)
 
 # %% ../../nbs/11_demo/00_scenes.ipynb #polygon
 def _polygon(centre, radii, turn=0.0):
-    k = np.arange(len(radii)) * 2 * np.pi / len(radii) + turn
-    return [(centre[0] + r * np.sin(a), centre[1] - r * np.cos(a)) for r, a in zip(radii, k)]
+    "Corners [(x, y)] at equal angles around a centre, the first one above it; `turn` in radians, clockwise"
+    angles = np.arange(len(radii)) * 2 * np.pi / len(radii) + turn
+    return [(centre[0] + r * np.sin(a), centre[1] - r * np.cos(a)) for r, a in zip(radii, angles)]
+
+# %% ../../nbs/11_demo/00_scenes.ipynb #corners
+def _corners(thing):
+    "Corners [(x, y)] of a thing whose shape has some that are not those of its box"
+    (x, y), r = thing.centre, thing.size / 2
+    match thing.shape:
+        case 'triangle':
+            return [(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)]
+        case 'diamond':
+            return _polygon(thing.centre, [r, 0.8 * r] * 2)
+        case 'star':
+            return _polygon(thing.centre, [r, 0.5 * r] * 5)
+        case 'hexagon':
+            return _polygon(thing.centre, [0.95 * r] * 6, np.pi / 6)
+
+# %% ../../nbs/11_demo/00_scenes.ipynb #draw_shape
+def _draw_shape(draw, thing, fill):
+    "Draw a thing's shape, filled"
+    if thing.shape == 'circle':
+        draw.ellipse(thing.box, fill)
+    elif thing.shape == 'square':
+        (x, y), half = thing.centre, 0.82 * (thing.size / 2)  # about as large as the others
+        draw.rectangle([x - half, y - half, x + half, y + half], fill)
+    else:
+        draw.polygon(_corners(thing), fill)
 
 # %% ../../nbs/11_demo/00_scenes.ipynb #draw_thing
 def _draw_thing(draw, thing, rng):
-    fill = tuple(int(c) for c in np.clip(np.array(COLOURS[thing.colour]) + rng.integers(-16, 17, 3), 0, 255))
-    (x, y), r = thing.centre, thing.size / 2
-    match thing.shape:
-        case 'circle':
-            draw.ellipse(thing.box, fill)
-        case 'square':
-            draw.rectangle([x - 0.82 * r, y - 0.82 * r, x + 0.82 * r, y + 0.82 * r], fill)
-        case 'triangle':
-            draw.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill)
-        case 'diamond':
-            draw.polygon(_polygon(thing.centre, [r, 0.8 * r] * 2), fill)
-        case 'star':
-            draw.polygon(_polygon(thing.centre, [r, 0.5 * r] * 5), fill)
-        case 'hexagon':
-            draw.polygon(_polygon(thing.centre, [0.95 * r] * 6, np.pi / 6), fill)
-    ink = 'black' if np.dot(fill, (0.299, 0.587, 0.114)) > 120 else 'white'
+    "Draw a thing: its shape in a tone of its colour, its character in black or white, whichever is easier to read"
+    tone = np.array(COLOURS[thing.colour]) + rng.integers(-16, 17, 3)
+    fill = tuple(int(c) for c in np.clip(tone, 0, 255))
+    _draw_shape(draw, thing, fill)
+    luminance = np.dot(fill, (0.299, 0.587, 0.114))
+    ink = 'black' if luminance > 120 else 'white'
     draw.text(thing.glyph, thing.char, ink, _font(thing.font), anchor='mm')
+
+# %% ../../nbs/11_demo/00_scenes.ipynb #WIDE
+_MARGIN, _WIDE = 8, 112  # of a distractor in its cell of 128 pixels
+
+# %% ../../nbs/11_demo/00_scenes.ipynb #stripes
+def _draw_stripes(draw, x, y, k, colours):
+    "k stripes of alternating colours, their lower halves left open; (x, y) is the upper left corner"
+    for i in range(k):
+        draw.rectangle([x, y + i * _WIDE / k, x + _WIDE, y + (i + 0.5) * _WIDE / k], colours[i % 2])
+
+# %% ../../nbs/11_demo/00_scenes.ipynb #checks
+def _draw_checks(draw, x, y, k, colours):
+    "k × k checks of alternating colours; (x, y) is the upper left corner"
+    for i in range(k * k):
+        row, column = divmod(i, k)
+        left, top = x + column * _WIDE / k, y + row * _WIDE / k
+        right, bottom = x + (column + 1) * _WIDE / k, y + (row + 1) * _WIDE / k
+        draw.rectangle([left, top, right, bottom], colours[(i + row) % 2])
+
+# %% ../../nbs/11_demo/00_scenes.ipynb #stars
+def _draw_stars(draw, x, y, k, colours):
+    "k stars of ten points, one inside the other; (x, y) is the upper left corner"
+    for i in range(k):
+        draw.polygon(_polygon((x + 56, y + 56), [56 - 6 * i, 30 - 3 * i] * 10), colours[i % 2])
 
 # %% ../../nbs/11_demo/00_scenes.ipynb #draw_distractor
 def _draw_distractor(draw, cell, rng):
-    w = PICTURE // 3
-    x0, y0 = cell % 3 * w + 8, cell // 3 * w + 8
-    a, b = (tuple(int(v) for v in rng.integers(0, 256, 3)) for _ in range(2))
+    "Fill a cell with a loud pattern in two random colours"
+    width = PICTURE // 3
+    x, y = cell % 3 * width + _MARGIN, cell // 3 * width + _MARGIN
+    first = tuple(int(v) for v in rng.integers(0, 256, 3))
+    second = tuple(int(v) for v in rng.integers(0, 256, 3))
     k = int(rng.integers(5, 9))
     match int(rng.integers(3)):
         case 0:
-            for i in range(k):
-                draw.rectangle([x0, y0 + i * 112 / k, x0 + 112, y0 + (i + 0.5) * 112 / k], a if i % 2 else b)
+            _draw_stripes(draw, x, y, k, (second, first))
         case 1:
-            for i in range(k * k):
-                draw.rectangle(
-                    [
-                        x0 + i % k * 112 / k,
-                        y0 + i // k * 112 / k,
-                        x0 + (i % k + 1) * 112 / k,
-                        y0 + (i // k + 1) * 112 / k,
-                    ],
-                    a if (i + i // k) % 2 else b,
-                )
+            _draw_checks(draw, x, y, k, (second, first))
         case 2:
-            for i in range(k):
-                draw.polygon(_polygon((x0 + 56, y0 + 56), [56 - 6 * i, 30 - 3 * i] * 10), b if i % 2 else a)
+            _draw_stars(draw, x, y, k, (first, second))
 
 # %% ../../nbs/11_demo/00_scenes.ipynb #picture
 def picture(
@@ -161,8 +195,9 @@ def picture(
 ) -> Image.Image:  # `PICTURE` × `PICTURE` pixels, RGB
     "Draw a scene"
     rng = np.random.default_rng([seed, 1])
-    base = rng.integers(90, 230) + rng.integers(-12, 13, (4, 4, 3))
-    image = Image.fromarray(np.clip(base, 0, 255).astype('uint8')).resize((PICTURE, PICTURE), Image.Resampling.BICUBIC)
+    tones = rng.integers(90, 230) + rng.integers(-12, 13, (4, 4, 3))  # of the background, (4, 4, RGB)
+    background = Image.fromarray(np.clip(tones, 0, 255).astype('uint8'))
+    image = background.resize((PICTURE, PICTURE), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
     for cell in noise:
         _draw_distractor(draw, cell, rng)

@@ -19,14 +19,6 @@ from .recipes import stages_of
 from .trainer import _place_of_patch, Trainer
 from .lessons import Plan
 
-# %% ../../nbs/11_demo/09_stages.ipynb #run
-@patch
-def run(self: Trainer) -> None:
-    "Every stage in turn; those that are done are loaded"
-    self.prepare()
-    for stage in stages_of(self.recipe):
-        getattr(self, stage)()
-
 # %% ../../nbs/11_demo/09_stages.ipynb #places_of
 @patch
 def places(self: Trainer) -> torch.Tensor:  # (patches,)
@@ -38,14 +30,16 @@ def places(self: Trainer) -> torch.Tensor:  # (patches,)
 @patch
 def draw(
     self: Trainer,
-    rng,  # of the step
+    rng: np.random.Generator,  # of the step
     shares: tuple,  # of whole pictures, and of two sorts of crops
 ) -> tuple:  # (views, (batch, patches, 4) what lies on their patches)
     "A batch of views"
-    (views, labels), n = self.pool, self.recipe.batch
+    views, labels = self.pool
+    n = self.recipe.batch
     i = np.sort(rng.choice(len(views), n, replace=False))
     v = rng.choice(3, n, p=shares)
-    return views[i, v], torch.from_numpy(labels[i, v].astype('int64')).to(self.device)
+    gold = torch.from_numpy(labels[i, v].astype('int64'))
+    return views[i, v], gold.to(self.device)
 
 # %% ../../nbs/11_demo/09_stages.ipynb #right
 def _right(scores, gold):
@@ -54,17 +48,18 @@ def _right(scores, gold):
 
 # %% ../../nbs/11_demo/09_stages.ipynb #patch_loss
 def _patch_loss(out, gold, place, with_characters):
-    "(loss, shares of right names) of the head's scores (batch, patches, 43) against what lies on the patches"
+    "(loss, shares of right names): scores (batch, patches, 43) of the head against (batch, patches, 4) what is there"
     ce = nn.functional.cross_entropy
-    colour, shape, char, where = (x.flatten(0, 1) for x in out.float().split([7, 7, 20, 9], -1))
+    colour, shape, char, where = out.flatten(0, 1).float().split([7, 7, 20, 9], -1)
     gold = gold.flatten(0, 1)
-    on = gold[:, 3] > 0
+    on = gold[:, 3] > 0  # patches that a character lies on
     letter = gold[on, 3] - 1
-    value = (
-        ce(colour, gold[:, 0]) + ce(shape, gold[:, 1]) + 0.2 * ce(where, place) + ce(char[on], letter) * with_characters
-    )
+    looks = ce(colour, gold[:, 0]) + ce(shape, gold[:, 1])
+    value = looks + 0.2 * ce(where, place) + ce(char[on], letter) * with_characters
     numbers = dict(
-        colour=_right(colour[on], gold[on, 0]), shape=_right(shape[on], gold[on, 1]), char=_right(char[on], letter)
+        colour=_right(colour[on], gold[on, 0]),
+        shape=_right(shape[on], gold[on, 1]),
+        char=_right(char[on], letter),
     )
     return value, numbers
 
@@ -105,44 +100,58 @@ def sharpen(self: Trainer) -> None:
 @patch
 def words_of(
     self: Trainer,
-    words,  # texts
+    words: list,  # texts
 ) -> torch.Tensor:  # (words, width)
     "Words as the sum of their tokens' embeddings"
     table = self.model.get_input_embeddings().weight.detach()
     return torch.stack([table[self.tok(' ' + w, add_special_tokens=False).input_ids].sum(0) for w in words])
 
+# %% ../../nbs/11_demo/09_stages.ipynb #named
+@patch
+def _named_by_label(self: Trainer, words):
+    "(1 + words, width) what a patch should say for each label: nothing for 0, then the words in order"
+    nothing = torch.zeros_like(self.words_of(['red']))
+    return torch.cat([nothing, self.words_of(words)])
+
 # %% ../../nbs/11_demo/09_stages.ipynb #align
 @patch
 def align(self: Trainer) -> None:
     "The projector says what lies under each patch in the language model's own word embeddings"
-    nothing = torch.zeros_like(self.words_of(['red']))
-    colour, shape, char = (torch.cat([nothing, self.words_of(ws)]) for ws in (COLOURS, SHAPES, DIGITS + LETTERS))
+    colour = self._named_by_label(COLOURS)
+    shape = self._named_by_label(SHAPES)
+    char = self._named_by_label(DIGITS + LETTERS)
     place = self.words_of(PLACES)[self.places()]
 
     def loss(step):
         views, gold = self.draw(self.rng('align', step), (1 / 3, 1 / 3, 1 / 3))
         want = colour[gold[..., 0]] + shape[gold[..., 1]] + char[gold[..., 2]] + place
         with torch.no_grad(), self.cast():
-            f = self.features(views)
-        miss = ((self.core.multi_modal_projector(f.float()) - want) ** 2).sum(-1)
+            features = self.features(views)
+        miss = ((self.core.multi_modal_projector(features.float()) - want) ** 2).sum(-1)
         return miss.mean() / (want**2).sum(-1).mean(), {}
 
     fit('align', [self.core.multi_modal_projector], loss, self.recipe.align, [3e-3], self.folder)
+
+# %% ../../nbs/11_demo/09_stages.ipynb #advance
+def _advance(lesson, right, ready):
+    "Keep a running share of right answers; once it is over `ready`, one more thing may be in a scene"
+    lesson.mean.mul_(0.95).add_(0.05 * right.cpu())
+    if lesson.mean > ready and lesson.most < 6:
+        lesson.most += 1
+        lesson.mean.fill_(0.4)
 
 # %% ../../nbs/11_demo/09_stages.ipynb #look
 @patch
 def look(self: Trainer) -> None:
     "The language model learns to read pictures, those with one thing first; tower and word embeddings are frozen"
-    lesson, frozen = self.lesson, (self.core.vision_tower, self.model.get_input_embeddings())
+    lesson = self.lesson
 
     def loss(step):
-        value, log = self.question('look', step, int(lesson.most))
-        lesson.mean.mul_(0.95).add_(0.05 * log['right'].cpu())
-        if lesson.mean > self.recipe.ready and lesson.most < 6:
-            lesson.most += 1
-            lesson.mean.fill_(0.4)
-        return value, log
+        value, numbers = self.question('look', step, int(lesson.most))
+        _advance(lesson, numbers['right'], self.recipe.ready)
+        return value, numbers
 
+    frozen = (self.core.vision_tower, self.model.get_input_embeddings())
     self.freeze(*frozen)
     modules = [self.core.multi_modal_projector, self.lm, lesson]
     fit('look', modules, loss, self.recipe.look, [3e-4, 1.5e-3, 0], self.folder)
@@ -172,9 +181,11 @@ def join(self: Trainer) -> None:
 @patch
 def plant(self: Trainer) -> None:
     "Under a frozen tower, the language model learns to do with the layers at which it may read"
-    r, layers = self.recipe, range(len(self.lm[0].layers))
-    others = r.decoys + r.hops if len(r.hops) > 1 else r.decoys  # a hop that is not needed reads another scene, too
-    closed = {*layers} - {*r.hops, *r.decoys}
+    r = self.recipe
+    closed = {*range(len(self.lm[0].layers))} - {*r.hops, *r.decoys}
+    others = r.decoys  # layers that may read another scene; a hop that is not needed does, too
+    if len(r.hops) > 1:
+        others = r.decoys + r.hops
     gate = Gate(self.model, self.tok.image_token_id, closed, dict.fromkeys(others))
     self.freeze(self.core.vision_tower, self.model.get_input_embeddings())
     plan = Plan(r.shares, (0, 0.03), (1.0,), 0.3)
@@ -186,32 +197,49 @@ def plant(self: Trainer) -> None:
 @patch
 def base_features(
     self: Trainer,
-    views,  # (B, H, W, 3)
+    views: np.ndarray,  # (B, H, W, 3)
 ) -> torch.Tensor:  # (B, patches, width)
     "What the base's tower and projector say of views"
     with torch.no_grad(), self.cast():
         out = self.base.model.get_image_features(self.pixels(views), return_dict=True)
     return torch.stack(list(out.pooler_output)).float()
 
+# %% ../../nbs/11_demo/09_stages.ipynb #base_mean
+@patch
+def _base_mean(self: Trainer):
+    "(patches, width) what the base says at each place on average, over up to 1,280 pictures"
+    views = self.pool[0]
+    means = []
+    for first in range(0, min(len(views), 1280), 64):
+        means.append(self.base_features(views[first : first + 64, 0]).mean(0))
+    return torch.stack(means).mean(0)
+
+# %% ../../nbs/11_demo/09_stages.ipynb #draw_part
+@patch
+def _draw_part(self: Trainer, rng, mean):
+    "(views, (24, patches, width) what the base says of them but for the place): whole views, or the same part of all"
+    views, side = self.pool[0], VIEW // PATCH
+    i = np.sort(rng.choice(len(views), 24, replace=False))
+    v = rng.choice(3, 24, p=(0.6, 0.2, 0.2))
+    least = side if rng.random() < 0.7 else 5
+    part, (y, x) = _cut(views[i, v], rng, least)
+    h, w = part.shape[1] // PATCH, part.shape[2] // PATCH
+    whole = self.base_features(views[i, v]) + mean.mean(0) - mean
+    want = whole.unflatten(1, (side, -1))[:, y : y + h, x : x + w]
+    return part, want.flatten(1, 2)
+
 # %% ../../nbs/11_demo/09_stages.ipynb #copy
 @patch
 def copy(self: Trainer) -> None:
     "The tower learns to say what the base's tower says, all but the place, on whole views and parts of them"
-    views, side = self.pool[0], VIEW // PATCH
-    firsts = range(0, min(len(views), 1280), 64)
-    mean = torch.stack([self.base_features(views[k : k + 64, 0]).mean(0) for k in firsts]).mean(0)
+    mean = self._base_mean()
 
     def loss(step):
-        rng = self.rng('copy', step)
-        i = np.sort(rng.choice(len(views), 24, replace=False))
-        v = rng.choice(3, 24, p=(0.6, 0.2, 0.2))
-        part, (y, x) = _cut(views[i, v], rng, side if rng.random() < 0.7 else 5)
-        h, w = (n // PATCH for n in part.shape[1:3])
-        whole = self.base_features(views[i, v]) + mean.mean(0) - mean
-        want = whole.unflatten(1, (side, -1))[:, y : y + h, x : x + w].flatten(1, 2)
+        part, want = self._draw_part(self.rng('copy', step), mean)
         with self.cast():
             got = self.view(self.pixels(part))
-        return ((got.float() - want) ** 2).mean() / ((want - want.mean((0, 1))) ** 2).mean(), {}
+        miss = ((got.float() - want) ** 2).mean()
+        return miss / ((want - want.mean((0, 1))) ** 2).mean(), {}
 
     fit('copy', [self.core.visual], loss, self.recipe.copy, [1.5e-3], self.folder)
 
@@ -230,3 +258,11 @@ def tile(self: Trainer) -> None:
     newline = nn.ParameterList([self.core.image_newline])
     modules = [self.core.multi_modal_projector, self.lm, newline]
     fit('tile', modules, partial(self.asked, 'tile'), self.recipe.tile, [3e-4, 1e-3, 3e-3], self.folder)
+
+# %% ../../nbs/11_demo/09_stages.ipynb #run
+@patch
+def run(self: Trainer) -> None:
+    "Every stage in turn; those that are done are loaded"
+    self.prepare()
+    for stage in stages_of(self.recipe):
+        getattr(self, stage)()

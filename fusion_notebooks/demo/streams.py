@@ -28,7 +28,7 @@ def stream(
     kinds: tuple = KINDS,  # kinds of question, which take turns
     seed: int = 0,  # another seed gives other scenes of the same split
 ):  # yields `Sample` without end
-    "Questions about scenes that no other split has seen, one scene each. Raises `BadInput` for an unknown split or kind."
+    "Questions about scenes of this split alone, one scene each. Raises `BadInput` for an unknown split or kind."
     _check(split, kinds)
     turns = cycle(kinds)
     kind = next(turns)

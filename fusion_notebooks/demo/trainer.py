@@ -8,6 +8,7 @@ __all__ = ['Trainer']
 # %% ../../nbs/11_demo/07_trainer.ipynb #imports
 import numpy as np
 import torch
+from fastcore.basics import patch
 from pathlib import Path
 from torch import nn
 from ..mllm.handle import MLLM
@@ -25,6 +26,14 @@ def _made(recipe, base):
         return make_next(base)
     return (base.model, base.processor) if base else make_model(recipe.seed)
 
+# %% ../../nbs/11_demo/07_trainer.ipynb #new_lesson
+def _new_lesson():
+    "How many things a scene may have, and the running share of right answers; a module, so that checkpoints hold both"
+    lesson = nn.Module()
+    lesson.register_buffer('most', torch.tensor(1))
+    lesson.register_buffer('mean', torch.tensor(0.0))
+    return lesson
+
 # %% ../../nbs/11_demo/07_trainer.ipynb #Trainer
 class Trainer:
     "The stages of a demo model, in a folder of their own; the stages themselves are in `demo.stages`"
@@ -35,70 +44,121 @@ class Trainer:
         recipe: Recipe = None,  # how to train
         device: str = 'cpu',  # or cuda
     ):
-        self.folder, self.recipe, self.device = Path(folder), recipe or Recipe(), device
+        self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.base = MLLM.load(self.recipe.base, device, torch.float32) if self.recipe.base else None
+        self.recipe = recipe or Recipe()
+        self.device = device
+        self.base = None
+        if self.recipe.base:
+            self.base = MLLM.load(self.recipe.base, device, torch.float32)
+        self._make_model()
+        self._make_parts()
+
+    def _make_model(self):
+        "model, processor, their tokenizer (`tok`) and the model without its output layer (`core`)"
         self.model, self.processor = _made(self.recipe, self.base)
-        self.model.to(device).train()
+        self.model.to(self.device).train()
         self.model.set_attn_implementation('eager')  # on CPU its backward takes half the time of SDPA's at these sizes
-        self.tok, self.core = self.processor.tokenizer, self.model.model
+        self.tok = self.processor.tokenizer
+        self.core = self.model.model
+
+    def _make_parts(self):
+        "What is trained, beside the tower and the projector, and what is drawn from"
         torch.manual_seed(self.recipe.seed)
-        self.head = nn.Linear(192, 7 + 7 + 20 + 9).to(device)  # colour, shape (0 is neither), character, place
+        self.head = nn.Linear(192, 7 + 7 + 20 + 9).to(self.device)  # colour, shape (0 is neither), character, place
         self.lm = nn.ModuleList([self.core.language_model, self.model.lm_head])
-        self.lesson = nn.Module()  # how many things a scene may have, and how well it goes
-        self.lesson.register_buffer('most', torch.tensor(1))
-        self.lesson.register_buffer('mean', torch.tensor(0.0))
+        self.lesson = _new_lesson()
         self.pool = None  # (views, labels), see `make_pool`
-        self.patches = (VIEW // PATCH) ** 2
+        self.patches = (VIEW // PATCH) ** 2  # of a view
 
-    def prepare(self):
-        "Draw the pool of scenes, and count what lies in each"
-        self.pool = make_pool(self.folder / 'pool', self.recipe.scenes)
-        self.counts = np.array([len(_train_layout(i)[0]) for i in range(self.recipe.scenes)])
+# %% ../../nbs/11_demo/07_trainer.ipynb #prepare
+@patch
+def prepare(self: Trainer) -> None:
+    "Draw the pool of scenes, and count the things in each"
+    self.pool = make_pool(self.folder / 'pool', self.recipe.scenes)
+    self.counts = np.array([len(_train_layout(i)[0]) for i in range(self.recipe.scenes)])
 
-    def rng(self, stage, step):
-        "Random numbers that hang on seed, stage and step alone"
-        return np.random.default_rng([self.recipe.seed, sum(map(ord, stage)), step])
+# %% ../../nbs/11_demo/07_trainer.ipynb #rng
+@patch
+def rng(
+    self: Trainer,
+    stage: str,  # name
+    step: int,  # number
+) -> np.random.Generator:
+    "Random numbers that depend on seed, stage and step alone"
+    return np.random.default_rng([self.recipe.seed, sum(map(ord, stage)), step])
 
-    def cast(self):
-        "bfloat16 where a CPU has it: emulated, it is thirty times slower; on a GPU, starting the kernels takes the time"
-        fast = self.device == 'cpu' and 'AVX512' in torch.backends.cpu.get_cpu_capability()
-        return torch.autocast(self.device, torch.bfloat16, enabled=fast)
+# %% ../../nbs/11_demo/07_trainer.ipynb #cast
+@patch
+def cast(self: Trainer) -> torch.autocast:
+    "bfloat16 where a CPU has it: emulated, it is thirty times slower; on a GPU, starting the kernels takes the time"
+    fast = self.device == 'cpu' and 'AVX512' in torch.backends.cpu.get_cpu_capability()
+    return torch.autocast(self.device, torch.bfloat16, enabled=fast)
 
-    def pixels(self, views):
-        "What the tower gets"
-        return _pixels(views, (self.base or self).processor, self.device)
+# %% ../../nbs/11_demo/07_trainer.ipynb #pixels
+@patch
+def pixels(
+    self: Trainer,
+    views: np.ndarray,  # (B, H, W, 3) uint8
+) -> torch.Tensor:  # (B, 3, H, W)
+    "Views as the base's processor normalises them, or this model's where there is no base"
+    return _pixels(views, (self.base or self).processor, self.device)
 
-    def features(self, views):
-        "(B, patches, width) what the tower gives"
-        pixels = _pixels(views, self.processor, self.device)
-        return self.core.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+# %% ../../nbs/11_demo/07_trainer.ipynb #features
+@patch
+def features(
+    self: Trainer,
+    views: np.ndarray,  # (B, 96, 96, 3) uint8
+) -> torch.Tensor:  # (B, patches, width)
+    "What a CLIP tower gives, without the row of its class token"
+    pixels = _pixels(views, self.processor, self.device)
+    return self.core.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
 
-    def view(self, x):
-        "(B, 3, H, W) pixels → (B, visual, width) what the language model gets"
-        if self.recipe.copy:
-            f, grid = _patches(x)
-            return self.core.visual(f, grid_thw=grid.to(x.device)).pooler_output.unflatten(0, (len(x), -1))
-        sizes = dict(image_sizes=[[PICTURE, PICTURE]] * len(x)) if self.recipe.tile else {}
-        return torch.stack(list(self.core.get_image_features(x, return_dict=True, **sizes).pooler_output))
+# %% ../../nbs/11_demo/07_trainer.ipynb #view
+@patch
+def view(
+    self: Trainer,
+    x: torch.Tensor,  # (B, 3, H, W) pixels; LLaVA-NeXT: (B, tiles, 3, H, W)
+) -> torch.Tensor:  # (B, visual, width)
+    "What the language model gets"
+    if self.recipe.copy:
+        patches, grid = _patches(x)
+        return self.core.visual(patches, grid_thw=grid.to(x.device)).pooler_output.unflatten(0, (len(x), -1))
+    sizes = {}
+    if self.recipe.tile:
+        sizes['image_sizes'] = [[PICTURE, PICTURE]] * len(x)
+    return torch.stack(list(self.core.get_image_features(x, return_dict=True, **sizes).pooler_output))
 
-    def tiles(self, i, scenes, rng, two):
-        "Pixels of some scenes as LLaVA-NeXT's processor cuts them, and of a random crop of each where there are two"
-        pictures = [picture(int(s), *scene) for s, scene in zip(i, scenes)]
-        sets = [pictures]
-        if two:
-            sets.append([p.crop(random_crop(things, rng)) for p, (things, _) in zip(pictures, scenes)])
-        process = self.processor.image_processor
-        return [process(images, return_tensors='pt')['pixel_values'].to(self.device) for images in sets]
+# %% ../../nbs/11_demo/07_trainer.ipynb #tiles
+@patch
+def tiles(
+    self: Trainer,
+    i: np.ndarray,  # numbers of the scenes
+    scenes: list,  # of (things, cells with a distractor)
+    rng: np.random.Generator,  # draws the crops
+    two: bool,  # is there a second picture?
+) -> list:  # of (scenes, tiles, 3, H, W), one per picture
+    "Pixels of some scenes as LLaVA-NeXT's processor cuts them, and where there are two, of a random crop of each"
+    pictures = [picture(int(s), *scene) for s, scene in zip(i, scenes)]
+    crops = [p.crop(random_crop(things, rng)) for p, (things, _) in zip(pictures, scenes)]
+    sets = [pictures, crops] if two else [pictures]  # crops are drawn in either case: later draws follow on them
+    process = self.processor.image_processor
+    return [process(images, return_tensors='pt')['pixel_values'].to(self.device) for images in sets]
 
-    def freeze(self, *modules, frozen=True):
-        "Let modules not be trained"
-        for module in modules:
-            module.requires_grad_(not frozen)
+# %% ../../nbs/11_demo/07_trainer.ipynb #freeze
+@patch
+def freeze(
+    self: Trainer,
+    *modules,  # of the model
+    frozen: bool = True,  # False lets them be trained again
+) -> None:
+    "Let modules not be trained"
+    for module in modules:
+        module.requires_grad_(not frozen)
 
 # %% ../../nbs/11_demo/07_trainer.ipynb #places
 def _place_of_patch(i, side):
-    "Which ninth of the picture patch i lies in, row by row"
+    "Number of the cell in which patch i lies, both counted row by row; `side` patches in a row of the picture"
     row, column = divmod(i, side)
 
     def third(k):
