@@ -48,7 +48,8 @@ def analysis(
     def keep(rows):
         known = {other: a.rows for other, a in ANALYSES.items()}
         register(known, name, rows)
-        ANALYSES.setdefault(name, Analysis(rows, options, modules, forwards, split, calibrated))
+        if known[name] is rows:
+            ANALYSES[name] = Analysis(rows, options, modules, forwards, split, calibrated)
         return rows
 
     return keep

@@ -7,6 +7,7 @@ __all__ = ['SEMANTICS', 'METHODS', 'VICROP', 'registry', 'register', 'Semantic',
            'add_method', 'markdown_table']
 
 # %% ../../nbs/00_core/03_catalog.ipynb #imports
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from .errors import BadInput
@@ -21,18 +22,40 @@ def registry(
     "The functions of a kind: the same dictionary each time, also for a notebook that is loaded beside its export"
     return _REGISTRIES.setdefault(kind, {})
 
+# %% ../../nbs/00_core/03_catalog.ipynb #added
+def _is_from_outside(function):
+    "Does a function not belong to this package?"
+    return not function.__module__.startswith('fusion_notebooks.')
+
+# %% ../../nbs/00_core/03_catalog.ipynb #same_source
+def _same_source(one, other):
+    "Do two definitions read the same?"
+    try:
+        return inspect.getsource(one) == inspect.getsource(other)
+    except (OSError, TypeError):  # typed in without a file, or not written in Python
+        return one is other
+
+# %% ../../nbs/00_core/03_catalog.ipynb #redefines
+def _redefines(function, known):
+    "Does a definition take the place of one that is known: the package's of its own, a user's of hers?"
+    same_name = function.__qualname__ == known.__qualname__
+    return same_name and _is_from_outside(function) == _is_from_outside(known)
+
 # %% ../../nbs/00_core/03_catalog.ipynb #register
 def register(
     registry: dict,  # name → function
-    name: str,  # that must be new
-    function: Callable,  # to be found under it
+    name: str,  # to find the function under
+    function: Callable,  # takes the place of one of that name that came from outside, too: a cell that is run again
 ) -> None:
-    "Make a function known. A definition that is loaded twice, as in a notebook beside its export, stays what it was. Raises `BadInput`"
+    "Make a function known. A notebook beside its export registers nothing new. Raises `BadInput` where a name is taken."
     known = registry.get(name)
-    if known is None:
+    if known is None or _redefines(function, known):
         registry[name] = function
-    elif known.__name__ != function.__name__:
-        raise BadInput(f"'{name}' is the name of {known.__name__} already: choose another one.")
+        return
+    if not _same_source(function, known):
+        raise BadInput(f"'{name}' is the name of {known.__module__}.{known.__qualname__} already: choose another one.")
+    if _is_from_outside(known):  # a notebook came first, and now its export
+        registry[name] = function
 
 # %% ../../nbs/00_core/03_catalog.ipynb #Semantic
 @dataclass(frozen=True)
@@ -129,11 +152,6 @@ def semantic(
     if how not in SEMANTICS:
         raise BadInput(f"No edit '{how}': choose one of {', '.join(SEMANTICS)}.")
     return SEMANTICS[how]
-
-# %% ../../nbs/00_core/03_catalog.ipynb #added
-def _is_from_outside(function):
-    "Does a function not belong to this package?"
-    return not function.__module__.startswith('fusion_notebooks.')
 
 # %% ../../nbs/00_core/03_catalog.ipynb #added_of
 def added() -> dict:  # kind and name → function
