@@ -8,6 +8,7 @@ __all__ = ['vicrop_rel', 'vicrop_grad']
 # %% ../../nbs/07_baselines/01_attention_crops.ipynb #imports
 import torch
 from transformers.masking_utils import eager_mask, sdpa_mask
+from ..core.errors import NotSupported
 from ..mllm.handle import MLLM
 from ..hooks.attaching import attending
 from ..hooks.recording import _recording_attention, _recording_eager, capture, EAGER
@@ -58,7 +59,7 @@ def _attention_slope(mllm, p, layer):
             logits = mllm.model(**p.inputs, use_cache=False, logits_to_keep=1).logits[0, -1]
         found = [pair for pair in kept.values() if pair is not None]
         if not found:
-            raise ValueError(
+            raise NotSupported(
                 f'{mllm.name}: layer {layer} has no attention through which a gradient can be taken; give another `layer`.'
             )
         out, value = found[0]

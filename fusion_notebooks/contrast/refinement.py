@@ -201,6 +201,13 @@ def _answer_in_one_pass(mllm, p, mask, **generate):
         answer = mllm.generate(p, **generate)[0]
     return answer, *decided
 
+# %% ../../nbs/06_contrast/05_refinement.ipynb #with_crop
+def _with_crop(mllm, prompt, crop, order):
+    "The prompt with a crop after its picture, or before"
+    picture = prompt.images[0]
+    pair = [picture, crop] if order == 'after' else [crop, picture]
+    return mllm.prompt(pair, prompt.question)
+
 # %% ../../nbs/06_contrast/05_refinement.ipynb #refine
 @holding
 def refine(
@@ -246,24 +253,11 @@ def refine(
     _layers(mllm, how, candidates, post, review)  # refused before the first pass
     first = first or first_pass(mllm, image, question, max_new_tokens)
     prompt = first.prompt
-    cut = propose(
-        mllm,
-        first,
-        how,
-        by,
-        candidates,
-        post,
-        review,
-        base=base,
-        box=box,
-        rule=rule,
-        distance=distance,
-        raw=raw,
-        seed=seed,
-    )
+    chosen = dict(base=base, box=box, rule=rule, distance=distance, raw=raw, seed=seed)
+    cut = propose(mllm, first, how, by, candidates, post, review, **chosen)
     if temperature or order == 'before':
-        pair = [prompt.images[0], cut.crop] if order == 'after' else [cut.crop, prompt.images[0]]
-        answer, path = mllm.generate(mllm.prompt(pair, prompt.question), **sampling)[0], 'two passes'
+        answer = mllm.generate(_with_crop(mllm, prompt, cut.crop, order), **sampling)[0]
+        path = 'two passes'
     else:
         answer, path, _ = answer_proposals(mllm, first, [cut], max_new_tokens)[0]
     return Refined(answer, plain, cut.contrast, how, by, path, box=cut.box, crop=cut.crop)

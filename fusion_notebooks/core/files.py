@@ -8,6 +8,7 @@ __all__ = ['regular', 'read_json', 'csv_text']
 # %% ../../nbs/00_core/01_files.ipynb #imports
 import json
 from pathlib import Path
+from .errors import BadInput
 
 # %% ../../nbs/00_core/01_files.ipynb #regular
 def regular(
@@ -15,19 +16,19 @@ def regular(
     folder=None,  # in which it has to lie, links followed; None: anywhere
     most: int = 500_000_000,  # bytes
 ) -> Path:  # the same
-    "A file that can be read without surprise. Raises `FileNotFoundError` and `ValueError`."
+    "A file that can be read without surprise. Raises `FileNotFoundError` and `BadInput`."
     file = Path(file)
     if not file.exists():
         raise FileNotFoundError(f'No file {file}.')
     if not file.is_file():
-        raise ValueError(f'{file} is not a regular file: nothing is read from it.')
+        raise BadInput(f'{file} is not a regular file: nothing is read from it.')
     if file.stat().st_size > most:
-        raise ValueError(f'{file} has {file.stat().st_size:,} bytes, more than the {most:,} allowed.')
+        raise BadInput(f'{file} has {file.stat().st_size:,} bytes, more than the {most:,} allowed.')
     if folder is not None:
         inside, there = Path(folder).resolve(), file.resolve()
         blobs = inside.parent.parent / 'blobs' if inside.parent.name == 'snapshots' else inside
         if not (there.is_relative_to(inside) or there.is_relative_to(blobs)):
-            raise ValueError(f'{file} leads out of {folder}: put the file itself there.')
+            raise BadInput(f'{file} leads out of {folder}: put the file itself there.')
     return file
 
 # %% ../../nbs/00_core/01_files.ipynb #read_json
@@ -40,7 +41,7 @@ def read_json(
     try:
         return json.loads(regular(file, folder, most).read_text('utf-8-sig'))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise ValueError(f'{file} is not JSON ({str(e)[:80]}): write it again.') from None
+        raise BadInput(f'{file} is not JSON ({str(e)[:80]}): write it again.') from None
 
 # %% ../../nbs/00_core/01_files.ipynb #plain_cell
 def _plain_cell(value):

@@ -16,6 +16,7 @@ import warnings
 from PIL import Image, ImageOps, UnidentifiedImageError
 from dataclasses import dataclass
 from pathlib import Path
+from .errors import attempt, BadInput
 
 # %% ../../nbs/00_core/02_images.ipynb #c005
 @dataclass
@@ -48,11 +49,11 @@ def _from_array(array, name, channels_first):
         if array.shape[2] == 1:
             array = array[..., 0]
     if array.ndim not in (2, 3) or array.ndim == 3 and array.shape[2] not in (3, 4):
-        raise ValueError(
+        raise BadInput(
             f'{name} has shape {array.shape}: give (height, width) or (height, width, 3), one picture at a time.'
         )
     if not array.size:
-        raise ValueError(f'{name} has shape {array.shape}: it holds no pixels.')
+        raise BadInput(f'{name} has shape {array.shape}: it holds no pixels.')
     low, high = array.min(), array.max()
     kind = array.dtype.kind
     if kind == 'b':
@@ -62,7 +63,7 @@ def _from_array(array, name, channels_first):
     elif kind == 'f' and low >= 0 and high <= 1:
         array = np.round(array.astype(np.float64) * 255)
     elif kind not in 'iu' or low < 0 or high > 255:
-        raise ValueError(
+        raise BadInput(
             f'{name} has {array.dtype} values from {low} to {high}: give whole numbers 0 to 255, or floats 0 to 1.'
         )
     return Image.fromarray(array.astype(np.uint8))
@@ -74,12 +75,12 @@ def _download(url):
         with urllib.request.urlopen(url, timeout=30) as reply:
             kind = reply.headers.get_content_type()
             if not kind.startswith('image/'):
-                raise ValueError(f'{url} is {kind}, not a picture: give the address of the picture itself.')
+                raise BadInput(f'{url} is {kind}, not a picture: give the address of the picture itself.')
             data = reply.read(MAX_BYTES + 1)
     except (OSError, http.client.HTTPException) as e:  # also where the connection ends half-way
-        raise ValueError(f'{url} could not be fetched ({e}): check the address and the network.') from None
+        raise BadInput(f'{url} could not be fetched ({e}): check the address and the network.') from None
     if len(data) > MAX_BYTES:
-        raise ValueError(f'{url} has more than the {MAX_BYTES:,} bytes allowed: fetch and resize it first.')
+        raise BadInput(f'{url} has more than the {MAX_BYTES:,} bytes allowed: fetch and resize it first.')
     return data
 
 # %% ../../nbs/00_core/02_images.ipynb #from_text
@@ -88,18 +89,16 @@ def _from_text(text, allow_download):
     if text.startswith('data:'):
         head, comma, body = text.partition(',')
         if not comma or not head.endswith(';base64'):
-            raise ValueError(f'{head[:60]} is not a data address of a picture: it has to hold base64 text.')
+            raise BadInput(f'{head[:60]} is not a data address of a picture: it has to hold base64 text.')
         if len(body) > MAX_BYTES:
-            raise ValueError(
-                f'The data address has more than the {MAX_BYTES:,} bytes allowed: resize the picture first.'
-            )
+            raise BadInput(f'The data address has more than the {MAX_BYTES:,} bytes allowed: resize the picture first.')
         try:
             return base64.b64decode(body, validate=True), 'the data address'
         except binascii.Error:
-            raise ValueError('The data address does not hold base64 text: encode the picture again.') from None
+            raise BadInput('The data address does not hold base64 text: encode the picture again.') from None
     if text.startswith(('http://', 'https://')):
         if not allow_download:
-            raise ValueError(f'{text} is a web address: open_image(address, allow_download=True) fetches it.')
+            raise BadInput(f'{text} is a web address: open_image(address, allow_download=True) fetches it.')
         return _download(text), text
     return Path(text), text
 
@@ -107,7 +106,7 @@ def _from_text(text, allow_download):
 def _damaged(name, error):
     "The refusal of a file that cannot be decoded"
     why = (str(error).splitlines() or [type(error).__name__])[0]
-    return ValueError(f'{name} is damaged or truncated ({why[:80]}): save it again.')
+    return BadInput(f'{name} is damaged or truncated ({why[:80]}): save it again.')
 
 # %% ../../nbs/00_core/02_images.ipynb #decoder
 def _open_file(file, name):
@@ -116,66 +115,68 @@ def _open_file(file, name):
         try:
             file = file.expanduser()
             if file.is_dir():
-                raise ValueError(f'{file} is a folder: give a picture file.')
+                raise BadInput(f'{file} is a folder: give a picture file.')
             if not file.exists():
                 raise FileNotFoundError(f'No picture at {file}: check the path.')
             if not file.is_file():
-                raise ValueError(f'{file} is not a regular file: give a picture file.')
+                raise BadInput(f'{file} is not a regular file: give a picture file.')
         except FileNotFoundError:
             raise
         except RuntimeError:
             raise FileNotFoundError(f'No picture at {file}: no such home folder.') from None
         except OSError as e:
-            raise ValueError(f'{str(file)[:60]!r} is not the name of a file ({e.strerror}).') from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-            return Image.open(file, formats=FORMATS)
-    except UnidentifiedImageError:
-        raise ValueError(f'{name} is not a picture that Pillow can read: give a PNG or JPEG.') from None
-    except Image.DecompressionBombError:
-        raise ValueError(f'{name} has far more than the {MAX_PIXELS:,} pixels allowed: resize it first.') from None
-    except Exception as e:  # decoders raise anything at hostile bytes
-        raise _damaged(name, e) from None
+            raise BadInput(f'{str(file)[:60]!r} is not the name of a file ({e.strerror}).') from None
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+        image, error = attempt(Image.open, file, formats=FORMATS)
+    if isinstance(error, UnidentifiedImageError):
+        raise BadInput(f'{name} is not a picture that Pillow can read: give a PNG or JPEG.')
+    if isinstance(error, Image.DecompressionBombError):
+        raise BadInput(f'{name} has far more than the {MAX_PIXELS:,} pixels allowed: resize it first.')
+    if error:
+        raise _damaged(name, error)
+    return image
 
 # %% ../../nbs/00_core/02_images.ipynb #check_size
 def _check_size(image, name):
     "Refuse a size before pixels are made"
     w, h = image.size
     if w * h > MAX_PIXELS:
-        raise ValueError(f'{name} has {w} × {h} pixels, more than the {MAX_PIXELS:,} allowed: resize it first.')
+        raise BadInput(f'{name} has {w} × {h} pixels, more than the {MAX_PIXELS:,} allowed: resize it first.')
     if min(w, h) < 2 or max(w, h) > 200 * min(w, h):
-        raise ValueError(
-            f'{name} has {w} × {h} pixels: a picture needs at least 2 × 2, and no side 200 times the other.'
-        )
+        raise BadInput(f'{name} has {w} × {h} pixels: a picture needs at least 2 × 2, and no side 200 times the other.')
+
+# %% ../../nbs/00_core/02_images.ipynb #load
+def _load(image):
+    "Decode the pixels: the number of frames"
+    frames = getattr(image, 'n_frames', 1)
+    image.load()
+    return frames
 
 # %% ../../nbs/00_core/02_images.ipynb #as_rgb
 def _as_rgb(image, name):
     "The pixels upright, 8 bits, opaque"
-    try:
-        frames = getattr(image, 'n_frames', 1)
-        image.load()
-    except Exception as e:  # decoders raise anything at hostile bytes
-        raise _damaged(name, e) from None
+    frames, error = attempt(_load, image)
+    if error:
+        raise _damaged(name, error)
     if frames > 1 and image.format != 'MPO':  # a phone's MPO is one photograph with a preview
         warnings.warn(f'{name} has {frames} frames: the first is used.', stacklevel=4)
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:
+    upright, error = attempt(ImageOps.exif_transpose, image)
+    if error:
         warnings.warn(f'{name} has damaged EXIF data: it is read as it is stored.', stacklevel=3)
+    else:
+        image = upright
     if image.mode.startswith('I;16') or image.mode == 'I' and image.format == 'PNG':
         return _from_array(np.asarray(image).astype(np.uint16), name, False).convert('RGB')
     if image.mode in ('I', 'F'):
-        raise ValueError(
-            f'{name} has 32-bit values (mode {image.mode}) of unknown range: scale them to 0 to 255 first.'
-        )
+        raise BadInput(f'{name} has 32-bit values (mode {image.mode}) of unknown range: scale them to 0 to 255 first.')
     if image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     try:
         return image.convert('RGB')
     except ValueError:
-        raise ValueError(f"{name} has mode {image.mode}, which Pillow cannot convert: give it as RGB.") from None
+        raise BadInput(f"{name} has mode {image.mode}, which Pillow cannot convert: give it as RGB.") from None
 
 # %% ../../nbs/00_core/02_images.ipynb #unread
 def _unread(image, name, allow_download):
@@ -194,7 +195,7 @@ def _unread(image, name, allow_download):
         image = io.BytesIO(image)
     if not isinstance(image, Image.Image):
         if not isinstance(image, Path) and not hasattr(image, 'read'):
-            raise ValueError(f'{type(image).__name__} is not a picture: give a path, a PIL image, an array or bytes.')
+            raise BadInput(f'{type(image).__name__} is not a picture: give a path, a PIL image, an array or bytes.')
         image = _open_file(image, name)
     _check_size(image, name)
     return image, name
@@ -205,7 +206,7 @@ def open_image(
     allow_download: bool = False,  # fetch web addresses
     name: str = '',  # how errors call it; default: its file
 ) -> Image.Image:  # RGB, upright
-    "Read a picture, or say in one sentence what is wrong with it. Raises `FileNotFoundError` and `ValueError`."
+    "Read a picture, or say in one sentence what is wrong with it. Raises `FileNotFoundError` and `BadInput`."
     return _as_rgb(*_unread(image, name, allow_download))
 
 # %% ../../nbs/00_core/02_images.ipynb #picture_size
@@ -217,10 +218,8 @@ def picture_size(
     given = image
     image, name = _unread(image, name, False)
     w, h = image.size
-    try:
-        orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # damaged EXIF data, of which `open_image` warns
-        orientation = 1
+    exif, error = attempt(image.getexif)
+    orientation = 1 if error else exif.get(0x0112, 1)  # `open_image` warns of damaged EXIF data
     sideways = orientation in (5, 6, 7, 8) and image.format != 'TIFF'  # whose size Pillow gives upright
     if image is not given:
         image.close()

@@ -314,11 +314,7 @@ def lens_is_exit(c):
 # %% ../../nbs/15_doctor/03_checks.ipynb #is_refusal
 def _is_refusal(e):
     "Is this exception a refusal in a sentence, and not something that broke?"
-    if isinstance(e, (BadInput, NotSupported)):
-        return True
-    # Other modules of this package still raise a plain ValueError. Their sentences end with a full stop, those of
-    # Python, torch and transformers do not. Without them this line can go.
-    return isinstance(e, ValueError) and str(e).endswith('.')
+    return isinstance(e, (BadInput, NotSupported))
 
 # %% ../../nbs/15_doctor/03_checks.ipynb #tries
 def _tries(c):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
-from ..core.errors import BadInput
+from ..core.errors import attempt, BadInput
 from ..mllm.handle import MLLM, Prompt
 from ..mllm.loading import find_folder
 from .shrinking import _first, VOCAB
@@ -113,18 +113,10 @@ def _ours(e):
         return True
     return _is_refusal(e) and 'fusion_notebooks' in folders
 
-# %% ../../nbs/15_doctor/04_report.ipynb #attempt
-def _attempt(f, *args):
-    "(what f gives, None), or (None, the exception that it raised)"
-    try:
-        return f(*args), None
-    except Exception as e:  # of any type: see above
-        return None, e
-
 # %% ../../nbs/15_doctor/04_report.ipynb #try
 def _try(f, *args):
     "What f gives, or why it gives nothing, as text"
-    value, error = _attempt(f, *args)
+    value, error = attempt(f, *args)
     return value if error is None else 'no: ' + _sentence(error)
 
 # %% ../../nbs/15_doctor/04_report.ipynb #model_class
@@ -292,7 +284,7 @@ def found(
 # %% ../../nbs/15_doctor/04_report.ipynb #run_check
 def _run_check(c, name):
     "`Check` of that name on a case; an exception is its reason, but for the time limit of `examine`, which ends all"
-    reason, error = _attempt(CHECKS[name], c)
+    reason, error = attempt(CHECKS[name], c)
     if isinstance(error, TimeoutError):
         raise error
     if error is not None:
@@ -307,7 +299,7 @@ def doctor(
     "What was found in a model, every check, and a verdict"
     began = time.time()
     r = Report(mllm.name, type(mllm.model).__name__)
-    c, error = _attempt(Case, mllm)
+    c, error = attempt(Case, mllm)
     if error is not None:
         r.out = _sentence(error)
         r.stated = _ours(error)
@@ -371,7 +363,7 @@ def examine(
     "Build the twin of a config and check it; whatever goes wrong is in the report"
     began = time.time()
     name = _model_class(config).__name__
-    report, error = _attempt(_examined, config, seconds, vocab)
+    report, error = attempt(_examined, config, seconds, vocab)
     if error is None:
         return report
     taken = time.time() - began

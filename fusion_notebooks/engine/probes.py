@@ -8,6 +8,7 @@ __all__ = ['Capabilities', 'capabilities']
 # %% ../../nbs/04_engine/03_probes.ipynb #imports
 import torch
 from dataclasses import dataclass
+from ..core.errors import attempt
 from ..mllm.handle import MLLM, Prompt
 from ..hooks.attaching import _hidden, _removing
 from ..hooks.edits import edit
@@ -65,21 +66,26 @@ def _another_question(inputs, n):
     return inputs | dict(input_ids=torch.cat([ids[:, :n], ids[:, n:].flip(1)], 1))
 
 # %% ../../nbs/04_engine/03_probes.ipynb #one_row
-def _one_row(mllm, p, n, closed, logits, tolerance):
-    "Does a branched batch of one row give these logits?"
+def _one_row(mllm, p, n, closed):
+    "(number of layers that its cache knows, logits) of a branched batch of one row"
     inputs = mllm.encoded([p])
     ids = inputs['input_ids']
-    try:
-        shared = prefixes(mllm, [p], n) if closed else []
-        branched = BranchedBatch(mllm, [Branch(0)], shared, [p.visual])
-        if closed:
-            again = branched.forward(ids[:, n:])
-        else:
-            again = branched.forward(inputs.pop('input_ids'), **inputs)
-    # a cache that keeps something else is not known here, and fails in its own way wherever its keys are looked for
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+    shared = prefixes(mllm, [p], n) if closed else []
+    branched = BranchedBatch(mllm, [Branch(0)], shared, [p.visual])
+    if closed:
+        again = branched.forward(ids[:, n:])
+    else:
+        again = branched.forward(inputs.pop('input_ids'), **inputs)
+    return len(branched.cache.layers), again[0, -1]
+
+# %% ../../nbs/04_engine/03_probes.ipynb #one_row_works
+def _one_row_works(mllm, p, n, closed, logits, tolerance):
+    "Does a branched batch of one row give these logits? An unknown cache raises anything where its keys are looked for"
+    found, error = attempt(_one_row, mllm, p, n, closed)
+    if error:
         return False
-    return len(branched.cache.layers) == mllm.n_layers and _alike(again[0, -1], logits.float(), tolerance)
+    layers, again = found
+    return layers == mllm.n_layers and _alike(again, logits.float(), tolerance)
 
 # %% ../../nbs/04_engine/03_probes.ipynb #probed
 @torch.inference_mode()
@@ -95,7 +101,7 @@ def _probed(mllm, p):
     closed = _near(asked, states, tolerance)
     causal = _near(cut[: n - 1], states[: n - 1], tolerance)
     clean = max(added, default=-1) + 1
-    plain = _one_row(mllm, p, n, closed, logits, max(1e-3, tolerance))
+    plain = _one_row_works(mllm, p, n, closed, logits, max(1e-3, tolerance))
     return Capabilities(closed, causal, clean, plain)
 
 # %% ../../nbs/04_engine/03_probes.ipynb #probing

@@ -9,6 +9,7 @@ __all__ = ['Stopped', 'stoppable', 'Work']
 import asyncio
 from contextlib import contextmanager
 from threading import Event, Lock
+from ..core.errors import attempt
 from ..mllm.handle import MLLM
 from ..hooks.attaching import _removing
 
@@ -99,21 +100,24 @@ class Work:
             now = self.now
             return *now.pop(0), self.of - len(now) - 1
 
+    def _do(self, f):
+        "Do the work of a step, up to a wish to stop"
+        if self.stop.is_set():
+            raise Stopped
+        with stoppable(self.mllm, self.stop):
+            f()
+
     def step(self):
         "Do one step. Whatever it raises is said in the status line, and the rest of its job is dropped"
         words, f, done = self._next()
         self.tell(f'{words} …', done, self.of)
-        try:
-            if self.stop.is_set():
-                raise Stopped
-            with stoppable(self.mllm, self.stop):
-                f()
-        except Stopped:
+        _, error = attempt(self._do, f)
+        if isinstance(error, Stopped):
             self.jobs.clear()
             self.now, self.failed = [], 'Stopped.'
             self.stop.clear()
-        except Exception as e:  # of a model or of an input: a widget has no other place to say it
-            self.now, self.failed = [], f'{words}: {str(e) or type(e).__name__}'
+        elif error:  # of a model or of an input: a widget has no other place to say it
+            self.now, self.failed = [], f'{words}: {str(error) or type(error).__name__}'
         if not self.now:
             self.name = ''
         if not self.now and not self.jobs:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from dataclasses import dataclass
 from functools import cached_property
+from ..core.errors import BadInput, NotSupported
 from ..core import catalog
 from .. import baselines, contrast, engine, fusion, masking
 from ..core.images import Sample
@@ -76,7 +77,7 @@ class Seen:
 def _check(mllm, fusion=(), review=None, **_):
     check_layers(mllm, [*fusion] + [i for i in (review,) if i is not None])
     if review == 0:
-        raise ValueError('A review layer has a post-fusion layer below it: it cannot be layer 0.')
+        raise BadInput('A review layer has a post-fusion layer below it: it cannot be layer 0.')
 
 # %% ../../nbs/14_explore/00_session.ipynb #see
 def see(
@@ -85,7 +86,7 @@ def see(
     question: str,  # about it
     **kw,  # fusion, review, candidates, mean, donor of `Seen`; donor as path or PIL image
 ) -> Seen:
-    "Look at a picture once. Raises `ValueError` for what is no picture or question, layers that do not exist, and where the tokens have no place in the picture."
+    "Look at a picture once. Raises `BadInput` for what is no picture or question, layers that do not exist, and where the tokens have no place in the picture."
     _check(mllm, **kw)
     first_pass = contrast.first_pass(mllm, image, question)
     if kw.get('donor') is not None:
@@ -130,12 +131,12 @@ def tokens_at(
     seen: Seen,  # a picture and its question
     cells,  # of its grid
 ) -> np.ndarray:  # which of the prompt's visual tokens, ascending
-    "The visual tokens of some cells, in every view. Raises `ValueError` for cells that are not there, and where tokens are no patches."
+    "The visual tokens of some cells, in every view. Raises `BadInput` and `NotSupported` for cells that are not there, and where tokens are no patches."
     cells, n = sorted({*cells}), len(seen.grid.boxes)
     if bad := [c for c in cells if not 0 <= c < n]:
-        raise ValueError(f'The picture has patches 0 to {n - 1}: there is no patch {bad[0]}.')
+        raise BadInput(f'The picture has patches 0 to {n - 1}: there is no patch {bad[0]}.')
     if seen.grid.mix is not None:
-        raise ValueError(
+        raise NotSupported(
             f'The visual tokens of {seen.mllm.name} are queries that each read the whole picture: none can be masked by its place.'
         )
     found = [
@@ -162,10 +163,10 @@ def mask_cells(
     how: str = 'knockout',  # semantic
     strength: float | None = None,  # λ of soft; default .1
 ) -> Masked:
-    "Answer with the tokens of some cells masked at some layers. Raises `ValueError` as `tokens_at` and `hooks.edit` do."
+    "Answer with the tokens of some cells masked at some layers. Raises `BadInput` as `tokens_at` and `hooks.edit` do."
     p, tokens = seen.first_pass.prompt, tokens_at(seen, cells)
     if how == 'swap' and (seen.donor is None or len(seen.donor.visual) != len(p.visual)):
-        raise ValueError('swap needs donor=, a picture with as many visual tokens.')
+        raise BadInput('swap needs donor=, a picture with as many visual tokens.')
     states = (
         masking.donor_states(seen.mllm, seen.donor)[:, tokens]
         if how == 'swap'

@@ -8,6 +8,7 @@ __all__ = ['lens', 'early_exit']
 # %% ../../nbs/02_hooks/02_logit_lens.ipynb #imports
 import torch
 from contextlib import contextmanager
+from ..core.errors import NotSupported
 from ..mllm.handle import MLLM
 from .attaching import _hidden, _removing, check_layers
 
@@ -18,7 +19,7 @@ def lens(
 ) -> torch.Tensor:  # (…, vocabulary) logits, float32
     "Early output: final norm and head on inner states, with whatever scale or soft cap the model itself puts behind its head (paper, section 1)"
     if mllm.norm is None:
-        raise ValueError(
+        raise NotSupported(
             f'{mllm.name} has no norm between its layers and its head, so inner states cannot be read as answers.'
         )
     w = mllm.head.weight

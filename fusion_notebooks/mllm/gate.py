@@ -125,21 +125,30 @@ def _check_decoys(closed, decoys):
         if not torch.isfinite(v).all():
             raise BadInput(f'decoy.{i} holds numbers that are not finite')
 
+# %% ../../nbs/01_mllm/03_gate.ipynb #gate_parts
+def _gate_parts(path):
+    "(closed layers, decoys by layer) of a gate file. Raises `ValueError` for one that is damaged"
+    with safe_open(path, 'pt') as f:
+        metadata = f.metadata() or {}
+        tensors = {k: f.get_tensor(k) for k in f.keys()}
+    if 'closed' not in metadata:
+        raise BadInput('it names no closed layers')
+    closed = [int(x) for x in metadata['closed'].split()]
+    decoys = {int(k.removeprefix('decoy.')): v for k, v in tensors.items()}
+    return closed, decoys
+
 # %% ../../nbs/01_mllm/03_gate.ipynb #read_gate
 def _read_gate(model, folder):
     "Put the gate of a saved model in place. Raises `BadInput` for a file that is none"
     path = folder / 'gate.safetensors'
     try:
-        with safe_open(path, 'pt') as f:
-            closed = [int(x) for x in f.metadata()['closed'].split()]
-            decoys = {int(k.split('.')[1]): f.get_tensor(k) for k in f.keys()}
+        closed, decoys = _gate_parts(path)
         _check_decoys(closed, decoys)
         width = model.config.get_text_config().hidden_size
         if any(v.shape[1] != width for v in decoys.values()):
             raise BadInput(f'decoys are states of another width than {width}')
         Gate(model, model.config.image_token_id, closed, decoys)
-    # what a damaged file raises: no metadata, no numbers in names, not safetensors
-    except (KeyError, TypeError, ValueError, IndexError, SafetensorError) as e:
+    except (ValueError, SafetensorError) as e:
         raise BadInput(
             f'{path} is not a gate ({e}): it holds decoy.<layer> tensors, and `closed` layers in its metadata.'
         ) from e

@@ -12,6 +12,7 @@ import threading
 import torch
 from dataclasses import dataclass
 from functools import cached_property
+from ..core.errors import attempt, BadInput, NotSupported
 from .grids import whole_view
 from .memory import digest
 from .processor import image_inputs
@@ -42,11 +43,11 @@ class Prompt:
 
     @property
     def views(self):
-        "Every `Grid`: whole pictures and tiles. Raises `ValueError` where no place can be given to the tokens."
+        "Every `Grid`: whole pictures and tiles. Raises `NotSupported` where no place can be given to the tokens."
         if self.find_views is not None:
             return self.find_views()
         if isinstance(self.known_views, str):
-            raise ValueError(self.known_views)
+            raise NotSupported(self.known_views)
         return self.known_views
 
     @property
@@ -134,11 +135,11 @@ class MLLM:
         config = model.config
         self.model, self.processor, self.name = model.eval(), processor, name or config.model_type
         if not {'pixel_values', 'pixel_values_images'} & {*inspect.signature(model.forward).parameters}:
-            raise ValueError(
+            raise BadInput(
                 f'{self.name} has no image tower (its forward takes no pixel_values): give an image-text model.'
             )
         if getattr(config, 'is_encoder_decoder', False):
-            raise ValueError(
+            raise NotSupported(
                 f'{self.name} ({type(model).__name__}) is an encoder-decoder: its picture is read in the encoder, and it has no decoder layers in which visual and text tokens meet.'
             )
         self.head = model.get_output_embeddings() or getattr(model.get_decoder(), 'lm_head', None)
@@ -149,7 +150,7 @@ class MLLM:
         self.cross = tuple(getattr(config.get_text_config(), 'cross_attention_layers', None) or ())
         for what in ('layers', 'head', 'image_token_id'):
             if getattr(self, what) is None:
-                raise ValueError(
+                raise NotSupported(
                     f'{self.name} ({type(model).__name__}): no {what} found on its decoder, config or processor, so its layers cannot be read.'
                 )
         if self.image_token_id != getattr(config, 'image_token_id', self.image_token_id):
@@ -197,14 +198,14 @@ def _chat(self, k, question):
     if not self.has_template:
         return question
     content = [dict(type='image')] * k + [dict(type='text', text=question)]
-    try:
-        return self.processor.apply_chat_template(
-            [dict(role='user', content=content)], add_generation_prompt=True, tokenize=False
-        )
-    except Exception as e:
-        raise ValueError(
-            f'The chat template of {self.name} cannot be filled in ({_said(e)}): repair it in the folder that the model comes from.'
-        ) from e
+    turns = [dict(role='user', content=content)]
+    text, error = attempt(self.processor.apply_chat_template, turns, add_generation_prompt=True, tokenize=False)
+    if error:  # a template is a program of the model's folder
+        raise BadInput(
+            f'The chat template of {self.name} cannot be filled in ({_said(error)}): '
+            'repair it in the folder that the model comes from.'
+        ) from error
+    return text
 
 # %% ../../nbs/01_mllm/04_handle.ipynb #process
 def _process(self, images, question, dtype=None):
@@ -265,4 +266,4 @@ def visual_embeddings(
         finally:
             for h in handles:
                 h.remove()
-    raise ValueError(f'{mllm.name}: its decoder was never reached by a forward over a prompt.')
+    raise NotSupported(f'{mllm.name}: its decoder was never reached by a forward over a prompt.')

@@ -14,6 +14,7 @@ import warnings
 from contextlib import contextmanager
 from fastcore.basics import patch
 from pathlib import Path
+from ..core.errors import attempt, BadInput, NotSupported
 from ..core.files import read_json, regular
 from .processor import PlainProcessor
 from .gate import _read_gate
@@ -28,11 +29,11 @@ def demo_models() -> Path:  # a folder with a folder per model
 def find_folder(
     name,  # demo name, local folder or Hub id
 ) -> Path | None:  # None for a Hub id
-    "The folder that a name means. Raises `FileNotFoundError` and `ValueError`."
+    "The folder that a name means. Raises `FileNotFoundError` and `BadInput`."
     here, demo = Path(os.path.expanduser(str(name))), demo_models() / str(name)
     is_demo = Path(name).name == str(name) and demo.is_dir()
     if is_demo and (here / 'config.json').exists() and here.resolve() != demo.resolve():
-        raise ValueError(f"'{name}' is a demo model and a folder here: give ./{name} for the folder, or rename it.")
+        raise BadInput(f"'{name}' is a demo model and a folder here: give ./{name} for the folder, or rename it.")
     if is_demo:
         return demo
     if here.is_dir():
@@ -52,7 +53,7 @@ def _check_index(index, folder):
     shards = read_json(index, folder).get('weight_map', {})
     for shard in sorted(set(map(str, shards.values()))):
         if Path(shard).name != shard or not shard.endswith('.safetensors'):
-            raise ValueError(f'{index} takes weights from {shard!r}: only .safetensors files beside it are read.')
+            raise BadInput(f'{index} takes weights from {shard!r}: only .safetensors files beside it are read.')
         regular(folder / shard, folder, most=1 << 50)
 
 # %% ../../nbs/01_mllm/10_loading.ipynb #no_kernels
@@ -62,7 +63,7 @@ def _check_config(config, where):
         if isinstance(value, dict):
             _check_config(value, where)
         elif str(key).strip('_') == 'attn_implementation' and '/' in str(value):
-            raise ValueError(
+            raise BadInput(
                 f"{where} wants the attention '{value}', which is code from the Hub: pass trust_remote_code=True to run it."
             )
 
@@ -70,9 +71,9 @@ def _check_config(config, where):
 def _check_folder(folder, trust_remote_code):
     "Say what is missing in a local model folder, or must not be read"
     if not (folder / 'config.json').exists():
-        raise ValueError(f'{folder} holds no config.json: give the folder of a saved Hugging Face model.')
+        raise BadInput(f'{folder} holds no config.json: give the folder of a saved Hugging Face model.')
     if (folder / 'adapter_config.json').exists():
-        raise ValueError(
+        raise BadInput(
             f'{folder} holds a model and an adapter: move adapter_config.json and adapter_model.safetensors to a folder '
             'of their own, and load that one.'
         )
@@ -80,7 +81,7 @@ def _check_folder(folder, trust_remote_code):
         if file.suffix in ('.json', '.jinja', '.safetensors', '.model', '.txt'):
             regular(file, folder, most=1 << 50 if file.suffix == '.safetensors' else 500_000_000)
     if not any(folder.glob('*.safetensors')):
-        raise ValueError(
+        raise BadInput(
             f'{folder} holds no .safetensors file: other weight formats are not read; convert the model with save_pretrained.'
         )
     for index in folder.glob('*.safetensors.index.json'):
@@ -120,7 +121,7 @@ def _check_complete(name, info):
             if info['unexpected_keys']
             else ''
         )
-        raise ValueError(
+        raise BadInput(
             f"{name}: its files lack weights that the model needs, or have them in another shape ({_some(lacking)}){others}: "
             'they would be random; save the whole model in the layout of transformers.'
         )
@@ -151,7 +152,7 @@ def _read(name, src, common, dtype, kw):
 
     config = AutoConfig.from_pretrained(src, **common)
     if type(config) not in AutoModelForImageTextToText._model_mapping.keys() and not common['trust_remote_code']:
-        raise ValueError(f"{name} is a '{config.model_type}' model without an image tower: give an image-text model.")
+        raise BadInput(f"{name} is a '{config.model_type}' model without an image tower: give an image-text model.")
     if not common['trust_remote_code']:
         _check_config(config.to_dict() | dict(attn_implementation=kw.get('attn_implementation') or ''), name)
     model, info = AutoModelForImageTextToText.from_pretrained(
@@ -177,11 +178,21 @@ def _with_adapter(model, folder):
         held = set(f.keys())
     wanted = set(get_peft_model_state_dict(wrapped))
     if held != wanted:
-        raise ValueError(
+        raise BadInput(
             f'{folder}: its tensors are not those that the adapter has on {type(model).__name__} ({_some(held ^ wanted)}): '
             'it was made for another model.'
         )
     return wrapped.get_base_model()
+
+# %% ../../nbs/01_mllm/10_loading.ipynb #not_loaded
+def _refuse(name, error):
+    "Raise what came up while files were read: itself where it says enough, an `OSError` with the reason otherwise"
+    said = type(error) is ValueError or isinstance(error, (BadInput, NotSupported))
+    if said or isinstance(error, (ImportError, MemoryError, torch.OutOfMemoryError)):
+        raise error
+    raise OSError(
+        f'{name} could not be loaded ({_said(error)}): give a demo name, a folder or a Hub id that can be reached.'
+    ) from error
 
 # %% ../../nbs/01_mllm/10_loading.ipynb #load
 @patch(cls_method=True)
@@ -194,7 +205,7 @@ def load(
     revision: str | None = None,  # of the Hub
     **kw,  # further arguments of `from_pretrained`
 ):  # MLLM
-    "Load a model whose weights are complete, from safetensors only. Raises `ValueError` and `OSError` with what is missing."
+    "Load a model whose weights are complete, from safetensors only. Raises `BadInput` and `OSError` with what is missing."
     path = find_folder(name_or_path)
     if 'torch_dtype' in kw:
         dtype = kw.pop('torch_dtype') if dtype is None else dtype
@@ -202,7 +213,7 @@ def load(
     if path and (path / 'adapter_config.json').exists() and not (path / 'config.json').exists():
         base = str(read_json(path / 'adapter_config.json', path).get('base_model_name_or_path') or '')
         if not base:
-            raise ValueError(
+            raise BadInput(
                 f'{path}: its adapter_config.json names no base model: load that one, and wrap it with peft.'
             )
         mllm = cls.load(base, device, dtype, trust_remote_code, revision, **kw)
@@ -215,15 +226,11 @@ def load(
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     dtype = dtype or (torch.bfloat16 if device.type == 'cuda' else torch.float32)
     common = dict(trust_remote_code=trust_remote_code, revision=revision or 'main', local_files_only=path is not None)
-    try:
-        with _quiet():
-            model, processor = _read(name_or_path, str(path or name_or_path), common, dtype, kw)
-    except Exception as e:
-        if type(e) is ValueError or isinstance(e, (ImportError, MemoryError, torch.OutOfMemoryError)):
-            raise  # not the files' fault, or said well enough
-        raise OSError(
-            f'{name_or_path} could not be loaded ({_said(e)}): give a demo name, a folder or a Hub id that can be reached.'
-        ) from e
+    with _quiet():
+        read, error = attempt(_read, name_or_path, str(path or name_or_path), common, dtype, kw)
+    if error:
+        _refuse(name_or_path, error)
+    model, processor = read
     if 'device_map' not in kw:
         model = model.to(device)
     if path and (path / 'gate.safetensors').exists():

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from dataclasses import dataclass, replace
-from ..core.errors import NotSupported
+from ..core.errors import attempt, NotSupported
 from .grids import Grid, token_boxes, whole_view
 from .handle import _process, visual_embeddings, MLLM, Prompt
 from .coordinate_ramps import _tiles
@@ -335,20 +335,24 @@ def _measured_grids(mllm, p, sizes):
         raise NotSupported('disturbing a place in the picture does not change the tokens that should lie there most')
     return grids
 
+# %% ../../nbs/01_mllm/05_places.ipynb #find_views_of
+def _find_views(mllm, p):
+    "Which pixels each visual token saw, as a list of `Grid`; raises what a family's code raises"
+    sizes = tuple(im.size for im in p.images)
+    if mllm.takes_one:  # a Q-Former reads each picture anew
+        return _query_grids(mllm, p)
+    return mllm.kept.fetch(('views', sizes, len(p.visual)), lambda: _measured_grids(mllm, p, sizes))
+
 # %% ../../nbs/01_mllm/05_places.ipynb #find_views
 def find_views(
     mllm: MLLM,  # the model
     p: Prompt,  # a prompt
 ) -> list:  # of `Grid`, in the order of their tokens
     "Which pixels each visual token saw, measured. Raises `NotSupported` where the tokens have no place, with the reason."
-    sizes = tuple(im.size for im in p.images)
-    try:
-        if mllm.takes_one:  # a Q-Former reads each picture anew
-            return _query_grids(mllm, p)
-        return mllm.kept.fetch(('views', sizes, len(p.visual)), lambda: _measured_grids(mllm, p, sizes))
-    # families differ in more ways than the messages above foresee; whatever goes wrong, the reason is said
-    except (ValueError, RuntimeError, LookupError, AttributeError, TypeError) as e:
+    found, error = attempt(_find_views, mllm, p)
+    if error:  # families differ in more ways than could be foreseen; whatever goes wrong, the reason is said
         raise NotSupported(
-            f'No token of {mllm.name} can be given a place in the picture ({str(e).splitlines()[0][:160]}). '
+            f'No token of {mllm.name} can be given a place in the picture ({str(error).splitlines()[0][:160]}). '
             'Masking works without it, maps on the picture do not.'
-        ) from e
+        ) from error
+    return found

@@ -9,6 +9,7 @@ __all__ = ['PLAIN', 'image_inputs', 'image_features', 'flat', 'PlainProcessor']
 import inspect
 import numpy as np
 import torch
+from ..core.errors import BadInput, NotSupported
 
 # %% ../../nbs/01_mllm/02_processor.ipynb #c013
 def _is_row(v, n):
@@ -28,12 +29,14 @@ def image_features(
     model,  # a Hugging Face image-text model
     inputs: dict,  # tensors of a prompt
 ):  # transformers' output; see `flat`
-    "Run the vision tower alone. Raises `ValueError` where the model has no way to do so."
+    "Run the vision tower alone. Raises `NotSupported` where the model has no way to do so."
     run = getattr(model, 'get_image_features', None) or getattr(
         getattr(model, 'model', None), 'get_image_features', None
     )
     if run is None:
-        raise ValueError(f'{type(model).__name__} has no get_image_features, so its vision tower cannot be run alone.')
+        raise NotSupported(
+            f'{type(model).__name__} has no get_image_features, so its vision tower cannot be run alone.'
+        )
     known = {*inspect.signature(run).parameters, *inspect.signature(model.forward).parameters}
     seen = {k: v for k, v in image_inputs(inputs).items() if k in known}
     if 'pixel_values_images' in seen:
@@ -105,7 +108,7 @@ class PlainProcessor:
         }
         pieces, seen = text.split(self.image_token), pixels(images)
         if len(pieces) != len(images) + 1:
-            raise ValueError(
+            raise BadInput(
                 f'The text has {len(pieces) - 1} placeholders {self.image_token} for {len(images)} pictures.'
             )
         counts = [self._count(im, lambda im: moved(seen if len(images) == 1 else pixels([im]))) for im in images]

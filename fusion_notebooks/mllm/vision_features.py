@@ -11,6 +11,7 @@ from dataclasses import replace
 from fastcore.basics import patch
 from functools import partial
 from types import SimpleNamespace
+from ..core.errors import attempt
 from .memory import LRUCache
 from .processor import _is_row, image_features
 from .handle import visual_embeddings, MLLM, Prompt
@@ -77,18 +78,21 @@ def _with_features(mllm, prompts, pictures=None):
 
 # %% ../../nbs/01_mllm/09_vision_features.ipynb #reads_features
 def _gives_the_same(mllm, p):
-    "Does the model make the same of the tower's output as of the pixels? What it cannot take raises one of many errors"
-    try:
-        from_features = replace(p, inputs=_with_features(mllm, [p]))
-        return torch.equal(visual_embeddings(mllm, p), visual_embeddings(mllm, from_features))
-    except (AttributeError, TypeError, KeyError, ValueError, RuntimeError, IndexError):
-        return False
+    "Does the model make the same of the tower's output as of the pixels?"
+    from_features = replace(p, inputs=_with_features(mllm, [p]))
+    return torch.equal(visual_embeddings(mllm, p), visual_embeddings(mllm, from_features))
+
+# %% ../../nbs/01_mllm/09_vision_features.ipynb #can_read_features
+def _can_read_features(mllm, p):
+    "Does the model take the tower's output? A class that cannot take it raises anything"
+    same, error = attempt(_gives_the_same, mllm, p)
+    return not error and same
 
 # %% ../../nbs/01_mllm/09_vision_features.ipynb #reads
 def _reads_features(mllm, p):
     "May the tower's output stand for the pixels? Asked once per state; not where a foreign hook is set"
     where = mllm.state(decoder=False)
-    return where is not None and mllm.kept.fetch(('reads features', where), partial(_gives_the_same, mllm, p))
+    return where is not None and mllm.kept.fetch(('reads features', where), partial(_can_read_features, mllm, p))
 
 # %% ../../nbs/01_mllm/09_vision_features.ipynb #encoded
 @patch

@@ -170,6 +170,13 @@ def _name_methods(ax, columns, cost, score):
 def _plain_number(value, position):
     return f'{value:g}'
 
+# %% ../../nbs/12_plots/03_outcomes.ipynb #draw_method
+def _draw_method(ax, name, cost, interval):
+    "A method's point with its interval"
+    mean, low, high = (100 * v for v in interval)
+    reach = [[mean - low], [high - mean]]
+    ax.errorbar(cost, mean, reach, fmt='o', color=_colour(name), mfc=_inner(name), ms=5, lw=1, zorder=2)
+
 # %% ../../nbs/12_plots/03_outcomes.ipynb #r002
 def pareto(
     table: pd.DataFrame,  # refine rows of the store: sample, method, score, flops [, image]
@@ -188,9 +195,7 @@ def pareto(
     label = 'front: nothing is both cheaper and better'
     ax.plot([cost[m] for m in front], [100 * score[m] for m in front], color='.6', lw=1.2, zorder=1, label=label)
     for m in order:
-        mean, low, high = (100 * v for v in interval[m])
-        reach = [[mean - low], [high - mean]]
-        ax.errorbar(cost[m], mean, reach, fmt='o', color=_colour(m), mfc=_inner(m), ms=5, lw=1, zorder=2)
+        _draw_method(ax, m, cost[m], interval[m])
     _name_methods(ax, _columns(order, cost), cost, score)
     ax.set_xscale('log', subs=[1.5, 2, 3, 4, 6, 8])
     ax.xaxis.set_major_formatter(_plain_number)

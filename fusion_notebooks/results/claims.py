@@ -126,9 +126,11 @@ def _memo_text(key, value):
 def _read_memo(path, key):
     "The value of a note. Raises `ValueError` where the file is not what was written, `FileNotFoundError` where there is none"
     text = path.read_text()
-    if text != _memo_text(key, json.loads(text)['value']):
+    found = json.loads(text)
+    is_memo = isinstance(found, dict) and 'value' in found
+    if not is_memo or text != _memo_text(key, found['value']):
         raise ValueError('it is not what was written under this key')
-    return json.loads(text)['value']
+    return found['value']
 
 # %% ../../nbs/10_results/02_claims.ipynb #memo
 @patch
@@ -143,12 +145,7 @@ def memo(
         return _read_memo(path, key)
     except FileNotFoundError:
         pass
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ) as e:  # not JSON, of another shape, or with another checksum
+    except (ValueError, RecursionError) as e:  # not JSON, of another shape, or with another checksum
         warnings.warn(f'{path} is damaged ({e}) and is made again.')
     value = json.loads(json.dumps(make()))
     with suppress(OSError):

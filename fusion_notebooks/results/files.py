@@ -9,12 +9,11 @@ __all__ = ['canonical', 'digest', 'write_atomic']
 import hashlib
 import json
 import os
-import pyarrow as pa
 import pyarrow.parquet as pq
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from ..core.errors import BadInput
+from ..core.errors import attempt, BadInput
 
 # %% ../../nbs/10_results/00_files.ipynb #canonical
 def canonical(
@@ -151,17 +150,14 @@ def _checked_table(path, key, **kw):
 # %% ../../nbs/10_results/00_files.ipynb #read
 def _read(path, key=None, **kw):
     "The rows of a file; None where it is missing, damaged or older. Raises `BadInput` for an older one with `key`."
-    try:
-        t, older = _checked_table(path, key, **kw)
-    except FileNotFoundError:
+    found, error = attempt(_checked_table, path, key, **kw)  # flipped bits raise anything
+    if isinstance(error, FileNotFoundError):
         return None
-    except MemoryError:
-        raise  # also an ArrowException, and not the file's fault
-    # flipped bits raise any of these: in Arrow, in reading, in a footer that lacks its entries or has other bytes
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as e:
-        if getattr(e, 'errno', None):
-            raise  # the system's fault, not the file's
-        return _damaged(path, e)
+    if isinstance(error, MemoryError) or getattr(error, 'errno', None):
+        raise error  # the system's fault, not the file's
+    if error:
+        return _damaged(path, error)
+    t, older = found
     if not older:
         return t
     if key:

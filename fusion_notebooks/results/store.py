@@ -17,7 +17,7 @@ from contextlib import suppress
 from fastcore.basics import patch
 from functools import lru_cache
 from pathlib import Path
-from ..core.errors import BadInput
+from ..core.errors import attempt, BadInput
 from .files import _damaged, _older, _parquet, _read, _whole, canonical, digest, write_atomic
 
 # %% ../../nbs/10_results/01_store.ipynb #packed
@@ -127,15 +127,16 @@ def has(
 # %% ../../nbs/10_results/01_store.ipynb #part_key
 def _part_key(path):
     "The key text of a part; None where it cannot be read or is of an older version, which is said"
-    try:
-        metadata = pq.read_schema(path).metadata
-        older = _older(path, metadata)
-        if not older:
-            return metadata[b'key'].decode()
+    schema, error = attempt(pq.read_schema, path)  # a damaged footer raises anything; reading the rows puts it aside
+    metadata = (not error and schema.metadata) or {}
+    if b'key' not in metadata:
+        return None
+    older = _older(path, metadata)
+    if older:
         warnings.warn(older)
-    # a damaged footer may raise any of these, see `results.files._read`; reading the rows puts the part aside
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
-        pass
+        return None
+    text, _ = attempt(metadata[b'key'].decode)
+    return text
 
 # %% ../../nbs/10_results/01_store.ipynb #keys
 @patch

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from ..core.errors import BadInput
+from ..core.errors import attempt, BadInput
 from ..results.store import canonical, digest, Store, write_atomic
 from ..results.findings import FINDINGS
 from ..results.sentences import summary_text
@@ -92,10 +92,9 @@ def choose(
 def _notebook(analysis, where, name, s):
     "Run one notebook: ((what went wrong, whether the input is to blame) or None, what is said of it)"
     start = time.time()
-    try:
-        execute(analysis, where, name, s)
-    except Exception as e:
-        return _cause(e), ''  # whatever breaks in one notebook, the others still run
+    _, error = attempt(execute, analysis, where, name, s)
+    if error:
+        return _cause(error), ''  # whatever breaks in one notebook, the others still run
     return None, f'{time.time() - start:.0f} s'
 
 # %% ../../nbs/13_study/07_runs.ipynb #pin
@@ -198,10 +197,8 @@ def _begin(analysis, place, s, start):
     if missing:
         return _Begun(analysis, missing, None)
     arguments = (analysis, place.where, place.name, place.s)
-    try:
-        stands = _stands(*arguments)[0]
-    except Exception:
-        stands = False  # whatever is wrong with it: to run it says so
+    found, error = attempt(_stands, *arguments)
+    stands = not error and found[0]  # where something is wrong with it, running it says so
     return _Begun(analysis, '', None if stands else start(_notebook, *arguments))
 
 # %% ../../nbs/13_study/07_runs.ipynb #finish
@@ -258,10 +255,9 @@ def _for_each(s, names, analyses, workers, report):
 def _for_all(s, models, analyses, report):
     "Run the notebooks about all models"
     for analysis in analyses:
-        try:
-            execute(analysis, models, 'study', s)
-        except Exception as e:  # whatever breaks in one notebook, the others still run
-            _fail(report, 'study', analysis, *_cause(e))
+        _, error = attempt(execute, analysis, models, 'study', s)
+        if error:  # whatever breaks in one notebook, the others still run
+            _fail(report, 'study', analysis, *_cause(error))
             continue
         report.done.append(('study', analysis))
         print(f'tables of all models: {os.path.relpath(s.figures / "study")}', flush=True)

@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from ..analyses.records import ANALYSES
 from ..core import catalog
-from ..core.errors import BadInput
+from ..core.errors import attempt, BadInput
 from ..results.claims import excuse_claims
 from ..results.store import digest, Store
 from .settings import known_benchmarks, read_settings, Settings
@@ -233,14 +233,6 @@ def progress_reporter(
 
     return tell
 
-# %% ../../nbs/13_study/03_work_units.ipynb #attempt
-def _attempt(do, *args):
-    "(what it gives, None), or (None, what it raised): whatever a model raises is the cause of a unit's failure"
-    try:
-        return do(*args), None
-    except Exception as e:
-        return None, e
-
 # %% ../../nbs/13_study/03_work_units.ipynb #array_task
 def _array_task():
     "The number of this task in a job array, 0 outside"
@@ -264,7 +256,7 @@ def _do_unit(job, s, store, key, died):
         text = f'{died} processes died over this unit: a crash, want of memory, or kills from outside without notice.'
         rows, wrong = None, RuntimeError(text)
     else:
-        rows, wrong = _attempt(compute, job, s, key)
+        rows, wrong = attempt(compute, job, s, key)
     if wrong is None:
         store.add(rows, key)
     else:
@@ -299,7 +291,7 @@ def compute_missing(
     store = Store(s.results)
     while todo := [k for k in store.missing(keys) if _is_open(store, k, old)]:
         with ONE:  # before any claim: a process that is killed while it loads has not died over a unit
-            _, wrong = _attempt(load, find_model(job.model, s)[0])
+            _, wrong = attempt(load, find_model(job.model, s)[0])
         if wrong is not None:  # then no unit of this model can be done
             for key in todo:
                 store.fail(key, *_cause(wrong))

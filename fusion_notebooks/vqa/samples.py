@@ -12,7 +12,7 @@ import re
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from ..core.errors import BadInput
+from ..core.errors import attempt, BadInput
 from ..core.images import picture_size
 from .benchmarks import benchmark, PROMPTS, Sample
 from .files import _file_rows, _inside
@@ -21,13 +21,12 @@ from .hub import _hub_rows
 # %% ../../nbs/08_vqa/03_samples.ipynb #fields
 def _fields(b, where, of, row):
     "The fields of a row of the file or split `of`, with defaults"
-    try:
-        return dict(kind='', group=None, picture=None, hint='', options=(), box=None) | b.fields(row, of)
-    except KeyError as e:
-        raise BadInput(f'{where}: column {e} is missing; it has {", ".join(map(str, row))[:120]}.') from None
-    # what reading a malformed value raises: None or a list where an object is expected, a text that is no number
-    except (TypeError, AttributeError, ValueError, IndexError) as e:
-        raise BadInput(f'{where}: not a row of this benchmark ({str(e)[:100]}).') from None
+    found, error = attempt(b.fields, row, of)  # malformed values raise anything
+    if isinstance(error, KeyError):
+        raise BadInput(f'{where}: column {error} is missing; it has {", ".join(map(str, row))[:120]}.')
+    if error:
+        raise BadInput(f'{where}: not a row of this benchmark ({str(error)[:100]}).')
+    return dict(kind='', group=None, picture=None, hint='', options=(), box=None) | found
 
 # %% ../../nbs/08_vqa/03_samples.ipynb #check_names
 def _check_names(f, where):
