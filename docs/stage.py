@@ -4,7 +4,7 @@ Notebooks without stored outputs run here, as in `nbdev-test`; analyses need a w
 
 import ast, base64, csv, html, inspect, os, re, shutil, sys, tomllib
 from importlib import import_module
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from pathlib import Path
 import yaml
 from fastcore.nbio import mk_cell, read_nb, write_nb
@@ -470,6 +470,17 @@ def launch() -> str:  # Markdown; '' while nobody has said where the repository 
 # The site
 
 
+def cores() -> int:  # that this process may use
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def may_have_children():
+    "Workers of a pool are daemons, which may not start processes; some notebooks do"
+    current_process().daemon = False
+
+
 def stage(
     out: Path,  # made anew
 ):
@@ -482,9 +493,8 @@ def stage(
     ]
     for room in sorted(ROOMS):
         import_module(f'fusion_notebooks.{room}')  # once, for all that fork from here
-    with get_context('fork').Pool(
-        min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()), maxtasksperchild=1
-    ) as fresh:  # a process each, as in nbdev-test: rooms register things under the same names
+    # a process each, as in nbdev-test: rooms register things under the same names
+    with get_context('fork').Pool(min(4, cores()), may_have_children, maxtasksperchild=1) as fresh:
         books = dict(zip(paths, fresh.map(process, [ROOT / p for p in paths], chunksize=1)))
     targets = {t for nb in books.values() for c in nb.cells for t in re.findall(r'^\(([\w.-]+)\)=$', c.source, re.M)}
     shown = {}
