@@ -22,14 +22,15 @@ from typer.core import TyperCommand
 from typer.main import get_command
 from . import __version__
 from .core.errors import BadInput, NotSupported
+from .core.limits import interrupt_on_term
 
 # %% ../nbs/16_cli.ipynb #whole
-def _whole(least: int) -> Callable:
-    "What reads a whole number from `least` up, of at most 12 digits"
+def _whole(least: int, most: int = 999_999_999_999) -> Callable:
+    "What reads a whole number from `least` to `most`"
 
     def read(text):
-        if not re.fullmatch('[0-9]{1,12}', str(text)) or int(text) < least:
-            raise typer.BadParameter(f'{text!r} is no whole number from {least} to 999999999999.')
+        if not re.fullmatch('[0-9]{1,12}', str(text)) or not least <= int(text) <= most:
+            raise typer.BadParameter(f'{str(text)[:40]!r} is no whole number from {least} to {most}.')
         return int(text)
 
     return read
@@ -134,7 +135,7 @@ def _instead(what, names=None):
 # %% ../nbs/16_cli.ipynb #quick
 _quick = typer.Option('--quick', help='a few samples, everything under data/runs/quick', rich_help_panel='Which study')
 _limit = typer.Option(
-    parser=_whole(1),
+    parser=_whole(1, 1_000_000),
     metavar='N',
     help='N samples per kind of question (of a benchmark: in all); figures go to data/runs/limit-N',
     rich_help_panel='Which study',
@@ -211,7 +212,7 @@ def study(
     limit: _Limit = None,
     settings: _SettingsFile = 'settings.ini',
     workers: Annotated[
-        int, typer.Option(parser=_whole(1), metavar='N', help='local processes, one per graphics card')
+        int, typer.Option(parser=_whole(1, 1024), metavar='N', help='local processes, one per graphics card')
     ] = 1,
     scheduler: Annotated[str | None, typer.Option(metavar='ADDRESS', help='of a Dask cluster; see the guides')] = None,
     rows: Annotated[bool, typer.Option('--rows', help='rows only, no notebooks: for each task of a job array')] = False,
@@ -532,7 +533,7 @@ def demo_train(
 @_command('eval', None, 'fusion demo eval glyph-llava --n 100', demo_app)
 def demo_eval(
     name: Annotated[str, _name] = 'glyph-llava',
-    n: Annotated[int, typer.Option('--n', parser=_whole(1), metavar='N', help='questions per kind')] = 1000,
+    n: Annotated[int, typer.Option('--n', parser=_whole(1, 1_000_000), metavar='N', help='questions per kind')] = 1000,
     seed: Annotated[int, typer.Option(parser=_whole(0), metavar='N', help='of the scenes')] = 0,
     as_json: Annotated[bool, typer.Option('--json', help='print {kind: {n, one_pass, oracle, blind}}')] = False,
     device: Annotated[str | None, _device] = None,
@@ -560,6 +561,15 @@ def _refusal(e):
         usage = re.sub('[{}]', '', usage).removesuffix('...')
     return f'{said}; usage: {usage}.'
 
+# %% ../nbs/16_cli.ipynb #check_words
+def _check_words(args):
+    "Raises `BadInput` for an argument that is not text: a terminal can hand on any bytes"
+    for arg in args:
+        if re.search('[\ud800-\udfff]', arg):
+            raise BadInput(
+                f'The argument {os.fsencode(arg)[:60]!r} is not UTF-8 text: write it, or name the file, in UTF-8.'
+            )
+
 # %% ../nbs/16_cli.ipynb #mendable
 def _mendable(e):
     "Can the user mend it? The errors of this package and of the system; a ValueError if it is a sentence"
@@ -568,7 +578,7 @@ def _mendable(e):
 # %% ../nbs/16_cli.ipynb #main
 def main(
     argv=None,  # arguments; default: those of the process
-) -> int:  # exit code: 0 well, 1 something failed, 2 what the user can mend, 130 interrupted
+) -> int:  # exit code: 0 well, 1 something failed, 2 what the user can mend, 130 interrupted, also by SIGTERM
     "The command `fusion`. Raises `SystemExit` after help, and for arguments that cannot be understood."
     if '_FUSION_COMPLETE' in os.environ:
         app(prog_name='fusion')  # a shell asks for completions; ends the process
@@ -576,7 +586,8 @@ def main(
     args = sys.argv[1:] if argv is None else list(argv)
     command = get_command(app)
     try:
-        with command.make_context('fusion', args) as context:
+        _check_words(args)
+        with command.make_context('fusion', args) as context, interrupt_on_term():
             return command.invoke(context)
     except typer.Exit as e:  # of --help and --version
         raise SystemExit(e.exit_code) from None

@@ -190,10 +190,10 @@ def test_a_card_is_drawn_where_something_is_new(ini, monkeypatch):
 
 # arguments
 
-WHOLE, COUNT = 'no whole number from 0 to 999999999999', 'no whole number from 1 to 999999999999'
+WHOLE, COUNT, WORKERS = (f'no whole number from {low} to {high}' for low, high in ((0, 999999999999), (1, 10**6), (1, 1024)))
 NUMBERS = {
     **{(command, '--limit'): COUNT for command in ('study', 'status', 'figures', 'verify', 'compact')},
-    ('study', '--workers'): COUNT,
+    ('study', '--workers'): WORKERS,
     ('verify', '--share'): 'no number above 0 and at most 1',
     ('verify', '--seed'): WHOLE,
     ('verify', '--tolerance'): 'no finite number from 0 up, of at most 12 digits before the point',
@@ -245,7 +245,9 @@ def test_numbers_have_bounds(command, flag, text, refused):
 @pytest.mark.parametrize(
     'argv, said',
     [
-        (['study', '--workers', '0'], COUNT),
+        (['study', '--workers', '0'], WORKERS),
+        (['study', '--workers', '1025'], WORKERS),
+        (['study', '--limit', '1000001'], COUNT),
         (['study', '--limit', '2.5'], COUNT),
         (['verify', '--share', '0'], 'no number above 0'),
         (['verify', '--share', '1.01'], 'no number above 0 and at most 1'),

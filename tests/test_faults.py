@@ -89,6 +89,8 @@ def compare(got, want):
         len(want.merge(got[key].drop_duplicates(), on=key, how='left', indicator=True).query('_merge == "left_only"')),
     )
     count(**{'rows lost': lost, 'rows doubled': doubled, 'tables compared': 1})
+    if lost or doubled:
+        print(f'{lost} rows lost and {doubled} doubled of {len(want)}; units in the table:', got['sample'].nunique(), file=sys.stderr)
     pd.testing.assert_frame_equal(
         *(
             t.drop(columns='commit').sort_values(key).reset_index(drop=True)[sorted(set(want) - {'commit'})]
@@ -150,7 +152,11 @@ for k in range(kills):
     got = Store(folder).read()
     torn += 0 if got.empty else int((got.groupby('unit').size() != 50).sum())
     claimed |= set(got.unit) if len(got) else set()
-    lost += len(claimed) - got.unit.nunique() if len(got) else len(claimed)      # what was once there stays
+    gone = claimed - set(got.unit) if len(got) else claimed                      # what was once there stays
+    if gone:
+        lost += len(gone)
+        again = Store(folder).read()
+        print(f'kill {k}: units {sorted(gone)} are not read; on reading again {sorted(gone - set(again.unit))}; files', sorted(p.name for p in Store(folder).folder.iterdir()), file=sys.stderr)
 os.kill(alive[0], signal.SIGKILL); os.waitpid(alive[0], 0)
 store = Store(folder)
 left = store.missing(keys)
@@ -177,7 +183,7 @@ def killed_writers(folder, kills):
     assert p.returncode == 0, p.stderr
     lost, doubled, left = map(int, p.stdout.split())
     count(**{'writers killed (kill -9)': kills, 'rows lost': lost, 'rows doubled': doubled})
-    assert lost == doubled == left == 0 and not p.stderr  # nothing stays behind but packs
+    assert lost == doubled == left == 0 and not p.stderr, p.stdout + p.stderr  # nothing stays behind but packs
 
 
 @often
@@ -745,4 +751,4 @@ def test_figures(capsys):
                 for k, v in ({k: v for k, v in FIGURES.items() if k not in sums} | sums).items()
             )
         )
-    assert sums['rows lost'] == sums['rows doubled'] == sums['crashes'] == 0
+    assert sums['rows lost'] == sums['rows doubled'] == sums['crashes'] == 0, FIGURES

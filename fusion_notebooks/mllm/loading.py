@@ -167,7 +167,7 @@ def _with_adapter(model, folder):
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError:
-        raise ImportError(f'{folder} is an adapter, which needs peft: pip install peft.') from None
+        raise NotSupported(f'{folder} is an adapter, which needs peft: pip install peft.') from None
     from safetensors import safe_open
 
     regular(folder / 'adapter_model.safetensors', folder, most=1 << 50)
@@ -188,11 +188,28 @@ def _with_adapter(model, folder):
 def _refuse(name, error):
     "Raise what came up while files were read: itself where it says enough, an `OSError` with the reason otherwise"
     said = type(error) is ValueError or isinstance(error, (BadInput, NotSupported))
-    if said or isinstance(error, (ImportError, MemoryError, torch.OutOfMemoryError)):
+    if said or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         raise error
+    if isinstance(error, ImportError):
+        raise NotSupported(
+            f'{name} needs a library that is not installed ({_said(error)}): install it, or give a model without it.'
+        ) from error
     raise OSError(
         f'{name} could not be loaded ({_said(error)}): give a demo name, a folder or a Hub id that can be reached.'
     ) from error
+
+# %% ../../nbs/01_mllm/10_loading.ipynb #device
+def _device(name):
+    "The device of a name, or the best there is. Raises `BadInput` for no name, `NotSupported` for what is not here"
+    if name is None:
+        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    device, error = attempt(torch.device, name)
+    if error or device.type == 'meta':
+        raise BadInput(f"'{name}' is no device that a model can run on: give cpu, cuda or cuda:0.")
+    _, error = attempt(torch.empty, 0, device=device)
+    if error:
+        raise NotSupported(f"The device '{name}' is not there, or this PyTorch has no support for it: give cpu.")
+    return device
 
 # %% ../../nbs/01_mllm/10_loading.ipynb #load
 @patch(cls_method=True)
@@ -206,7 +223,7 @@ def load(
     **kw,  # further arguments of `from_pretrained`
 ):  # MLLM
     "Load a model whose weights are complete, from safetensors only. Raises `BadInput` and `OSError` with what is missing."
-    path = find_folder(name_or_path)
+    device, path = _device(device), find_folder(name_or_path)
     if 'torch_dtype' in kw:
         dtype = kw.pop('torch_dtype') if dtype is None else dtype
         kw.pop('torch_dtype', None)
@@ -223,7 +240,6 @@ def load(
         return found
     if path:
         _check_folder(path, trust_remote_code)
-    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     dtype = dtype or (torch.bfloat16 if device.type == 'cuda' else torch.float32)
     common = dict(trust_remote_code=trust_remote_code, revision=revision or 'main', local_files_only=path is not None)
     with _quiet():
@@ -235,6 +251,8 @@ def load(
         model = model.to(device)
     if path and (path / 'gate.safetensors').exists():
         _read_gate(model, path)
-    mllm = cls(model, processor, path.name if path else str(name_or_path))
+    mllm, error = attempt(cls, model, processor, path.name if path else str(name_or_path))
+    if error:  # a config can say anything
+        _refuse(name_or_path, error)
     mllm.path, mllm.revision = path, revision
     return mllm

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/01_mllm/06_prompts.ipynb #imports
 import torch
 from fastcore.basics import patch
-from ..core.errors import BadInput
+from ..core.errors import attempt, BadInput
 from ..core.images import open_image
 from .handle import _process, visual_embeddings, MLLM, Prompt
 from .places import find_views
@@ -24,6 +24,28 @@ def _why_no_visual_token(mllm):
         return 'its chat template leaves pictures out, or model and processor do not belong together'
     return 'it has no chat template; set processor.chat_template to the one that it was trained with'
 
+# %% ../../nbs/01_mllm/06_prompts.ipynb #check_text
+def _check_text(question):
+    "Refuse a question that is no text"
+    if not isinstance(question, str) or not question.strip():
+        raise BadInput('The question is empty: ask something about the picture.')
+    _, error = attempt(question.encode)
+    if error:
+        raise BadInput('The question is not UTF-8 text: write it in UTF-8.')
+
+# %% ../../nbs/01_mllm/06_prompts.ipynb #check_length
+def _check_length(mllm, inputs):
+    "Refuse a prompt that is longer than the positions that the model knows"
+    n, most = (
+        inputs['input_ids'].shape[1],
+        getattr(mllm.model.config.get_text_config(), 'max_position_embeddings', None),
+    )
+    if most and n > most:
+        raise BadInput(
+            f'The prompt has {n} tokens, more than the {most} positions of {mllm.name}: '
+            'ask a shorter question, or give fewer or smaller pictures.'
+        )
+
 # %% ../../nbs/01_mllm/06_prompts.ipynb #prompt
 @patch
 def prompt(
@@ -31,9 +53,8 @@ def prompt(
     images,  # picture or list of pictures: paths or PIL images
     question: str,  # a non-empty question
 ) -> Prompt:  # on the model's device
-    "Put pictures and a question into the model's chat template. Raises `BadInput` where the question is empty or the processor makes no visual tokens."
-    if not isinstance(question, str) or not question.strip():
-        raise BadInput('The question is empty: ask something about the picture.')
+    "Put pictures and a question into the model's chat template. Raises `BadInput` where the question is empty, the prompt is longer than the model's positions, or the processor makes no visual tokens."
+    _check_text(question)
     holder = getattr(self.processor, 'image_token', None)
     holder = holder or self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
     if str(holder) in question:
@@ -42,6 +63,7 @@ def prompt(
     if not images:
         raise BadInput('No picture given: a prompt needs at least one.')
     inputs, path = _process(self, images, question)
+    _check_length(self, inputs)
     visual = (inputs['input_ids'][0] == self.image_token_id).nonzero()[:, 0]
     if not len(visual):
         raise BadInput(

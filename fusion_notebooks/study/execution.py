@@ -9,8 +9,12 @@ __all__ = ['parameters', 'takes_all_models', 'execute']
 import hashlib
 import json
 import os
+import psutil
 import re
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +33,11 @@ def _is_json(value):
     except (TypeError, ValueError):
         return False
 
+# %% ../../nbs/13_study/06_execution.ipynb #unformatted
+def _unformatted(path):
+    "A path as papermill takes it, which fills in what stands in braces"
+    return str(path).replace('{', '{{').replace('}', '}}')
+
 # %% ../../nbs/13_study/06_execution.ipynb #parameters
 def parameters(
     nb: Path,  # the notebook
@@ -37,7 +46,7 @@ def parameters(
     "Check what a notebook is given. Raises `BadInput` for names that it does not list and values that are not JSON."
     import papermill as pm
 
-    known = pm.inspect_notebook(str(nb))
+    known = pm.inspect_notebook(_unformatted(nb))
     if not known:
         mend = "tag its first code cell 'parameters'"
         raise BadInput(f"{nb.name} has no cell tagged 'parameters', so it would ignore the model it is given: {mend}.")
@@ -127,6 +136,32 @@ def _environment(where):
         quiet |= dict(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1')
     return quiet
 
+# %% ../../nbs/13_study/06_execution.ipynb #end_kernels
+def _end_kernels():
+    "Kill the kernels that this process has begun"
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if any('ipykernel' in word for word in child.cmdline()):
+                child.kill()
+
+# %% ../../nbs/13_study/06_execution.ipynb #run_notebook
+def _run_notebook(run, *args, **kw):
+    "Call papermill in a thread, for it takes over the signals of the main one; an interrupt ends its kernel"
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(run, *args, **kw)
+        try:
+            done.result()
+        except KeyboardInterrupt:
+            while not done.done():  # its kernel may just have been begun
+                _end_kernels()
+                time.sleep(0.2)
+            raise
+
+# %% ../../nbs/13_study/06_execution.ipynb #KERNEL
+_KERNEL = ()  # options of a kernel: on Linux it is killed when the process that began it ends
+if sys.platform == 'linux':
+    _KERNEL = ('--IPKernelApp.exec_lines=__import__("ctypes").CDLL(None).prctl(1, 9);',)
+
 # %% ../../nbs/13_study/06_execution.ipynb #execute
 def execute(
     analysis: str,  # name of a notebook
@@ -149,16 +184,17 @@ def execute(
     for old in (record, s.figures / name / 'summary.csv'):
         old.unlink(missing_ok=True)  # who dies from here on leaves nothing that looks finished
     with patch.dict(os.environ, _environment(where)):
-        pm.execute_notebook(
-            str(nb),
-            str(out),
+        _run_notebook(
+            pm.execute_notebook,
+            _unformatted(nb),
+            _unformatted(out),
             given,
             cwd=str(nb.parent),
             kernel_name='python3',
             progress_bar=False,
             execution_timeout=s.timeout,
             stderr_file=sys.stderr,
-            extra_arguments=['--log-level=CRITICAL'],
+            extra_arguments=['--log-level=CRITICAL', *_KERNEL],
         )
     _write_record(record, inputs, analysis, name, s)
     return True

@@ -13,6 +13,7 @@ import numpy as np
 import os
 import pandas as pd
 import random
+import signal
 import sys
 import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from ..core.errors import attempt, BadInput
+from ..core.limits import end_with_parent
 from ..results.store import canonical, digest, Store, write_atomic
 from ..results.findings import FINDINGS
 from ..results.sentences import summary_text
@@ -98,8 +100,10 @@ def _notebook(analysis, where, name, s):
     return None, f'{time.time() - start:.0f} s'
 
 # %% ../../nbs/13_study/07_runs.ipynb #pin
-def _pin(pins):
-    "Begin a process: take one of the environments that are left"
+def _pin(pins, parent):
+    "Begin a process: take one of the environments that are left; it ends with its parent, who takes Ctrl-C for all"
+    end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(pins.get())
 
 # %% ../../nbs/13_study/07_runs.ipynb #pool
@@ -109,7 +113,7 @@ def _pool(n):
     gpus, pins = _gpus(), spawn.SimpleQueue()
     for i in range(n):
         pins.put(_pinned(i, n, gpus))
-    return ProcessPoolExecutor(n, spawn, _pin, (pins,))
+    return ProcessPoolExecutor(n, spawn, _pin, (pins, os.getpid()))
 
 # %% ../../nbs/13_study/07_runs.ipynb #result_of
 def _result_of(future):
@@ -126,13 +130,18 @@ def _side_by_side(n):
     if n < 2:
         yield partial
         return
-    pool = _pool(n)
+    pool, others = _pool(n), multiprocessing.active_children()
 
     def start(*call):
         return partial(_result_of, pool.submit(*call))
 
     try:
         yield start
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()  # and its kernel ends with it
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

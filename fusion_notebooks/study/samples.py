@@ -10,6 +10,7 @@ import ast
 import hashlib
 import inspect
 import json
+import os
 import re
 import textwrap
 from collections import namedtuple
@@ -30,7 +31,7 @@ def find_model(
     "Resolve a model's name from anywhere. Raises `BadInput` where it can be none of the three."
     demo_models = 'data/models'
     places = (
-        Path(model).expanduser(),
+        Path(os.path.expanduser(model)),
         s.root / model,
         s.root / demo_models / model,
         PACKAGE.parent / demo_models / model,

@@ -146,8 +146,13 @@ def _pope(r, part):
 
 # %% ../../nbs/08_vqa/00_benchmarks.ipynb #listed
 def _listed(value):
-    "A list that a table without nesting (CSV) holds as JSON text; anything else as it is"
-    return json.loads(value) if isinstance(value, str) and value.lstrip().startswith('[') else value
+    "A list that a table without nesting (CSV) holds as JSON text; anything else as it is. Raises `ValueError`"
+    if not isinstance(value, str) or not value.lstrip().startswith('['):
+        return value
+    try:
+        return json.loads(value)
+    except RecursionError:
+        raise ValueError('its lists are nested too deeply') from None
 
 # %% ../../nbs/08_vqa/00_benchmarks.ipynb #own
 def _own(r, part):
