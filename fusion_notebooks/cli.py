@@ -575,6 +575,12 @@ def _mendable(e):
     "Can the user mend it? The errors of this package and of the system; a ValueError if it is a sentence"
     return isinstance(e, (BadInput, NotSupported, OSError)) or str(e).rstrip().endswith('.')
 
+# %% ../nbs/16_cli.ipynb #in_one_line
+def _in_one_line(e):
+    "What an error says, in one line of a bearable length"
+    said = ' '.join(str(e).split())
+    return said if len(said) < 500 else f'{said[:300]} … {said[-150:]}'
+
 # %% ../nbs/16_cli.ipynb #main
 def main(
     argv=None,  # arguments; default: those of the process
@@ -597,7 +603,7 @@ def main(
     except (ValueError, OSError) as e:
         if not _mendable(e):
             raise
-        print(f'fusion: {" ".join(str(e).split())}', file=sys.stderr)
+        print(f'fusion: {_in_one_line(e)}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         said = 'interrupted; what was finished is kept, and the same command goes on from there'

@@ -1,16 +1,16 @@
 """Locked doors: work without end, sentences and exit codes, processes, words that reach a machine. `pytest -m faults tests/test_locked.py` runs the fuzzing, too,
 and prints what was tried; weights that lie elsewhere are in test_loading, bombs in test_pictures, the store's notes in test_results."""
 
-import json, os, random, shutil, signal, string, subprocess, sys, time
+import json, os, random, shutil, signal, string, time
 from collections import Counter
 from pathlib import Path
 import psutil, pytest
 from PIL import Image
-from fusion_notebooks import study, vqa
+from fusion_notebooks import demo, study, vqa
 from fusion_notebooks.cli import main
 from fusion_notebooks.core.errors import BadInput, NotSupported
 from fusion_notebooks.mllm import MLLM, handle
-from test_faults import Study, compare, harm, mutate, one_line, want
+from test_faults import Study, compare, harm, mutate, one_line, want  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 GLYPH = ROOT / 'data/models/glyph-llava'
@@ -120,7 +120,7 @@ QUANTIZED = dict(
 def test_configs_that_want_what_is_not_here(folder, what, says, capsys):
     renewed(folder, **QUANTIZED[what])
     if main(['ask', str(folder), EXAMPLE, QUESTION, '--out', str(folder / 'x.png')]) == 0:
-        assert what.startswith('flash')  # transformers leaves such an entry alone
+        assert what in ('flash', 'flash_hidden', 'unknown')  # transformers leaves such an entry alone
         return
     capsys.readouterr()
     assert 'mine' in says('ask', folder, EXAMPLE, QUESTION)
@@ -353,6 +353,7 @@ def test_many_command_lines(tmp_path, capsys, monkeypatch):
     s, rng, crashes, wrong = Study(tmp_path).notebook(), random.Random(3), [], 0
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setattr(demo, 'evaluate', lambda *a, **kw: {})
     odd = [
         '²',
         'nan',
@@ -379,12 +380,7 @@ def test_many_command_lines(tmp_path, capsys, monkeypatch):
             ['status', 'verify', 'compact', 'ask', 'doctor', 'demo eval', 'nothing', 'study --dry-run']
         )
         argv = command.split() + [rng.choice(WORDS if rng.random() < 0.4 else odd) for _ in range(rng.randrange(5))]
-        if (
-            {'glyph-llava', '--all'} & {*argv}
-            and command in ('ask', 'doctor', 'demo eval')
-            or command == 'demo eval'
-            and len(argv) < 3
-        ):
+        if {'glyph-llava', '--all'} & {*argv} and command in ('ask', 'doctor'):
             continue  # would do its work
         try:
             code = main(argv)

@@ -2,6 +2,7 @@
 
 from .errors import *
 from .files import *
+from .limits import *
 from .images import *
 from .catalog import *
 

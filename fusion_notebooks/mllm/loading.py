@@ -131,6 +131,16 @@ def _check_complete(name, info):
             stacklevel=3,
         )
 
+# %% ../../nbs/01_mllm/10_loading.ipynb #check_quantized
+def _check_quantized(name, packed, model):
+    "Refuse weights that were packed for a graphics card and are here unpacked in part"
+    kinds = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()})
+    if packed and len(kinds) > 1 and model.get_input_embeddings().weight.device.type == 'cpu':
+        raise NotSupported(
+            f'{name} has quantized weights, which do not run on this device ({" and ".join(kinds)}): '
+            'run it on a graphics card, or give a model that is not quantized.'
+        )
+
 # %% ../../nbs/01_mllm/10_loading.ipynb #processor
 def _processor(src, model, common):
     "The family's processor, or a plain one where a library for it is missing"
@@ -155,10 +165,12 @@ def _read(name, src, common, dtype, kw):
         raise BadInput(f"{name} is a '{config.model_type}' model without an image tower: give an image-text model.")
     if not common['trust_remote_code']:
         _check_config(config.to_dict() | dict(attn_implementation=kw.get('attn_implementation') or ''), name)
+    packed = getattr(config, 'quantization_config', None)  # the model's own config may lose it
     model, info = AutoModelForImageTextToText.from_pretrained(
         src, dtype=dtype, use_safetensors=True, output_loading_info=True, **common, **kw
     )
     _check_complete(name, info)
+    _check_quantized(name, packed, model)
     return model, _processor(src, model, common)
 
 # %% ../../nbs/01_mllm/10_loading.ipynb #adapter
@@ -187,7 +199,8 @@ def _with_adapter(model, folder):
 # %% ../../nbs/01_mllm/10_loading.ipynb #not_loaded
 def _refuse(name, error):
     "Raise what came up while files were read: itself where it says enough, an `OSError` with the reason otherwise"
-    said = type(error) is ValueError or isinstance(error, (BadInput, NotSupported))
+    is_sentence = type(error) is ValueError and str(error).rstrip().endswith('.')
+    said = is_sentence or isinstance(error, (BadInput, NotSupported))
     if said or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         raise error
     if isinstance(error, ImportError):

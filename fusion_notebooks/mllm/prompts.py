@@ -36,13 +36,15 @@ def _check_text(question):
 # %% ../../nbs/01_mllm/06_prompts.ipynb #check_length
 def _check_length(mllm, inputs):
     "Refuse a prompt that is longer than the positions that the model knows"
-    n, most = (
-        inputs['input_ids'].shape[1],
-        getattr(mllm.model.config.get_text_config(), 'max_position_embeddings', None),
-    )
+    text = mllm.model.config.get_text_config()
+    ids, most = inputs['input_ids'][0], getattr(text, 'max_position_embeddings', None)
+    n, what = len(ids), 'tokens'
+    rotary = getattr(text, 'rope_parameters', None) or getattr(text, 'rope_scaling', None) or {}
+    if 'mrope_section' in rotary:  # there a picture takes as many positions as its longer side has tokens
+        n, what = int((ids != mllm.image_token_id).sum()), 'tokens of text'
     if most and n > most:
         raise BadInput(
-            f'The prompt has {n} tokens, more than the {most} positions of {mllm.name}: '
+            f'The prompt has {n} {what}, more than the {most} positions of {mllm.name}: '
             'ask a shorter question, or give fewer or smaller pictures.'
         )
 
