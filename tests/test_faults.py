@@ -542,7 +542,7 @@ def mutate(data, rng):
 def mutated_pictures(folder, n, seed=0):
     "Every mutated file is a picture, or one sentence that names it"
     import io
-    from PIL import Image
+    from PIL import features, Image
     from fusion_notebooks.mllm import open_image
 
     rng, noise, crashes, good = (
@@ -552,7 +552,7 @@ def mutated_pictures(folder, n, seed=0):
         0,
     )
     seeds = []
-    for form in ('PNG', 'JPEG', 'GIF', 'BMP', 'WEBP', 'TIFF'):
+    for form in ('PNG', 'JPEG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM', *['AVIF'] * features.check('avif')):
         noise.save(b := io.BytesIO(), form)
         seeds.append(b.getvalue())
     for k in range(n):

@@ -15,6 +15,7 @@ from test_faults import Study, compare, harm, mutate, one_line, want  # noqa: F4
 ROOT = Path(__file__).parents[1]
 GLYPH = ROOT / 'data/models/glyph-llava'
 EXAMPLE, QUESTION = str(ROOT / 'data/example.png'), 'Which digit is on the purple star?'
+often = pytest.mark.often
 FIGURES = Counter()  # printed at the end
 
 
@@ -156,7 +157,8 @@ def test_lists_without_end(tmp_path, column):
 # words that reach a machine
 
 
-@pytest.mark.parametrize('name', ['we{ird}', '{quick}', '{}', '{model!r:>99}', '}{'])
+@pytest.mark.faults
+@pytest.mark.parametrize('name', [pytest.param('we{ird}{quick}', marks=often), '{}', '{model!r:>99}', '}{'])
 def test_braces_in_the_names_of_folders(tmp_path, name):
     "Papermill fills in what stands in braces"
     (tmp_path / name).mkdir()
@@ -209,7 +211,8 @@ def in_a_notebook(s, *args):
     return p, family(p.pid)
 
 
-@pytest.mark.parametrize('workers', [1, 2])
+@pytest.mark.faults
+@pytest.mark.parametrize('workers', [1, pytest.param(2, marks=often)])
 def test_a_killed_study_leaves_no_process(tmp_path, workers):
     p, all_of_it = in_a_notebook(Study(tmp_path, samples=8), '--workers', workers)
     assert any('ipykernel' in ' '.join(x.cmdline()) for x in alive(all_of_it))
@@ -218,8 +221,9 @@ def test_a_killed_study_leaves_no_process(tmp_path, workers):
     gone_within(all_of_it, 5)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize('workers', [1, 2])
+@pytest.mark.parametrize('workers', [pytest.param(1, marks=often), 2])
 def test_signals_are_graceful_in_notebooks(tmp_path, workers, number):
     s = Study(tmp_path, samples=8)
     p, all_of_it = in_a_notebook(s, '--workers', workers)
@@ -231,6 +235,7 @@ def test_signals_are_graceful_in_notebooks(tmp_path, workers, number):
     assert not list(s.folder.glob('runs/*/*.json')) and not list(s.folder.rglob('*.tmp'))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize('workers', [1, 2])
 def test_sigterm_while_a_model_loads_and_while_units_run(tmp_path, want, workers):
     for env in (dict(FAKE_LOAD=3), dict(FAKE_SECONDS=0.5)):
@@ -351,6 +356,7 @@ WORDS = [
 def test_many_command_lines(tmp_path, capsys, monkeypatch):
     "No argument ends in a traceback, and what is wrong is exit code 2"
     s, rng, crashes, wrong = Study(tmp_path).notebook(), random.Random(3), [], 0
+    n = 0
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setattr(demo, 'evaluate', lambda *a, **kw: {})
@@ -375,13 +381,14 @@ def test_many_command_lines(tmp_path, capsys, monkeypatch):
         '1',
         '0.5',
     ]
-    for k in range(600):
+    for k in range(1000):
         command = rng.choice(
             ['status', 'verify', 'compact', 'ask', 'doctor', 'demo eval', 'nothing', 'study --dry-run']
         )
         argv = command.split() + [rng.choice(WORDS if rng.random() < 0.4 else odd) for _ in range(rng.randrange(5))]
         if {'glyph-llava', '--all'} & {*argv} and command in ('ask', 'doctor'):
             continue  # would do its work
+        n += 1
         try:
             code = main(argv)
         except SystemExit as e:
@@ -394,7 +401,7 @@ def test_many_command_lines(tmp_path, capsys, monkeypatch):
             wrong += 1
             crashes.append((argv, code, err))
     FIGURES['wrong exit codes or sentences'] += wrong
-    tried('command lines', crashes, 600)
+    tried('command lines', crashes, n)
 
 
 @pytest.mark.faults
