@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from transformers.cache_utils import Cache, DynamicLayer
 from ..mllm.handle import MLLM
 from ..hooks.attaching import _hidden, _removing, attending
-from ..hooks.edits import _as_float_mask
+from ..hooks.edits import _as_float_mask, n_heads
 from .prefix import next_position, PrefixCache
 from .shared_attention import _can_be_apart, _over_shared, SHARED
 
@@ -30,6 +30,7 @@ class Branch:
     bias: dict = field(default_factory=dict)  # decoder layer → added to the logits of visual keys; -inf closes them
     value: object = None  # (n, width) or (width,), put in place of visual states where it enters; not over a prefix
     at: torch.Tensor | None = None  # positions of the visual tokens that are edited; None: all of the plain row's
+    heads: list | None = None  # query heads that `bias` acts on; None: all
     leave: int | None = None  # the last decoder layer that computes for it, see `leaving`; None: all do
 
 # %% ../../nbs/04_engine/02_branches.ipynb #copied
@@ -190,14 +191,18 @@ def biased(
     h: torch.Tensor,  # (rows, T, width)
     past: int,  # keys before these rows
     mask,  # what the model made
-) -> torch.Tensor:  # (rows, 1, T, keys), additive
+) -> torch.Tensor:  # (rows, 1 or heads, T, keys), additive
     "The mask of layer j with each row's bias on its visual keys"
     mask = _as_float_mask(mask, h, past)
+    if any(row.heads is not None for row in here if j in row.bias):
+        mask = mask.expand(-1, n_heads(self.mllm, j), -1, -1).clone()
     text = (torch.arange(past, past + h.shape[1], device=h.device) >= self.text_from).nonzero()  # (text rows, 1)
     for b, row in enumerate(here):
         if j not in row.bias:
             continue
-        at = (b, 0, text, self.edited(row).to(h.device)[None])  # every text row's view of every visual key
+        heads = range(mask.shape[1]) if row.heads is None else row.heads
+        heads = torch.tensor(heads, device=h.device)[:, None, None]
+        at = (b, heads, text, self.edited(row).to(h.device)[None])  # every text row's view of every visual key
         if row.bias[j] == -math.inf:
             mask[at] = torch.finfo(h.dtype).min  # as transformers closes keys
         else:
