@@ -1068,6 +1068,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                              'fusion_notebooks/engine/branches.py'),
                                                   'fusion_notebooks.engine.branches.BranchedBatch.step': ( '04_engine/branches.html#branchedbatch.step',
                                                                                                            'fusion_notebooks/engine/branches.py'),
+                                                  'fusion_notebooks.engine.branches.BranchedBatch.watched_forward': ( '04_engine/branches.html#branchedbatch.watched_forward',
+                                                                                                                      'fusion_notebooks/engine/branches.py'),
                                                   'fusion_notebooks.engine.branches._Growing': ( '04_engine/branches.html#_growing',
                                                                                                  'fusion_notebooks/engine/branches.py'),
                                                   'fusion_notebooks.engine.branches._Growing.add': ( '04_engine/branches.html#_growing.add',

@@ -140,11 +140,13 @@ class BranchedBatch:
         prefixes: list,  # the prefix of each plain row, all of one length; empty: the first forward gets whole prompts
         visual: list,  # positions of the visual tokens of each plain row
         text_from: int = 0,  # edits of attention touch the rows from here on
+        attention=None,  # an attention function that takes prefixes as they are, like `_over_shared`; None: that one where it can
     ):
         self.mllm, self.rows, self.visual, self.text_from = mllm, rows, visual, text_from
         self.plain = len(visual)
         self.entering = True  # until the first forward is done
-        self.apart = _can_be_apart(mllm)
+        self.apart = attention is not None or _can_be_apart(mllm)
+        self.attention = attention or _over_shared
         layers = []
         for j in range(mllm.n_layers):
             read = [_read_by(r, j, prefixes) for r in rows] if prefixes else []
@@ -223,7 +225,7 @@ def step(
         here = self.rows
         if self.entering:
             here = [r for r in self.rows if r.enter <= j]
-            new = [self.entered(h[r.of], r) for r in here[len(h) :]]  # those that enter at this layer
+            new = [self.entered(h[r.of].detach(), r) for r in here[len(h) :]]  # those that enter at this layer
             if new:
                 h = torch.cat([h, torch.stack(new)])
             kw = _follow(kw, [r.of for r in here], self.plain)
@@ -243,7 +245,7 @@ def _settings(batch):
     steps = []
     for j, layer in enumerate(batch.mllm.layers):
         steps.append(layer.register_forward_pre_hook(batch.step(j), with_kwargs=True))
-    shared = attending(batch.mllm, SHARED, _over_shared) if batch.apart else nullcontext()
+    shared = attending(batch.mllm, SHARED, batch.attention) if batch.apart else nullcontext()
     exits = nullcontext()
     if min(last) < batch.mllm.n_layers:
         exits = leaving(batch.mllm, torch.tensor(last, device=batch.mllm.device))
@@ -262,17 +264,16 @@ def settle(self: BranchedBatch) -> None:
     self.position = self.position[of]
     self.entering = False
 
-# %% ../../nbs/04_engine/02_branches.ipynb #forward
+# %% ../../nbs/04_engine/02_branches.ipynb #watched_forward
 @patch
-@torch.inference_mode()
-def forward(
+def watched_forward(
     self: BranchedBatch,
     ids: torch.Tensor,  # (rows, T); in the first forward (plain, T)
     keep: int = 1,  # last positions whose logits are wanted
     seen: torch.Tensor | None = None,  # (rows, T), 0 at padding on the left
     **inputs,  # of the model, where there are images among the ids
 ) -> torch.Tensor:  # (rows, keep, vocabulary), float32
-    "Go on by T tokens"
+    "Go on by T tokens, in whatever mode torch is: with gradients where they are wanted"
     new = torch.ones_like(ids) if seen is None else seen
     self.seen = torch.cat([self.seen, new], 1)
     given = dict(attention_mask=self.seen)
@@ -286,6 +287,19 @@ def forward(
     if self.entering:
         self.settle()
     return out.logits[:, -keep:].float()
+
+# %% ../../nbs/04_engine/02_branches.ipynb #forward
+@patch
+@torch.inference_mode()
+def forward(
+    self: BranchedBatch,
+    ids: torch.Tensor,  # (rows, T); in the first forward (plain, T)
+    keep: int = 1,  # last positions whose logits are wanted
+    seen: torch.Tensor | None = None,  # (rows, T), 0 at padding on the left
+    **inputs,  # of the model, where there are images among the ids
+) -> torch.Tensor:  # (rows, keep, vocabulary), float32
+    "Go on by T tokens"
+    return self.watched_forward(ids, keep, seen, **inputs)
 
 # %% ../../nbs/04_engine/02_branches.ipynb #picked_layer
 def _picked(layer, which, drop, apart):
