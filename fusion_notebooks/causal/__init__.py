@@ -1,0 +1,6 @@
+"""What an answer loses when a layer, a head, a visual token is closed."""
+
+from .closings import *
+from .maps import *
+
+__all__ = [name for name in dir() if not name.startswith('_')]

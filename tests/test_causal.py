@@ -1,0 +1,174 @@
+"Closings equal a forward per edit in every family, their gradients equal small steps, and maps find what was planted"
+
+import numpy as np
+import pytest, torch
+from fusion_notebooks import causal, demo, hooks
+from fusion_notebooks.causal import Closing, closings, log_odds, run_closings
+from fusion_notebooks.core.errors import BadInput, NotSupported
+from fusion_notebooks.engine import capabilities
+from fusion_notebooks.mllm import MLLM
+from fusion_notebooks.mllm.state import reader
+from test_ladder import SAMPLES
+from twins import FAMILIES, family as twin
+
+
+def prompt_of(mllm, sample):
+    return mllm.prompt(sample.image, sample.question)
+
+
+def naive(mllm, p, token, layers=(), heads=None, before=()):
+    "Log-odds of a token by a forward of its own"
+    ids = torch.tensor([list(before)], dtype=torch.long)
+    inputs = p.inputs | dict(input_ids=torch.cat([p.inputs['input_ids'], ids], 1))
+    if before:
+        inputs = mllm.copies(p, 1, list(before))
+    with torch.inference_mode(), hooks.edit(mllm, list(layers), p.visual, 'knockout', heads=heads):
+        return float(log_odds(mllm.model(**inputs).logits[0, -1].float(), token))
+
+
+@pytest.fixture(scope='module', params=[f for f in FAMILIES if f not in ('mllama', 'instructblip')])
+def family(request):
+    return twin(request.param)
+
+
+def test_closings_equal_a_forward_per_edit(family):
+    p = prompt_of(family, SAMPLES[0])
+    layers = list(family.reading)
+    rows = [Closing(layers[-1], heads=(1,)), *map(Closing, layers), Closing(layers[1], heads=(0, 3))]
+    found = run_closings(family, p, rows)
+    scale = max(1, abs(found.plain))
+    assert abs(found.plain - naive(family, p, found.token)) < 2e-5 * scale
+    for row, odds in zip(rows, found.odds):
+        assert abs(odds - naive(family, p, found.token, [row.layer], row.heads)) < 5e-5 * scale
+    assert len({round(odds, 5) for odds in found.odds}) > len(layers)
+
+
+def test_gradients_equal_small_steps(family):
+    p = prompt_of(family, SAMPLES[0])
+    i, small = family.reading[1], 0.02
+    found = run_closings(family, p, [Closing(i, 0.5)])
+    near = run_closings(family, p, [Closing(i, 0.5 - small), Closing(i, 0.5 + small)], gradients=False)
+    seen = found.seen[i]
+    slope = float((found.own[0] * (seen.closed - seen.out)).sum())
+    assert slope == pytest.approx((near.odds[1] - near.odds[0]) / (2 * small), rel=0.03, abs=2e-3)
+
+
+@pytest.mark.parametrize('name', ['llava', 'qwen2_vl', 'paligemma'])
+def test_batches_equal_one_batch(name, monkeypatch):
+    mllm = twin(name)
+    p = prompt_of(mllm, SAMPLES[0])
+    whole = causal.causal_map(mllm, p, steps=3)
+    monkeypatch.setattr(closings, 'fitting', lambda *_: 3)
+    parts = causal.causal_map(mllm, p, steps=3)
+    for name in ('effects', 'shares', 'heads', 'exact'):
+        a, b = getattr(whole, name), getattr(parts, name)
+        assert np.allclose(a, b, atol=1e-5 * max(1, np.nanmax(abs(a))), equal_nan=True)
+
+
+def test_one_token_by_hand():
+    "The output of a head without one key, from weights that are renormalised key by key"
+    mllm = MLLM.load('glyph-llava')
+    p = prompt_of(mllm, demo.samples(1)[0])
+    found, by_map = run_closings(mllm, p), causal.causal_map(mllm, p, steps=1)
+    for i, h in ((1, 0), (3, 2), (7, 5)):
+        seen, slope = found.seen[i], found.slopes[i][h].double()
+        weights, values = seen.weights[h].double(), seen.values[h].double()
+        rest = seen.rest[h].double()[:, None] * seen.closed[h].double()
+        out = weights @ values + rest
+        assert torch.allclose(out, seen.out[h].double(), atol=1e-4)
+        for j in range(0, len(p.visual), 7):
+            left = weights.clone()
+            left[:, j] = 0
+            without = (left @ values + rest) / (left.sum(-1) + seen.rest[h].double())[:, None]
+            loss = -float((slope * (without - out)).sum())
+            assert by_map.effects[i, h, j] == pytest.approx(loss, rel=1e-3, abs=1e-6)
+
+
+def test_parts_add_up(family):
+    found = causal.causal_map(family, prompt_of(family, SAMPLES[0]))
+    reading = list(family.reading)
+    assert np.allclose(found.shares.sum(-1), found.heads, equal_nan=True)
+    assert np.isnan(found.heads).all(1).sum() == family.n_layers - len(reading)
+    assert np.isfinite(found.error[reading]).all()
+
+
+def test_more_steps_miss_less():
+    mllm = MLLM.load('glyph-llava')
+    asked = demo.samples(6)
+    miss = {}
+    for steps in (1, 2, 3, 5):
+        missed = []
+        for s in asked:
+            found = causal.causal_map(mllm, prompt_of(mllm, s), steps=steps, complete=False)
+            missed.append(np.nanmax(abs(found.error)))
+        miss[steps] = np.mean(missed)
+    assert miss[5] < miss[3] < miss[2] and miss[5] < miss[1]
+    completed = [np.nanmax(abs(causal.causal_map(mllm, prompt_of(mllm, s)).error)) for s in asked]
+    assert np.mean(completed) < miss[2]
+
+
+def test_every_token_of_an_answer():
+    mllm = twin('llava')
+    p = prompt_of(mllm, SAMPLES[0])
+    answer = mllm.answer(p, max_new_tokens=3)
+    whole = causal.maps(mllm, p, answer=answer, tokens=None)
+    assert [m.token for m in whole] == answer.ids and len(whole) == 3
+    for k, m in enumerate(whole):
+        before = tuple(answer.ids[:k])
+        plain = naive(mllm, p, m.token, before=before)
+        assert m.odds == pytest.approx(plain, abs=1e-4)
+        assert m.exact[1] == pytest.approx(plain - naive(mllm, p, m.token, [1], before=before), abs=1e-4)
+    assert not np.allclose(whole[0].heads, whole[1].heads)
+
+
+@pytest.mark.parametrize('name', ['planted-2-6', 'planted-3', 'planted-2-4-6'])
+def test_planted_layers(name):
+    "By the mean of some questions every open layer stands above every decoy and every closed one"
+    mllm = MLLM.load(name)
+    mean = np.mean([m.layers for (m,) in causal.maps_of(mllm, demo.samples(16))], 0)
+    opened = list(mllm.gate.open)
+    assert sorted(np.argsort(-mean)[: len(opened)]) == opened
+    assert abs(mean[list(mllm.gate.closed)]).max(initial=0) < 1e-4
+
+
+def test_the_model_is_as_found():
+    mllm = twin('llava')
+    p = prompt_of(mllm, SAMPLES[0])
+    asking = [w.requires_grad for w in mllm.model.parameters()]
+    state, before = mllm.state(), naive(mllm, p, 5)
+    causal.maps(mllm, p)
+
+    def broken(module, args):
+        raise RuntimeError('broken on purpose')
+
+    handle = mllm.layers[2].register_forward_pre_hook(reader(broken))
+    with pytest.raises(RuntimeError, match='on purpose'):
+        run_closings(mllm, p, [Closing(1)])
+    handle.remove()
+    assert mllm.state() == state and naive(mllm, p, 5) == before
+    assert [w.requires_grad for w in mllm.model.parameters()] == asking
+    assert all(w.grad is None for w in mllm.model.parameters())
+
+
+def test_refusals():
+    mllm = twin('llava')
+    p = prompt_of(mllm, SAMPLES[0])
+    with pytest.raises(BadInput, match='steps is 1, 2, 3, 5'):
+        causal.causal_map(mllm, p, steps=4)
+    with pytest.raises(BadInput, match='several ways'):
+        causal.maps(mllm, p, answer='red')
+    with pytest.raises(BadInput, match='no token'):
+        causal.maps(mllm, p, answer=[])
+    with hooks.edit(mllm, 1, p.visual, 'zero'), pytest.raises(NotSupported, match='a hook'):
+        causal.maps(mllm, p)
+    cross = twin('mllama')
+    with pytest.raises(NotSupported, match='cross-attention'):
+        causal.maps(cross, prompt_of(cross, SAMPLES[0]))
+    keyless = twin('instructblip')
+    with pytest.raises(NotSupported, match='kept keys'):
+        causal.maps(keyless, prompt_of(keyless, SAMPLES[0]))
+    open_prefix = twin('paligemma')
+    asked = prompt_of(open_prefix, SAMPLES[0])
+    assert not capabilities(open_prefix, asked).closed
+    with pytest.raises(NotSupported, match='first token'):
+        causal.maps(open_prefix, asked, answer=[5, 6], tokens=2)
