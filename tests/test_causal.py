@@ -103,8 +103,9 @@ def test_more_steps_miss_less():
             missed.append(np.nanmax(abs(found.error)))
         miss[steps] = np.mean(missed)
     assert miss[5] < miss[3] < miss[2] and miss[5] < miss[1]
-    completed = [np.nanmax(abs(causal.causal_map(mllm, prompt_of(mllm, s)).error)) for s in asked]
-    assert np.mean(completed) < miss[2]
+    maps = [causal.causal_map(mllm, prompt_of(mllm, s)) for s in asked]
+    assert np.mean([np.nanmax(abs(m.error)) for m in maps]) < miss[2]
+    assert {*np.concatenate([m.steps for m in maps])} <= {2, 3}
 
 
 def test_every_token_of_an_answer():
@@ -153,7 +154,7 @@ def test_the_model_is_as_found():
 def test_refusals():
     mllm = twin('llava')
     p = prompt_of(mllm, SAMPLES[0])
-    with pytest.raises(BadInput, match='steps is 1, 2, 3, 5'):
+    with pytest.raises(BadInput, match="steps is 'auto', 1, 2, 3, 5"):
         causal.causal_map(mllm, p, steps=4)
     with pytest.raises(BadInput, match='several ways'):
         causal.maps(mllm, p, answer='red')
@@ -172,3 +173,63 @@ def test_refusals():
     assert not capabilities(open_prefix, asked).closed
     with pytest.raises(NotSupported, match='first token'):
         causal.maps(open_prefix, asked, answer=[5, 6], tokens=2)
+
+
+def logits(mllm, p):
+    with torch.inference_mode():
+        return mllm.model(**p.inputs).logits[0, -1].float()
+
+
+@pytest.mark.parametrize('name', ['llava', 'qwen2_vl', 'paligemma', 'mllama'])
+def test_what_stays_open(name):
+    "Kept layers, heads and tokens equal edits of all the others, and everything kept is the plain forward"
+    mllm = twin(name)
+    p = prompt_of(mllm, SAMPLES[0])
+    reading = list(mllm.cross or mllm.reading)
+    plain = logits(mllm, p)
+    first = None if mllm.cross else int(p.visual.max()) + 1
+    every = [(i, h) for i in reading for h in range(hooks.edits.n_heads(mllm, i))]
+    for opened in (dict(layers=reading), dict(heads=every), dict(tokens=range(len(p.visual)))):
+        with causal.only(mllm, p, **opened):
+            assert torch.equal(logits(mllm, p), plain)
+    with hooks.edit(mllm, reading, p.visual, 'knockout'):
+        blind = logits(mllm, p)
+    for opened in (dict(layers=[]), dict(heads=[]), dict(tokens=[])):
+        with causal.only(mllm, p, **opened):
+            assert torch.allclose(logits(mllm, p), blind, atol=1e-5)
+    with causal.only(mllm, p, tokens=[0, 3]), torch.inference_mode():
+        kept = logits(mllm, p)
+    others = [j for j in range(len(p.visual)) if j not in (0, 3)]
+    with hooks.edit(mllm, reading, p.visual[others], 'knockout', text_from=first):
+        assert torch.allclose(logits(mllm, p), kept, atol=1e-5)
+    with causal.only(mllm, p, heads=[c for c in every if c != every[1]]):
+        kept = logits(mllm, p)
+    with hooks.edit(mllm, every[1][0], p.visual, 'knockout', heads=every[1][1]):
+        assert torch.allclose(logits(mllm, p), kept, atol=1e-5)
+    assert not torch.allclose(kept, blind) and torch.equal(logits(mllm, p), plain)
+
+
+def test_open_layers_are_enough():
+    "On a planted model the open layers keep the answer, and as many others do not"
+    mllm = MLLM.load('planted-2-6')
+    kept = {'ranked': [], 'random': []}
+    for k, s in enumerate(demo.samples(12)):
+        p = prompt_of(mllm, s)
+        (found,) = causal.maps(mllm, p)
+        table = causal.curves(mllm, p, found.token, causal.ranked(found, 'layers'), 'layers', [0, 2, 8], seed=k)
+        whole = table[(table['count'] == 8) & (table.curve == 'insertion')]
+        assert whole.same.all() and np.allclose(whole.odds, found.odds, atol=1e-3)
+        two = table[(table['count'] == 2) & (table.curve == 'insertion')].set_index('order').odds
+        for order in kept:
+            kept[order].append(two[order])
+    assert np.mean(kept['ranked']) > np.mean(kept['random']) + 2
+
+
+def test_sufficiency_refuses():
+    mllm = twin('llava')
+    p = prompt_of(mllm, SAMPLES[0])
+    for opened in (dict(heads=[(0, 9)]), dict(heads=[(0, 1), (0, 1)]), dict(tokens=[99]), dict(layers=[9])):
+        with pytest.raises(BadInput), causal.only(mllm, p, **opened):
+            pass
+    with pytest.raises(BadInput, match='parts'):
+        causal.ranked(causal.causal_map(mllm, p), 'rows')

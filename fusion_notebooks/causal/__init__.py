@@ -2,5 +2,6 @@
 
 from .closings import *
 from .maps import *
+from .sufficiency import *
 
 __all__ = [name for name in dir() if not name.startswith('_')]

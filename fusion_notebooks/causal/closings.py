@@ -228,7 +228,7 @@ def _check_attention(mllm, p):
     off = mllm.kept.fetch(('closings', mllm.state()), differs)
     if not off < max(1e-3, 16 * torch.finfo(mllm.dtype).eps):
         raise NotSupported(
-            f'Attention of {mllm.name} is more than a softmax over keys: written out, it gives other logits, by {off:.1%}.'
+            f'Attention of {mllm.name} is more than a softmax over keys: written out, its logits are off by {off:.1%}.'
         )
 
 # %% ../../nbs/07_causal/00_closings.ipynb #run_closings
