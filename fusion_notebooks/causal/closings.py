@@ -115,16 +115,20 @@ class _Watch:
         like = query.transpose(1, 2)[: 1 if mask is None else len(mask)]
         scores = scores + _as_float_mask(mask, like, scores.shape[-1] - rows)
 
-        def read(scores):
+        def read(scores, shared):
             weights = scores.softmax(-1)
             grouped = weights.reshape(*q.shape[:3], -1).to(value.dtype)
-            return weights, _read(grouped, value, prefix_values).reshape(*query.shape[:3], -1)
+            return weights, _read(grouped, value, shared).reshape(*query.shape[:3], -1)
 
         picture = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
         picture[self.visual] = True
         text = torch.arange(scores.shape[-1] - rows, scores.shape[-1], device=scores.device) >= self.text_from
-        weights, out = read(scores)
-        _, closed = read(scores.masked_fill(picture & text[:, None], -math.inf))
+        weights, out = read(scores, prefix_values)
+        if prefix_values is None:  # rows before the text stay as they are
+            _, closed = read(scores.masked_fill(picture & text[:, None], -math.inf), None)
+        else:  # the picture lies in the prefix, of which the rest is read
+            left = ~picture[: prefix_values.shape[1]]
+            _, closed = read(scores[..., ~picture], prefix_values[:, left])
         values = value[0] if prefix_values is None else torch.cat([prefix_values, value[0]], 1)
         self.seen[i] = _seen(weights[0], values, out[0], closed[0], picture, text)
         out = out + self.steps(i, out) * (closed - out)
@@ -246,7 +250,9 @@ def run_closings(
     _check_attention(mllm, p)
     order = sorted(range(len(closings)), key=lambda k: closings[k].layer)
     own = p.length - int(p.visual[-1]) - 1 + len(before)
-    size = max(1, fitting(mllm, p.length, own * mllm.n_layers) - 1) if gradients else fitting(mllm, p.length, own)
+    if gradients and mllm.device.type == 'cuda':
+        own *= mllm.n_layers  # a graph holds what each layer computes
+    size = max(1, fitting(mllm, p.length, own) - 1)
     found = _run_some(mllm, p, [closings[k] for k in order[:size]], before, token, gradients)
     for first in range(size, len(order), size):
         more = _run_some(mllm, p, [closings[k] for k in order[first : first + size]], before, found.token, gradients)
