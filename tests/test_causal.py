@@ -1,9 +1,12 @@
 "Closings equal a forward per edit in every family, their gradients equal small steps, and maps find what was planted"
 
+import subprocess
+import sys
 import numpy as np
 import pytest, torch
-from fusion_notebooks import causal, demo, hooks
+from fusion_notebooks import baselines, causal, demo, hooks
 from fusion_notebooks.causal import Closing, closings, log_odds, run_closings
+from fusion_notebooks.core import catalog
 from fusion_notebooks.core.errors import BadInput, NotSupported
 from fusion_notebooks.engine import capabilities
 from fusion_notebooks.mllm import MLLM
@@ -233,3 +236,26 @@ def test_sufficiency_refuses():
             pass
     with pytest.raises(BadInput, match='parts'):
         causal.ranked(causal.causal_map(mllm, p), 'rows')
+
+
+def test_the_crop_is_a_method_once_it_is_asked_for():
+    "Loading the package leaves the catalog, and so the keys of studies, as they are"
+    code = (
+        'from fusion_notebooks import causal; from fusion_notebooks.core import catalog; print(list(catalog.METHODS))'
+    )
+    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    assert 'vicrop-rel' in said and 'crop-causal' not in said
+    before = dict(catalog.METHODS), dict(baselines.METHODS)
+    mllm, s = MLLM.load('glyph-llava'), demo.samples(1, kinds=('fine',))[0]
+    try:
+        causal.add_crop_method()
+        found = baselines.answer(mllm, s.image, s.question, method='crop-causal')
+    finally:
+        for registry, old in zip((catalog.METHODS, baselines.METHODS), before):
+            registry.clear()
+            registry.update(old)
+    grid = prompt_of(mllm, s).grids[0]
+    (by_map,) = causal.maps(mllm, s.image, s.question)
+    assert np.allclose(found.map, grid.of(by_map.map), atol=1e-3)
+    assert found.crop.size == (found.box[2] - found.box[0], found.box[3] - found.box[1])
+    assert found.cost.backwards >= 1 and found.answer.text

@@ -3,5 +3,6 @@
 from .closings import *
 from .maps import *
 from .sufficiency import *
+from .crops import *
 
 __all__ = [name for name in dir() if not name.startswith('_')]
