@@ -28,7 +28,7 @@ def causal_heads(
     ax.set(xlabel='decoder layer (0-based)', ylabel='head', xticks=grid.columns[:: -(-len(grid.columns) // 12)])
     bar = fig.colorbar(shown, ax=ax)
     bar.set_label('loss when closed (nats of log-odds)', fontsize=SMALL)
-    _title(ax, rows, 'what answers lose without a head' + ('; circles: most of it' if found is not None else ''))
+    _title(ax, rows, 'loss without a head' + ('; circles: most of it' if found is not None else ''))
     return fig
 
 # %% ../../nbs/12_plots/06_causal.ipynb #correlation
