@@ -3,8 +3,9 @@
 import subprocess
 import sys
 import numpy as np
+import pandas as pd
 import pytest, torch
-from fusion_notebooks import baselines, causal, demo, hooks
+from fusion_notebooks import analyses, baselines, causal, demo, hooks, plots
 from fusion_notebooks.causal import Closing, closings, log_odds, run_closings
 from fusion_notebooks.core import catalog
 from fusion_notebooks.core.errors import BadInput, NotSupported
@@ -259,3 +260,60 @@ def test_the_crop_is_a_method_once_it_is_asked_for():
     assert np.allclose(found.map, grid.of(by_map.map), atol=1e-3)
     assert found.crop.size == (found.box[2] - found.box[0], found.box[3] - found.box[1])
     assert found.cost.backwards >= 1 and found.answer.text
+
+
+def test_ranked_heads_by_hand():
+    "Means, order and the heads that carry the effect, on numbers that are made up here"
+    rng = np.random.default_rng(0)
+    rows = []
+    for k in range(40):
+        noise = rng.normal(0, 0.1, (2, 3))
+        for layer, heads in ((1, [0.0, 4.0, 0.0]), (5, [1.0, 0.0, -1.0])):
+            rows.append(dict(sample=str(k), layer=layer, heads=np.array(heads) + noise[layer // 5]))
+    table = analyses.head_table(pd.DataFrame(rows))
+    assert [tuple(x) for x in table[['layer', 'head']].to_numpy()[[0, 1, -1]]] == [(1, 1), (5, 0), (5, 2)]
+    assert table.effect[0] == pytest.approx(4, abs=0.1) and table.low[0] < table.effect[0] < table.high[0]
+    assert len(analyses.carrying_heads(table, 0.5)) == 1 and len(analyses.carrying_heads(table, 0.95)) == 2
+    assert analyses.heads_sentence(table, 0.95).startswith('2 of 6 heads, at layers 1 5, carry')
+    assert 'No head' in analyses.heads_sentence(table.assign(low=-1.0))
+
+
+def test_rows_of_the_analysis():
+    mllm = MLLM.load('planted-3')
+    asked = demo.samples(8)
+    rows = analyses.causal_rows(mllm, asked)
+    assert len(rows) == 8 * mllm.n_layers
+    assert np.allclose(np.stack(rows.heads.to_numpy()).sum(1), rows.effect, atol=1e-3)
+    assert rows.groupby('layer').exact.mean().idxmax() in mllm.gate.open
+    closed = rows[rows.layer.isin(mllm.gate.closed)]
+    assert abs(closed.exact).max() < 1e-3 and abs(closed['first']).max() < 1e-3
+    record = analyses.heads_record(rows)
+    assert record['n'] == 8 and record['heads'][0]['layer'] in mllm.gate.open
+    fig = plots.causal_exact(rows)
+    assert len(fig.axes) == 2
+
+
+def test_low_precision():
+    "In bfloat16 a map says the same, as far as its numbers go"
+    mllm = MLLM.load('glyph-llava', dtype=torch.bfloat16)
+    full = MLLM.load('glyph-llava')
+    s = demo.samples(1)[0]
+    (low,), (high,) = causal.maps(mllm, s.image, s.question), causal.maps(full, s.image, s.question)
+    assert low.token == high.token and np.corrcoef(low.exact, high.exact)[0, 1] > 0.95
+    assert np.corrcoef(low.heads.ravel(), high.heads.ravel())[0, 1] > 0.9
+
+
+def test_known_heads():
+    "Heads whose output is cut off by construction carry nothing; those that carry the answer are among the others"
+    mllm = MLLM.load('planted-3')
+    cut = [1, 4]
+    attention = mllm.layers[3].self_attn
+    with torch.no_grad():
+        for h in cut:
+            attention.o_proj.weight[:, h * attention.head_dim : (h + 1) * attention.head_dim] = 0
+    found = [m for (m,) in causal.maps_of(mllm, demo.samples(12))]
+    heads = np.stack([m.heads for m in found])
+    assert abs(heads[:, 3, cut]).max() == 0 and abs(np.stack([m.effects[3, cut] for m in found])).max() == 0
+    mean = heads.mean(0)
+    layer, head = np.unravel_index(mean.argmax(), mean.shape)
+    assert layer == 3 and head not in cut
