@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch, transformers
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from fusion_notebooks import contrast, demo, explore, masking
+from fusion_notebooks import causal, contrast, demo, explore, masking
 from fusion_notebooks.hooks import capture, edit
 from fusion_notebooks.mllm import MLLM, Sample
 
@@ -74,6 +74,18 @@ def question(mllm, tail):
     return ' '.join(['red'] * (2 + tail - (p.length - int(p.visual[-1]) - 1)))
 
 
+class Untracked:
+    "In place of torch's tracker of modules, whose hooks on all modules would send sweeps down their slow path"
+
+    parents = {'Global'}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+
 def flops(work):
     "Of one call, as torch counts them"
 
@@ -82,7 +94,9 @@ def flops(work):
 
     kernels = ('flash_attention_for_cpu', 'flash_attention', 'efficient_attention', 'cudnn_attention')
     ways = {getattr(torch.ops.aten, f'_scaled_dot_product_{k}'): attention for k in kernels}
-    with FlopCounterMode(display=False, custom_mapping=ways) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=ways)
+    counter.mod_tracker = Untracked()
+    with counter:
         work()
     return counter.get_total_flops()
 
@@ -221,12 +235,48 @@ def growth_bench(repeats):
         row(f'growth, {n} samples at once: time per sample, in forwards', ratio(seconds, 'sweep')[0] / n)
 
 
+def causal_works(mllm, ask):
+    "name → one causal map of a new picture: of first order, and with a number of steps along each layer's closing"
+
+    def of(k, steps):
+        return lambda r=0: causal.maps(mllm, picture(20_000 * (k + 1) + r), ask, steps=steps)
+
+    works = {f'{steps} steps': of(k, steps) for k, steps in enumerate((1, 2, 3))}
+    for work in works.values():
+        work(9_999)
+    return works
+
+
+def causal_bench(name, layers, side, tail, repeats, first=1.2, **kw):
+    "What a map of every layer, head and visual token costs"
+    mllm = build(layers, side, **kw)
+    ask = question(mllm, tail)
+    one, works = plain(mllm, ask), causal_works(mllm, ask)
+    base = flops(one)
+    limits = {'1 steps': first, '2 steps': 4}
+    for steps, work in works.items():
+        count = flops(lambda: work(500)) / base
+        row(f'{name}: FLOPs of a causal map, {steps}, in forwards', count, limit=limits.get(steps))
+    seconds = timed(repeats, plain=one, **works)
+    for steps in works:
+        row(f'{name}: time of a causal map, {steps}, in forwards', *ratio(seconds, steps))
+
+
+def causal_memory_bench(side, layers):
+    "Peak memory of a map of first order beside that of a forward, fresh processes"
+    most = {kind: peak(kind, side, layers) for kind in ('plain', 'causal')}
+    row(f'causal map of first order at {side**2 + 44} tokens: peak memory of the process over a forward\'s',
+        most['causal'] / most['plain'], limit=1.3)  # fmt: skip
+
+
 def forward_of(kind, side, layers):
-    "A forward over a long prompt, watched in one of three ways"
+    "A forward over a long prompt, watched in one of three ways, or a causal map of first order"
     mllm = build(layers, side)
     p = mllm.prompt(picture(0), question(mllm, 40))
 
     def work(r=0):
+        if kind == 'causal':
+            return causal.maps(mllm, p, steps=1)
         with torch.inference_mode():
             if kind == 'capture':
                 with capture(mllm) as cache:
@@ -484,6 +534,7 @@ def main():
     start = time.perf_counter()
     if a.quick:
         sweep_bench('8 layers, 144 + 24', 8, 12, 24, 3, width=128, loop=8)
+        causal_bench('8 layers, 144 + 24', 8, 12, 24, 3, first=None, width=128)
         capture_bench(40, 4, 3)
         refine_bench(6, 12, 3)
         demo_bench(8)
@@ -495,6 +546,9 @@ def main():
         sweep_bench('12 layers, 2025 + 40', 12, 45, 40, 3, limit_time=1.4)
         sweep_bench('LLaVA-NeXT, 16 layers, 2916 + 40', 16, 54, 40, 2, width=128)
         sweep_bench('Qwen2-VL, 28 layers, 1369 + 40, grouped queries', 28, 37, 40, 2, width=128, kv=1)
+        causal_bench('24 layers, 576 + 40', 24, 24, 40, 3, width=512, heads=8, kv=8)
+        causal_bench('LLaVA-NeXT, 16 layers, 2916 + 40', 16, 54, 40, 2, first=1.1, width=128)
+        causal_memory_bench(54, 6)
         growth_bench(3)
         capture_bench(54, 6, 5)
         refine_bench(6, 24, 3, width=1024, heads=16, kv=16)

@@ -328,6 +328,7 @@ def one_model(make, tiny, device, repeats):
         with torch.inference_mode():
             mllm.model(**p.inputs, use_cache=True, logits_to_keep=1)
 
+    works |= {f'causal map, {steps}': sync(w) for steps, w in bench.causal_works(mllm, ask).items()}
     works |= dict(
         ready=sync(ready),
         capture=sync(captured),
@@ -352,6 +353,9 @@ def one_model(make, tiny, device, repeats):
     for how in ('knockout', 'swap', 'zero'):
         row(f'{name}: {how} sweep of {L} layers, in forwards', *ratio(seconds, how))
     row(f'{name}: naive sweep, in forwards (from one layer)', 1 + (ratio(seconds, 'naive')[0] - 1) * L)
+    for k in works:
+        if k.startswith('causal'):
+            row(f'{name}: {k}, in forwards', *ratio(seconds, k))
     row(f'{name}: capture over a forward', *ratio(seconds, 'capture'), limit=1.1)
     for how in ('mask', 'crop'):
         if how in works:

@@ -6,5 +6,6 @@ from .attention import *
 from .early_exit import *
 from .refine import *
 from .candidates import *
+from .causal import *
 
 __all__ = [name for name in dir() if not name.startswith('_')]

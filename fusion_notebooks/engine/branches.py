@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from transformers.cache_utils import Cache, DynamicLayer
 from ..mllm.handle import MLLM
 from ..hooks.attaching import _hidden, _removing, attending
-from ..hooks.edits import _as_float_mask
+from ..hooks.edits import _as_float_mask, n_heads
 from .prefix import next_position, PrefixCache
 from .shared_attention import _can_be_apart, _over_shared, SHARED
 
@@ -30,6 +30,7 @@ class Branch:
     bias: dict = field(default_factory=dict)  # decoder layer → added to the logits of visual keys; -inf closes them
     value: object = None  # (n, width) or (width,), put in place of visual states where it enters; not over a prefix
     at: torch.Tensor | None = None  # positions of the visual tokens that are edited; None: all of the plain row's
+    heads: list | None = None  # query heads that `bias` acts on; None: all
     leave: int | None = None  # the last decoder layer that computes for it, see `leaving`; None: all do
 
 # %% ../../nbs/04_engine/02_branches.ipynb #copied
@@ -139,11 +140,13 @@ class BranchedBatch:
         prefixes: list,  # the prefix of each plain row, all of one length; empty: the first forward gets whole prompts
         visual: list,  # positions of the visual tokens of each plain row
         text_from: int = 0,  # edits of attention touch the rows from here on
+        attention=None,  # an attention function that takes prefixes as they are, like `_over_shared`; None: that one where it can
     ):
         self.mllm, self.rows, self.visual, self.text_from = mllm, rows, visual, text_from
         self.plain = len(visual)
         self.entering = True  # until the first forward is done
-        self.apart = _can_be_apart(mllm)
+        self.apart = attention is not None or _can_be_apart(mllm)
+        self.attention = attention or _over_shared
         layers = []
         for j in range(mllm.n_layers):
             read = [_read_by(r, j, prefixes) for r in rows] if prefixes else []
@@ -190,14 +193,18 @@ def biased(
     h: torch.Tensor,  # (rows, T, width)
     past: int,  # keys before these rows
     mask,  # what the model made
-) -> torch.Tensor:  # (rows, 1, T, keys), additive
+) -> torch.Tensor:  # (rows, 1 or heads, T, keys), additive
     "The mask of layer j with each row's bias on its visual keys"
     mask = _as_float_mask(mask, h, past)
+    if any(row.heads is not None for row in here if j in row.bias):
+        mask = mask.expand(-1, n_heads(self.mllm, j), -1, -1).clone()
     text = (torch.arange(past, past + h.shape[1], device=h.device) >= self.text_from).nonzero()  # (text rows, 1)
     for b, row in enumerate(here):
         if j not in row.bias:
             continue
-        at = (b, 0, text, self.edited(row).to(h.device)[None])  # every text row's view of every visual key
+        heads = range(mask.shape[1]) if row.heads is None else row.heads
+        heads = torch.tensor(heads, device=h.device)[:, None, None]
+        at = (b, heads, text, self.edited(row).to(h.device)[None])  # every text row's view of every visual key
         if row.bias[j] == -math.inf:
             mask[at] = torch.finfo(h.dtype).min  # as transformers closes keys
         else:
@@ -218,7 +225,7 @@ def step(
         here = self.rows
         if self.entering:
             here = [r for r in self.rows if r.enter <= j]
-            new = [self.entered(h[r.of], r) for r in here[len(h) :]]  # those that enter at this layer
+            new = [self.entered(h[r.of].detach(), r) for r in here[len(h) :]]  # those that enter at this layer
             if new:
                 h = torch.cat([h, torch.stack(new)])
             kw = _follow(kw, [r.of for r in here], self.plain)
@@ -238,7 +245,7 @@ def _settings(batch):
     steps = []
     for j, layer in enumerate(batch.mllm.layers):
         steps.append(layer.register_forward_pre_hook(batch.step(j), with_kwargs=True))
-    shared = attending(batch.mllm, SHARED, _over_shared) if batch.apart else nullcontext()
+    shared = attending(batch.mllm, SHARED, batch.attention) if batch.apart else nullcontext()
     exits = nullcontext()
     if min(last) < batch.mllm.n_layers:
         exits = leaving(batch.mllm, torch.tensor(last, device=batch.mllm.device))
@@ -257,17 +264,16 @@ def settle(self: BranchedBatch) -> None:
     self.position = self.position[of]
     self.entering = False
 
-# %% ../../nbs/04_engine/02_branches.ipynb #forward
+# %% ../../nbs/04_engine/02_branches.ipynb #watched_forward
 @patch
-@torch.inference_mode()
-def forward(
+def watched_forward(
     self: BranchedBatch,
     ids: torch.Tensor,  # (rows, T); in the first forward (plain, T)
     keep: int = 1,  # last positions whose logits are wanted
     seen: torch.Tensor | None = None,  # (rows, T), 0 at padding on the left
     **inputs,  # of the model, where there are images among the ids
 ) -> torch.Tensor:  # (rows, keep, vocabulary), float32
-    "Go on by T tokens"
+    "Go on by T tokens, in whatever mode torch is: with gradients where they are wanted"
     new = torch.ones_like(ids) if seen is None else seen
     self.seen = torch.cat([self.seen, new], 1)
     given = dict(attention_mask=self.seen)
@@ -281,6 +287,19 @@ def forward(
     if self.entering:
         self.settle()
     return out.logits[:, -keep:].float()
+
+# %% ../../nbs/04_engine/02_branches.ipynb #forward
+@patch
+@torch.inference_mode()
+def forward(
+    self: BranchedBatch,
+    ids: torch.Tensor,  # (rows, T); in the first forward (plain, T)
+    keep: int = 1,  # last positions whose logits are wanted
+    seen: torch.Tensor | None = None,  # (rows, T), 0 at padding on the left
+    **inputs,  # of the model, where there are images among the ids
+) -> torch.Tensor:  # (rows, keep, vocabulary), float32
+    "Go on by T tokens"
+    return self.watched_forward(ids, keep, seen, **inputs)
 
 # %% ../../nbs/04_engine/02_branches.ipynb #picked_layer
 def _picked(layer, which, drop, apart):

@@ -32,6 +32,7 @@ class Variant:
     strength: float | None = None  # of semantics that take one; None: their default
     mean: torch.Tensor | None = None  # (n_layers, width)
     donor: Prompt | None = None  # of semantics that need one
+    heads: list | None = None  # query heads that an edit of attention touches; None: all
 
     @property
     def semantic(self):
@@ -163,7 +164,7 @@ def _on_prefixes(mllm, variants, banks, limit):
     swaps = [v for v in variants if v.semantic.exchanges]
     own = prefixes(mllm, prompts + [v.donor for v in swaps], n)
     instead = banks | {id(v): prefix for v, prefix in zip(swaps, own[len(prompts) :])}
-    branches = [Branch(number[id(v.p)], v.layers[0], instead.get(id(v)), v.bias) for v in variants]
+    branches = [Branch(number[id(v.p)], v.layers[0], instead.get(id(v)), v.bias, heads=v.heads) for v in variants]
     order = sorted(range(len(branches)), key=lambda k: branches[k].enter)
     plain_rows = [Branch(k) for k in range(len(prompts))]
     branched = BranchedBatch(
@@ -180,7 +181,7 @@ def _resume(mllm, variants, limit):
     p = variants[0].p
     order = sorted(range(len(variants)), key=lambda k: variants[k].layers[0])
     ordered = [variants[k] for k in order]
-    branches = [Branch(0, v.layers[0], None, v.bias, v.value(mllm)) for v in ordered]
+    branches = [Branch(0, v.layers[0], None, v.bias, v.value(mllm), heads=v.heads) for v in ordered]
     branched = BranchedBatch(mllm, [Branch(0)] + branches, [], [p.visual], variants[0].cut)
     inputs = mllm.encoded([p])
     logits = branched.forward(inputs.pop('input_ids'), **inputs)[:, -1]
@@ -206,7 +207,7 @@ def _naive(mllm, variants, limit):
     plain = mllm.generate(variants[0].p, max_new_tokens=limit)[0]
     found = []
     for v in variants:
-        with edit(mllm, v.layers, v.p.visual, v.how, v.factor, v.given(mllm)):
+        with edit(mllm, v.layers, v.p.visual, v.how, v.factor, v.given(mllm), heads=v.heads):
             text = mllm.generate(v.p, max_new_tokens=limit)[0].text
             found.append((plain, text, _forced(mllm, v.p, plain.ids)))
     return found

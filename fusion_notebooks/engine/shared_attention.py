@@ -58,6 +58,13 @@ def _runs(prefixes):
         found.append((_as_batch(keys, len(run)), _as_batch(values, len(run)), torch.tensor(run)))
     return found
 
+# %% ../../nbs/04_engine/01_shared_attention.ipynb #of_groups
+def _of_groups(mask, groups):
+    "A mask (rows, 1 or heads, T, keys) for queries whose head groups ask as further rows: (rows, 1 or key heads, groups · T, keys)"
+    if mask.shape[1] == 1:
+        return mask.repeat(1, 1, groups, 1)
+    return mask.unflatten(1, (-1, groups)).flatten(2, 3)
+
 # %% ../../nbs/04_engine/01_shared_attention.ipynb #halves
 def _split_mask(mask, query, key, n):
     "(closed among own keys, or None for causal; closed among the n keys of prefixes, or None for nothing), floats"
@@ -66,8 +73,8 @@ def _split_mask(mask, query, key, n):
     whole = _as_float_mask(mask, states, n + key.shape[2] - query.shape[2])
     over, own = whole[..., :n], whole[..., n:]
     causal = (own == 0).equal(torch.ones_like(own, dtype=torch.bool).tril())
-    closed_own = None if causal else own.repeat(1, 1, groups, 1)
-    closed_over = over.repeat(1, 1, groups, 1).expand(len(key), -1, -1, -1) if over.any() else None
+    closed_own = None if causal else _of_groups(own, groups)
+    closed_over = _of_groups(over, groups).expand(len(key), -1, -1, -1) if over.any() else None
     return closed_own, closed_over
 
 # %% ../../nbs/04_engine/01_shared_attention.ipynb #halves_kept

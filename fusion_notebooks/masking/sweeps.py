@@ -9,6 +9,7 @@ __all__ = ['scoped', 'sweep']
 import pandas as pd
 import torch
 from dataclasses import dataclass
+from numbers import Integral
 from tqdm import tqdm
 from ..core.catalog import semantic
 from ..core.errors import BadInput
@@ -16,6 +17,7 @@ from ..core.images import same_picture
 from ..mllm.handle import MLLM
 from ..mllm.state import _home, CHANGERS, foreign
 from ..hooks.attaching import check_layers
+from ..hooks.edits import _check_heads, n_heads
 from ..engine.paths import run_variants, Variant
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #Step
@@ -27,6 +29,7 @@ class _Step:
     layer: int  # that names it
     scope: str  # single, from or window
     layers: tuple  # that it touches
+    heads: tuple | None = None  # query heads that it touches; None: all
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #c028
 def scoped(
@@ -55,15 +58,26 @@ def _touched(mllm, how, i, scope, width):
         return tuple(layers)
     return tuple(j for j in layers if j in mllm.reading)
 
+# %% ../../nbs/05_masking/00_sweeps.ipynb #head_sets
+def _head_sets(mllm, i, heads):
+    "Which heads each edit named by layer i touches: all, some together, or each in an edit of its own"
+    if heads is None:
+        return [None]
+    if isinstance(heads, str):
+        return [(h,) for h in range(n_heads(mllm, i))]
+    return [(heads,) if isinstance(heads, Integral) else tuple(heads)]
+
 # %% ../../nbs/05_masking/00_sweeps.ipynb #steps
-def _steps(mllm, hows, layers, scope, width):
+def _steps(mllm, hows, layers, scope, width, heads=None):
     "Every edit of a sweep, in the order of its rows; layers None: all that the semantic can act on"
     checked, steps = check_layers(mllm, layers), []
     for how in hows:
         attention = not semantic(how).cumulative
         named = mllm.reading if attention and layers is None and not mllm.cross else checked
         reach = scope if attention else 'single'
-        steps += [_Step(how, i, reach, _touched(mllm, how, i, reach, width)) for i in named]
+        for i in named:
+            touched = _touched(mllm, how, i, reach, width)
+            steps += [_Step(how, i, reach, touched, some) for some in _head_sets(mllm, i, heads)]
     return steps
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #donor
@@ -103,7 +117,7 @@ def _ids(samples):
     return ids
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #check
-def _check(mllm, hows, scope, exact, mean):
+def _check(mllm, hows, scope, exact, mean, heads=None, layers=None):
     "Raises `BadInput` for a sweep that cannot be run"
     if exact not in ('auto', 'resume', 'naive'):
         raise BadInput(f"exact is 'auto', 'resume' or 'naive', not {exact!r}.")
@@ -111,6 +125,10 @@ def _check(mllm, hows, scope, exact, mean):
         if semantic(how).needs == 'mean' and mean is None:
             raise BadInput(f"'{how}' needs mean=: the states that masking.mean_states makes from calibration samples.")
     scoped(mllm, 0, scope)
+    if isinstance(heads, str) and heads != 'each':
+        raise BadInput(f"heads is None for all, 'each', or head numbers, not {heads!r}.")
+    for how in hows:
+        _check_heads(mllm, check_layers(mllm, layers), [] if isinstance(heads, str) else heads, semantic(how))
     if any(_is_edit(h) for h in foreign(mllm.model.modules())):
         raise BadInput('The layers carry hooks: end the edit around this call first.')
 
@@ -121,7 +139,11 @@ def _rows(name, steps, outcomes):
     rows = [dict(sample=name, layer=-1, how='none', scope='none', prediction=plain.text, logp=plain.logp, path='plain')]
     for step, (_, text, logp, path) in zip(steps, outcomes):
         edited = dict(sample=name, layer=step.layer, how=step.how, scope=step.scope)
+        if step.heads is not None and len(step.heads) == 1:
+            edited['head'] = step.heads[0]
         rows.append(edited | dict(prediction=text, logp=logp, path=path))
+    if 'head' in rows[-1]:
+        rows[0]['head'] = -1
     return rows
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #sweep
@@ -136,14 +158,15 @@ def sweep(
     mean: torch.Tensor | None = None,  # (n_layers, width), from `mean_states`; needed for mean
     donors: list | None = None,  # one sample per sample for swap; default: the next one with another picture
     width: int = 3,  # layers in a window
+    heads=None,  # query heads, for edits of attention: None for all, 'each' for an edit per head, or those of every edit
     limit: int = 32,  # tokens of an answer
     batch: int = 16,  # samples at a time
     progress: bool = False,  # show a bar
-) -> pd.DataFrame:  # sample, layer (-1: plain), how, scope, prediction, logp (of the plain answer), path
+) -> pd.DataFrame:  # sample, layer (-1: plain), how, scope, prediction, logp (of the plain answer), path; for edits of one head: head (-1: plain)
     "Edit the visual tokens at each layer in turn (paper, sections 1 and 4). Raises `BadInput`, `NotSupported`."
     hows = [how] if isinstance(how, str) else list(how)
-    _check(mllm, hows, scope, exact, mean)
-    steps = _steps(mllm, hows, layers, scope, width)
+    _check(mllm, hows, scope, exact, mean, heads, layers)
+    steps = _steps(mllm, hows, layers, scope, width, heads)
     ids, rows = _ids(samples), []
     swaps = any(semantic(h).needs == 'donor' for h in hows)
     bar = tqdm(total=len(samples), desc='sweep', disable=not progress, mininterval=2)
@@ -154,7 +177,7 @@ def sweep(
             p, donor = mllm.prompt(samples[k].image, samples[k].question), None
             if swaps:
                 donor = _donor_prompt(mllm, p, donors[k] if donors else _donor(samples, k), ids[k])
-            variants += [Variant(p, s.how, list(s.layers), strength, mean, donor) for s in steps]
+            variants += [Variant(p, s.how, list(s.layers), strength, mean, donor, s.heads) for s in steps]
         outcomes = iter(run_variants(mllm, variants, exact, limit))
         for k in some:
             rows += _rows(ids[k], steps, [next(outcomes) for _ in steps])

@@ -114,6 +114,7 @@ def attention_maps(
     box=None,  # evidence box, pixels
     extent=None,  # (left, top, right, bottom) instead of `boxes`; neither: the whole picture
     title: str = '',
+    what: str = 'attention',  # that the maps show
 ) -> plt.Figure:
     "Where each layer looks, over the picture. Raises `BadInput` for maps that do not fit the grid"
     image, maps = open_image(image), np.asarray(maps, float)
@@ -133,7 +134,7 @@ def attention_maps(
         shown = _overlay(ax, share[i].reshape(grid_shape), extent, cmap=HEAT, vmin=0, vmax=most)
         _outline(ax, box, EVIDENCE)
     bar = fig.colorbar(shown, ax=axes, shrink=0.8, pad=0.01, extend='max')
-    bar.set_label('attention (multiples of uniform)', fontsize=SMALL)
+    bar.set_label(f'{what} (multiples of uniform)', fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
     heading = _text(title or 'attention of the last prompt token', 24 * columns)
     if box is not None:
