@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .errors import attempt, BadInput
 
-# %% ../../nbs/00_core/02_images.ipynb #c005
+# %% ../../nbs/00_core/02_images.ipynb #Sample
 @dataclass
 class Sample:
     "One question about one picture"
@@ -34,27 +34,39 @@ class Sample:
     prompt: str = ''  # template of `question`
     source: str = ''  # file and row
 
-# %% ../../nbs/00_core/02_images.ipynb #c007
+# %% ../../nbs/00_core/02_images.ipynb #limits
 MAX_PIXELS = 100_000_000  # larger pictures are refused before they are decoded
 MAX_BYTES = 100_000_000  # of a download or a data address
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'AVIF', 'JPEG2000')  # none that embeds others
 
-# %% ../../nbs/00_core/02_images.ipynb #from_array
-def _from_array(array, name, channels_first):
-    "Numbers as a picture; a range that cannot be told is refused"
+# %% ../../nbs/00_core/02_images.ipynb #channels_last
+def _channels_last(
+    array,  # (height, width), (height, width, c) or (c, height, width)
+    name,  # how errors call it
+    channels_first,  # where both ends may be channels: the first is
+):
+    "The array as (height, width) or (height, width, 3 or 4). Raises `BadInput` for another shape or no pixels."
     if array.ndim == 3:
-        last, first = array.shape[2] in (1, 3, 4), array.shape[0] in (1, 3, 4)
-        if first and (channels_first or not last):
+        may_be_last = array.shape[2] in (1, 3, 4)
+        may_be_first = array.shape[0] in (1, 3, 4)
+        if may_be_first and (channels_first or not may_be_last):
             array = np.moveaxis(array, 0, 2)
         if array.shape[2] == 1:
             array = array[..., 0]
-    if array.ndim not in (2, 3) or array.ndim == 3 and array.shape[2] not in (3, 4):
+    in_colour = array.ndim == 3 and array.shape[2] in (3, 4)
+    if array.ndim != 2 and not in_colour:
         raise BadInput(
             f'{name} has shape {array.shape}: give (height, width) or (height, width, 3), one picture at a time.'
         )
     if not array.size:
         raise BadInput(f'{name} has shape {array.shape}: it holds no pixels.')
-    low, high = array.min(), array.max()
+    return array
+
+# %% ../../nbs/00_core/02_images.ipynb #eight_bits
+def _eight_bits(array, name):
+    "Numbers as uint8 of 0 to 255. Raises `BadInput` where their range cannot be told."
+    low = array.min()
+    high = array.max()
     kind = array.dtype.kind
     if kind == 'b':
         array = array * np.uint8(255)
@@ -66,7 +78,12 @@ def _from_array(array, name, channels_first):
         raise BadInput(
             f'{name} has {array.dtype} values from {low} to {high}: give whole numbers 0 to 255, or floats 0 to 1.'
         )
-    return Image.fromarray(array.astype(np.uint8))
+    return array.astype(np.uint8)
+
+# %% ../../nbs/00_core/02_images.ipynb #from_array
+def _from_array(array, name, channels_first):
+    "Numbers as a picture. Raises `BadInput` for a shape or a range that cannot be told."
+    return Image.fromarray(_eight_bits(_channels_last(array, name, channels_first), name))
 
 # %% ../../nbs/00_core/02_images.ipynb #download
 def _download(url):
@@ -83,51 +100,66 @@ def _download(url):
         raise BadInput(f'{url} has more than the {MAX_BYTES:,} bytes allowed: fetch and resize it first.')
     return data
 
+# %% ../../nbs/00_core/02_images.ipynb #from_data_address
+def _from_data_address(text):
+    "The bytes that a data address holds. Raises `BadInput` where it holds no base64 text, or too much."
+    head, comma, body = text.partition(',')
+    if not comma or not head.endswith(';base64'):
+        raise BadInput(f'{head[:60]} is not a data address of a picture: it has to hold base64 text.')
+    if len(body) > MAX_BYTES:
+        raise BadInput(f'The data address has more than the {MAX_BYTES:,} bytes allowed: resize the picture first.')
+    try:
+        return base64.b64decode(body, validate=True)
+    except binascii.Error:
+        raise BadInput('The data address does not hold base64 text: encode the picture again.') from None
+
 # %% ../../nbs/00_core/02_images.ipynb #from_text
 def _from_text(text, allow_download):
-    "(path or bytes, name) of a picture given as a string"
+    "(path or bytes, name) of a picture given as a string. Raises `BadInput`."
     if text.startswith('data:'):
-        head, comma, body = text.partition(',')
-        if not comma or not head.endswith(';base64'):
-            raise BadInput(f'{head[:60]} is not a data address of a picture: it has to hold base64 text.')
-        if len(body) > MAX_BYTES:
-            raise BadInput(f'The data address has more than the {MAX_BYTES:,} bytes allowed: resize the picture first.')
-        try:
-            return base64.b64decode(body, validate=True), 'the data address'
-        except binascii.Error:
-            raise BadInput('The data address does not hold base64 text: encode the picture again.') from None
+        return _from_data_address(text), 'the data address'
     if text.startswith(('http://', 'https://')):
         if not allow_download:
             raise BadInput(f'{text} is a web address: open_image(address, allow_download=True) fetches it.')
         return _download(text), text
     return Path(text), text
 
-# %% ../../nbs/00_core/02_images.ipynb #opened_file
+# %% ../../nbs/00_core/02_images.ipynb #damaged
 def _damaged(name, error):
-    "The refusal of a file that cannot be decoded"
-    why = (str(error).splitlines() or [type(error).__name__])[0]
-    return BadInput(f'{name} is damaged or truncated ({why[:80]}): save it again.')
+    "The `BadInput` for a file that cannot be decoded"
+    lines = str(error).splitlines() or [type(error).__name__]
+    return BadInput(f'{name} is damaged or truncated ({lines[0][:80]}): save it again.')
 
-# %% ../../nbs/00_core/02_images.ipynb #decoder
-def _open_file(file, name):
-    "A picture whose size is known and whose pixels are not read yet"
+# %% ../../nbs/00_core/02_images.ipynb #existing_file
+def _existing_file(file):
+    "A path with `~` expanded, of a regular file. Raises `FileNotFoundError` and `BadInput`."
+    try:
+        file = file.expanduser()
+        is_folder = file.is_dir()
+        exists = file.exists()
+        is_regular = file.is_file()
+    except RuntimeError:
+        raise FileNotFoundError(f'No picture at {file}: no such home folder.') from None
+    except OSError as e:
+        raise BadInput(f'{str(file)[:60]!r} is not the name of a file ({e.strerror}).') from None
+    if is_folder:
+        raise BadInput(f'{file} is a folder: give a picture file.')
+    if not exists:
+        raise FileNotFoundError(f'No picture at {file}: check the path.')
+    if not is_regular:
+        raise BadInput(f'{file} is not a regular file: give a picture file.')
+    return file
+
+# %% ../../nbs/00_core/02_images.ipynb #open_file
+def _open_file(
+    file,  # path, or open file of bytes
+    name,  # how errors call it
+):
+    "A picture whose size is known and whose pixels are not read yet. Raises `FileNotFoundError` and `BadInput`."
     if isinstance(file, Path):
-        try:
-            file = file.expanduser()
-            if file.is_dir():
-                raise BadInput(f'{file} is a folder: give a picture file.')
-            if not file.exists():
-                raise FileNotFoundError(f'No picture at {file}: check the path.')
-            if not file.is_file():
-                raise BadInput(f'{file} is not a regular file: give a picture file.')
-        except FileNotFoundError:
-            raise
-        except RuntimeError:
-            raise FileNotFoundError(f'No picture at {file}: no such home folder.') from None
-        except OSError as e:
-            raise BadInput(f'{str(file)[:60]!r} is not the name of a file ({e.strerror}).') from None
+        file = _existing_file(file)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+        warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # `_check_size` refuses these
         image, error = attempt(Image.open, file, formats=FORMATS)
     if isinstance(error, UnidentifiedImageError):
         raise BadInput(f'{name} is not a picture that Pillow can read: give a PNG or JPEG.')
@@ -153,30 +185,50 @@ def _load(image):
     image.load()
     return frames
 
-# %% ../../nbs/00_core/02_images.ipynb #as_rgb
-def _as_rgb(image, name):
-    "The pixels upright, 8 bits, opaque"
+# %% ../../nbs/00_core/02_images.ipynb #decoded
+def _decoded(image, name):
+    "The first frame with its pixels, upright. Raises `BadInput` for a damaged file; warns of what is left out."
     frames, error = attempt(_load, image)
     if error:
         raise _damaged(name, error)
     if frames > 1 and image.format != 'MPO':  # a phone's MPO is one photograph with a preview
-        warnings.warn(f'{name} has {frames} frames: the first is used.', stacklevel=4)
+        warnings.warn(f'{name} has {frames} frames: the first is used.', stacklevel=5)
     upright, error = attempt(ImageOps.exif_transpose, image)
     if error:
-        warnings.warn(f'{name} has damaged EXIF data: it is read as it is stored.', stacklevel=3)
-    else:
-        image = upright
-    if image.mode.startswith('I;16') or image.mode == 'I' and image.format == 'PNG':
+        warnings.warn(f'{name} has damaged EXIF data: it is read as it is stored.', stacklevel=4)
+        return image
+    return upright
+
+# %% ../../nbs/00_core/02_images.ipynb #on_white
+def _on_white(image):
+    "A picture with transparency as RGBA on a white ground; any other as it is"
+    if image.mode not in ('RGBA', 'LA', 'PA', 'La', 'RGBa') and 'transparency' not in image.info:
+        return image
+    image = image.convert('RGBA')
+    return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+
+# %% ../../nbs/00_core/02_images.ipynb #as_rgb
+def _as_rgb(image, name):
+    "The pixels upright, 8 bits, opaque. Raises `BadInput` where they cannot be read or their range is not known."
+    image = _decoded(image, name)
+    is_16_bit = image.mode.startswith('I;16') or image.mode == 'I' and image.format == 'PNG'
+    if is_16_bit:
         return _from_array(np.asarray(image).astype(np.uint16), name, False).convert('RGB')
     if image.mode in ('I', 'F'):
         raise BadInput(f'{name} has 32-bit values (mode {image.mode}) of unknown range: scale them to 0 to 255 first.')
-    if image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info:
-        image = image.convert('RGBA')
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    image = _on_white(image)
     try:
         return image.convert('RGB')
     except ValueError:
         raise BadInput(f"{name} has mode {image.mode}, which Pillow cannot convert: give it as RGB.") from None
+
+# %% ../../nbs/00_core/02_images.ipynb #from_tensor
+def _from_tensor(tensor, name):
+    "A torch tensor as a picture; torch is not imported here"
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point():
+        tensor = tensor.float()  # numpy has no bfloat16
+    return _from_array(tensor.numpy(), name, True)
 
 # %% ../../nbs/00_core/02_images.ipynb #unread
 def _unread(image, name, allow_download):
@@ -186,9 +238,8 @@ def _unread(image, name, allow_download):
         image, name = _from_text(image, allow_download)
     if isinstance(image, Path):
         name = image
-    if hasattr(image, 'is_floating_point'):  # a tensor; torch is not imported here
-        image = image.detach().cpu()
-        image = _from_array((image.float() if image.is_floating_point() else image).numpy(), name, True)
+    if hasattr(image, 'is_floating_point'):
+        image = _from_tensor(image, name)
     elif hasattr(image, '__array_interface__') and not isinstance(image, Image.Image):
         image = _from_array(np.asarray(image), name, False)
     if isinstance(image, (bytes, bytearray, memoryview)):
@@ -230,9 +281,12 @@ def same_picture(
     a,  # as for `open_image`
     b,  # as for `open_image`
 ) -> bool:
-    "Are two pictures the same? Files by their names, everything else by its pixels"
+    "Are two pictures the same? Files by their names, everything else by its pixels. Raises as `open_image`."
+    if a is b:
+        return True
     names = (str, Path, bytes)
-    if a is b or isinstance(a, names) and isinstance(b, names):
-        return a is b or a == b
-    a, b = open_image(a), open_image(b)
+    if isinstance(a, names) and isinstance(b, names):
+        return a == b
+    a = open_image(a)
+    b = open_image(b)
     return a.size == b.size and a.tobytes() == b.tobytes()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from ..core.errors import BadInput, NotSupported
 
-# %% ../../nbs/01_mllm/02_processor.ipynb #c013
+# %% ../../nbs/01_mllm/02_processor.ipynb #is_row
 def _is_row(v, n):
     "Does a tensor of a prompt of n rows describe rows of text, not pictures?"
     return v.ndim > 1 and v.shape[1] == n and not v.is_floating_point()
@@ -24,19 +24,22 @@ def image_inputs(
     n = inputs['input_ids'].shape[1] if 'input_ids' in inputs else -1
     return {k: v for k, v in inputs.items() if not _is_row(v, n)}
 
+# %% ../../nbs/01_mllm/02_processor.ipynb #tower
+def _tower(model):
+    "The method that runs the vision tower. Raises `NotSupported` where there is none."
+    for owner in (model, getattr(model, 'model', None)):
+        run = getattr(owner, 'get_image_features', None)
+        if run:
+            return run
+    raise NotSupported(f'{type(model).__name__} has no get_image_features, so its vision tower cannot be run alone.')
+
 # %% ../../nbs/01_mllm/02_processor.ipynb #image_features
 def image_features(
     model,  # a Hugging Face image-text model
     inputs: dict,  # tensors of a prompt
 ):  # transformers' output; see `flat`
     "Run the vision tower alone. Raises `NotSupported` where the model has no way to do so."
-    run = getattr(model, 'get_image_features', None) or getattr(
-        getattr(model, 'model', None), 'get_image_features', None
-    )
-    if run is None:
-        raise NotSupported(
-            f'{type(model).__name__} has no get_image_features, so its vision tower cannot be run alone.'
-        )
+    run = _tower(model)
     known = {*inspect.signature(run).parameters, *inspect.signature(model.forward).parameters}
     seen = {k: v for k, v in image_inputs(inputs).items() if k in known}
     if 'pixel_values_images' in seen:
@@ -44,23 +47,52 @@ def image_features(
     with torch.inference_mode():
         return run(**seen, return_dict=True)
 
+# %% ../../nbs/01_mllm/02_processor.ipynb #visual_output
+def _visual_output(features):
+    "The tensor, or list of tensors, of a tower's output that holds the visual tokens"
+    pooled = getattr(features, 'pooler_output', None)
+    if pooled is not None:
+        return pooled
+    deepstack = getattr(features, 'deepstack_features', None)
+    if deepstack:
+        return deepstack[0][1]
+    return getattr(features, 'last_hidden_state', None)
+
 # %% ../../nbs/01_mllm/02_processor.ipynb #flat
 def flat(
     features,  # from `image_features`
 ) -> torch.Tensor:  # (visual tokens, width)
     "All visual tokens below each other"
-    first = lambda k: getattr(features, k, None)
-    some = (
-        first('pooler_output')
-        if first('pooler_output') is not None
-        else first('deepstack_features')[0][1]
-        if first('deepstack_features')
-        else first('last_hidden_state')
-    )
-    return torch.cat([f.flatten(0, -2) for f in some]) if isinstance(some, (list, tuple)) else some.flatten(0, -2)
+    found = _visual_output(features)
+    if isinstance(found, (list, tuple)):
+        return torch.cat([f.flatten(0, -2) for f in found])
+    return found.flatten(0, -2)
 
 # %% ../../nbs/01_mllm/02_processor.ipynb #PLAIN
-PLAIN = "{% for m in messages %}{% for c in m['content'] %}{{ ('<image>' if c['type'] == 'image' else c['text']) + '\\n' }}{% endfor %}{% endfor %}"
+PLAIN = """\
+{% for m in messages %}{% for c in m['content'] %}\
+{{ ('<image>' if c['type'] == 'image' else c['text']) + '\\n' }}\
+{% endfor %}{% endfor %}"""
+
+# %% ../../nbs/01_mllm/02_processor.ipynb #as_tensors
+def _as_tensors(values):
+    "What an image processor gives, as tensors; entries that are no numbers are left out"
+    tensors = {}
+    for k, v in values.items():
+        if torch.is_tensor(v):
+            tensors[k] = v
+        elif np.asarray(v).dtype.kind in 'biuf':
+            tensors[k] = torch.as_tensor(np.asarray(v))
+    return tensors
+
+# %% ../../nbs/01_mllm/02_processor.ipynb #shapes_and_numbers
+def _shapes_and_numbers(tensors):
+    "What the number of visual tokens depends on: the shape of each tensor, and the entries of those of whole numbers"
+    key = []
+    for k, v in sorted(tensors.items()):
+        numbers = () if v.is_floating_point() else tuple(v.flatten().tolist())
+        key.append((k, v.shape, numbers))
+    return tuple(key)
 
 # %% ../../nbs/01_mllm/02_processor.ipynb #PlainProcessor
 class PlainProcessor:
@@ -73,50 +105,60 @@ class PlainProcessor:
         model,  # asked how many tokens a picture becomes
         chat_template: str | None = None,  # default: the tokenizer's, else pictures first and then the text
     ):
-        self.image_processor, self.tokenizer, self.model = image_processor, tokenizer, model
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        self.model = model
         self.image_token = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
         self.chat_template = chat_template or tokenizer.chat_template or PLAIN.replace('<image>', self.image_token)
         self._counts = {}  # size of a picture, or shape of what the tower gets → visual tokens
 
     def apply_chat_template(self, messages, add_generation_prompt=True, tokenize=False):
+        "The prompt as text, each picture one placeholder"
         return self.tokenizer.apply_chat_template(
             messages, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False
         )
 
-    def _count(self, im, prepare):
-        "How many visual tokens a picture becomes: its size and the settings give the shapes and whole numbers that the tower gets, and these the tokens"
-        if (size := (getattr(im, 'shape', None) or im.size, str(vars(self.image_processor)))) not in self._counts:
-            seen = prepare(im)
-            key = tuple(
-                (k, v.shape, () if v.is_floating_point() else tuple(v.flatten().tolist()))
-                for k, v in sorted(seen.items())
-            )
+    def _pixels(self, images):
+        "What the tower gets, as tensors on the CPU"
+        return _as_tensors(self.image_processor(images=images, return_tensors='pt'))
+
+    def _moved(self, tensors):
+        "Tensors on the model's device, floats in its precision"
+        own = next(self.model.parameters())
+        moved = {}
+        for k, v in tensors.items():
+            moved[k] = v.to(own.device, own.dtype) if v.is_floating_point() else v.to(own.device)
+        return moved
+
+    def _count(self, image, pixels=None):
+        "How many visual tokens a picture becomes; `pixels` is what the tower gets of it, where that is at hand"
+        size = (getattr(image, 'shape', None) or image.size, str(vars(self.image_processor)))
+        if size not in self._counts:
+            seen = self._moved(self._pixels([image]) if pixels is None else pixels)
+            key = _shapes_and_numbers(seen)
             if key not in self._counts:
                 self._counts[key] = len(flat(image_features(self.model, seen)))
             self._counts[size] = self._counts[key]
         return self._counts[size]
 
+    def _with_placeholders(self, text, counts):
+        "A text with each picture's placeholder repeated so often"
+        first, *others = text.split(self.image_token)
+        return first + ''.join(self.image_token * n + piece for n, piece in zip(counts, others))
+
+    def _types(self, ids):
+        "The tensors by which some models tell visual tokens (1) from text (0), shaped as `ids` (1, n)"
+        is_image = (ids == self.tokenizer.convert_tokens_to_ids(self.image_token)).long()
+        taken = inspect.signature(self.model.forward).parameters
+        return {k: is_image for k in ('mm_token_type_ids', 'token_type_ids') if k in taken}
+
     def __call__(self, images, text, return_tensors='pt', add_special_tokens=True):
-        own = next(self.model.parameters())
-        pixels = lambda ims: {
-            k: v if torch.is_tensor(v) else torch.as_tensor(np.asarray(v))
-            for k, v in self.image_processor(images=ims, return_tensors='pt').items()
-            if torch.is_tensor(v) or np.asarray(v).dtype.kind in 'biuf'
-        }
-        moved = lambda d: {
-            k: v.to(own.device, own.dtype) if v.is_floating_point() else v.to(own.device) for k, v in d.items()
-        }
-        pieces, seen = text.split(self.image_token), pixels(images)
-        if len(pieces) != len(images) + 1:
-            raise BadInput(
-                f'The text has {len(pieces) - 1} placeholders {self.image_token} for {len(images)} pictures.'
-            )
-        counts = [self._count(im, lambda im: moved(seen if len(images) == 1 else pixels([im]))) for im in images]
-        text = pieces[0] + ''.join(self.image_token * n + piece for n, piece in zip(counts, pieces[1:]))
+        pixels = self._pixels(images)
+        places = text.count(self.image_token)
+        if places != len(images):
+            raise BadInput(f'The text has {places} placeholders {self.image_token} for {len(images)} pictures.')
+        alone = pixels if len(images) == 1 else None
+        text = self._with_placeholders(text, [self._count(image, alone) for image in images])
         inputs = dict(self.tokenizer(text, return_tensors='pt', add_special_tokens=add_special_tokens))
         inputs.pop('token_type_ids', None)
-        is_image = (inputs['input_ids'] == self.tokenizer.convert_tokens_to_ids(self.image_token)).long()
-        types = [
-            k for k in ('mm_token_type_ids', 'token_type_ids') if k in inspect.signature(self.model.forward).parameters
-        ]
-        return inputs | seen | {k: is_image for k in types}
+        return inputs | pixels | self._types(inputs['input_ids'])
