@@ -4,5 +4,6 @@ from .errors import *
 from .files import *
 from .images import *
 from .catalog import *
+from .resources import *
 
 __all__ = [name for name in dir() if not name.startswith('_')]

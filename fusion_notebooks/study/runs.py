@@ -24,7 +24,7 @@ from ..core.errors import attempt, BadInput
 from ..results.store import canonical, digest, Store, write_atomic
 from ..results.findings import FINDINGS
 from ..results.sentences import summary_text
-from .settings import known_benchmarks, notebooks, read_settings, Settings
+from .settings import known_benchmarks, nearest, notebooks, read_settings, Settings
 from .samples import _config, check_names, find_model, revision
 from .work_units import _cause, ANALYSES, compute, failure, finish_unit_on_signal, jobs, units
 from .reports import _place, findings
@@ -64,7 +64,7 @@ def _limited(s, limit):
 
 # %% ../../nbs/13_study/07_runs.ipynb #choose
 def choose(
-    settings='settings.ini',  # path
+    settings='settings.ini',  # path; without any file the settings that come along
     quick: bool = False,  # the quick slice: [quick] overrides the other sections
     models=None,  # instead of those in the settings
     benchmarks=None,  # instead of those in the settings
@@ -72,7 +72,7 @@ def choose(
     limit: int | None = None,  # samples per kind (of a benchmark: in all), and no more to calibrate on
 ) -> Settings:
     "The settings of a run; with a limit, notebooks and figures get a folder. Raises `BadInput` for unknown names."
-    s = read_settings(settings, quick)
+    s = read_settings(nearest(settings), quick)
     s = replace(
         s,
         models=tuple(models or s.models),

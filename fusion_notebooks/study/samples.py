@@ -19,6 +19,7 @@ from .. import vqa
 from ..core.errors import BadInput
 from ..core.files import read_json
 from ..core.images import open_image
+from ..core.resources import demo_folders
 from ..results.store import Store
 from .settings import known_benchmarks, PACKAGE, Settings
 
@@ -28,14 +29,8 @@ def find_model(
     s: Settings,  # the study
 ) -> tuple:  # (what `MLLM.load` takes, name in tables)
     "Resolve a model's name from anywhere. Raises `BadInput` where it can be none of the three."
-    demo_models = 'data/models'
-    places = (
-        Path(model).expanduser(),
-        s.root / model,
-        s.root / demo_models / model,
-        PACKAGE.parent / demo_models / model,
-    )
-    for folder in places:
+    places = (Path(model).expanduser(), s.root / model, s.root / 'data/models' / model, demo_folders().get(model))
+    for folder in filter(None, places):
         if folder.is_dir():
             return str(folder.resolve()), folder.resolve().name
     if not re.fullmatch(r'[\w-]+(\.[\w-]+)*/[\w.-]+', model):
@@ -88,8 +83,7 @@ def _add_file(h, file):
 def _base_of_adapter(folder):
     "Folder or Hub id of the model that an adapter was trained on"
     base = str(read_json(folder / 'adapter_config.json', folder).get('base_model_name_or_path') or '')
-    demo = PACKAGE.parent / 'data/models' / base
-    return str(demo) if demo.is_dir() else base
+    return str(demo_folders().get(base, base))
 
 # %% ../../nbs/13_study/01_samples.ipynb #revision
 def revision(
