@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import patch
@@ -107,6 +107,8 @@ def _different(s):
     entries = {k: getattr(s, k) for k in ('calibration', 'evaluation', 'compute', 'benchmarks')}
     entries |= {k: str(getattr(s, k)) for k in ('runs', 'figures')}
     changed = {k: v for k, v in entries.items() if str(v) != str(getattr(plain, k))}
+    if s.own != plain.own:
+        changed['own'] = json.loads(json.dumps([asdict(own) for own in s.own]))
     return {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
 
 # %% ../../nbs/13_study/06_execution.ipynb #given

@@ -24,7 +24,7 @@ from ..core.errors import attempt, BadInput
 from ..results.store import canonical, digest, Store, write_atomic
 from ..results.findings import FINDINGS
 from ..results.sentences import summary_text
-from .settings import known_benchmarks, nearest, notebooks, read_settings, Settings
+from .settings import known_benchmarks, nearest, notebooks, read_settings, Settings, with_tables
 from .samples import _config, check_names, find_model, revision
 from .work_units import _cause, ANALYSES, compute, failure, finish_unit_on_signal, jobs, units
 from .reports import _place, findings
@@ -67,7 +67,7 @@ def choose(
     settings='settings.ini',  # path; without any file the settings that come along
     quick: bool = False,  # the quick slice: [quick] overrides the other sections
     models=None,  # instead of those in the settings
-    benchmarks=None,  # instead of those in the settings
+    benchmarks=None,  # instead of those in the settings; tables of one's own by their path, relative to this folder
     analyses=None,  # instead of those in the settings
     limit: int | None = None,  # samples per kind (of a benchmark: in all), and no more to calibrate on
 ) -> Settings:
@@ -79,9 +79,10 @@ def choose(
         benchmarks=tuple(benchmarks or s.benchmarks),
         analyses=tuple(analyses or s.analyses),
     )
+    s = with_tables(s, Path.cwd())
     if limit:
         s = _limited(s, limit)
-    for what, some, known in (('analysis', s.analyses, notebooks(s)), ('benchmark', s.benchmarks, known_benchmarks())):
+    for what, some, known in (('analysis', s.analyses, notebooks(s)), ('benchmark', s.benchmarks, known_benchmarks(s))):
         unknown = [name for name in some if name not in known]
         if unknown:
             raise BadInput(f"No {what} '{unknown[0]}'; known: {', '.join(known)}.")

@@ -21,7 +21,7 @@ from ..core.files import read_json
 from ..core.images import open_image
 from ..core.resources import demo_folders
 from ..results.store import Store
-from .settings import known_benchmarks, PACKAGE, Settings
+from .settings import known_benchmarks, Own, PACKAGE, Settings
 
 # %% ../../nbs/13_study/01_samples.ipynb #find_model
 def find_model(
@@ -136,8 +136,12 @@ def draw(
     seed: int = 0,  # other samples
     root=None,  # folder of the official files; None: the Hub
     family: str = '',  # config.model_type: how the questions of a benchmark are put
+    own: Own | None = None,  # the table of one's own that this benchmark is
 ) -> tuple:  # of `Sample`
     "The samples of one split. Raises `BadInput` and `OSError` for files that cannot be used."
+    if own:
+        given = dict(order='random', seed=seed, share=own.share, record=own.record)
+        return tuple(vqa.load(own.file, split, limit, **given))
     if benchmark not in known_benchmarks():
         raise BadInput(f"No benchmark '{benchmark}'; known: {', '.join(known_benchmarks())}.")
     if benchmark != 'glyph':
@@ -149,12 +153,20 @@ def draw(
 # %% ../../nbs/13_study/01_samples.ipynb #Job
 Job = namedtuple('Job', 'analysis model benchmark split')
 
+# %% ../../nbs/13_study/01_samples.ipynb #own
+def _own(job, s):
+    "The table of one's own that the benchmark of a job is, or None"
+    return next((own for own in s.own if own.name == job.benchmark), None)
+
 # %% ../../nbs/13_study/01_samples.ipynb #asked
 def _asked(job, s):
     "The arguments of `draw` for a job"
     asked = (job.benchmark, job.split, getattr(s, job.split), s.seed)
     if job.benchmark == 'glyph':
         return asked
+    own = _own(job, s)
+    if own:
+        return (*asked, None, '', own)
     folder = s.annotations / job.benchmark
     root = str(folder) if folder.is_dir() else None
     family = _config(find_model(job.model, s)[0]).get('model_type', '')
@@ -263,8 +275,10 @@ def listing(
     s: Settings,  # the study
 ) -> list:  # of [id, kind, hash of what is asked]
     "What `draw` gives, without drawing it again. Raises `BadInput` for an unknown benchmark."
-    if job.benchmark not in known_benchmarks():
-        raise BadInput(f"No benchmark '{job.benchmark}'; known: {', '.join(known_benchmarks())}.")
+    if job.benchmark not in known_benchmarks(s):
+        raise BadInput(f"No benchmark '{job.benchmark}'; known: {', '.join(known_benchmarks(s))}.")
+    if _own(job, s):
+        return _listed(job, s)  # its pictures may lie anywhere, so whether one has changed is seen by reading them
     key = dict(
         samples=list(_asked(job, s)),
         files=_official_files(s.annotations / job.benchmark),

@@ -87,7 +87,7 @@ def _common_key(job, s, compute):
         dataset=job.benchmark,
         split=job.split,
         seed=s.seed,
-        metric=known_benchmarks()[job.benchmark],
+        metric=known_benchmarks(s)[job.benchmark],
         code=code_of(f'core mllm metrics {a.modules}', a.rows),
         package=version('fusion_notebooks'),
         transformers=version('transformers'),
@@ -327,8 +327,8 @@ def _job_of(analysis, model, benchmark, split, s):
     if split not in ('calibration', 'evaluation'):
         raise BadInput(f"No split '{split}'; known: calibration, evaluation.")
     benchmark = benchmark or s.benchmarks[0]
-    if benchmark not in known_benchmarks():
-        raise BadInput(f"No benchmark '{benchmark}'; known: {', '.join(known_benchmarks())}.")
+    if benchmark not in known_benchmarks(s):
+        raise BadInput(f"No benchmark '{benchmark}'; known: {', '.join(known_benchmarks(s))}.")
     return Job(analysis, model, benchmark, split)
 
 # %% ../../nbs/13_study/03_work_units.ipynb #rows_of
