@@ -220,7 +220,7 @@ def study(
     from fusion_notebooks.study import choose, run, status
 
     s = choose(settings, quick, models, benchmarks, analyses, limit)
-    if not s.file.exists():
+    if s.bare:
         print(
             f'No settings.ini here, so the settings of the package count; everything goes to {s.root}.', file=sys.stderr
         )

@@ -99,3 +99,12 @@ def test_sections_are_refused_in_a_sentence(table, section, said):
     with pytest.raises(BadInput, match=said) as e:
         study.read_settings(table.parent / 'settings.ini')
     assert '\n' not in str(e.value)
+
+
+def test_a_study_from_python_without_any_settings(table, monkeypatch):
+    monkeypatch.chdir(table.parent)
+    report = study.run(models=['glyph-llava'], benchmarks=['mine.jsonl'], analyses=['attention'], figures=False)
+    assert report.code == 0
+    s = study.choose(models=['glyph-llava'], benchmarks=['mine.jsonl'])
+    rows = study.require('attention', 'glyph-llava', settings=s, compute=False)
+    assert {*rows.dataset} == {'mine'} and s.results == table.parent / 'data/results'

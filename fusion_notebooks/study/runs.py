@@ -299,9 +299,10 @@ def run(
     scheduler: str | None = None,  # address of a Dask scheduler instead
     rows: bool = True,  # compute rows; False draws the figures of those that are there
     figures: bool = True,  # run the notebooks; False: for the tasks of an array, each does what the others leave
+    benchmarks=None,  # instead of those in the settings, see `choose`
 ) -> Report:
     "The whole study, with a summary per model. Raises `BadInput` for settings, `OSError` where rows cannot be kept."
-    s = settings if isinstance(settings, Settings) else choose(settings, quick, models, None, analyses)
+    s = settings if isinstance(settings, Settings) else choose(settings, quick, models, benchmarks, analyses)
     report = Report([], {})
     names = _models_found(s, report)
     if figures:

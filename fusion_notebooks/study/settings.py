@@ -66,6 +66,7 @@ class Settings:
     quick: bool = False  # the quick slice
     compute: bool = True  # False: only rows that are there
     own: tuple = ()  # of `Own`: the tables among the benchmarks
+    bare: bool = False  # there is no settings.ini: those that come along count
 
     @property
     def root(self):
@@ -75,7 +76,7 @@ class Settings:
     @property
     def source(self):
         "What `read_settings` takes to find the same file, or none in the same folder"
-        return str(self.file) if self.file.exists() else dict(folder=str(self.root))
+        return dict(folder=str(self.root)) if self.bare else str(self.file)
 
 # %% ../../nbs/13_study/00_settings.ipynb #keys
 FOLDERS = ('results', 'runs', 'figures', 'annotations')
@@ -248,7 +249,8 @@ def read_settings(
     "Read and check the study. Raises `BadInput` for anything unknown, with what is known."
     quick = as_flag(quick, 'quick')
     override = dict(path) if isinstance(path, dict) else dict(file=path)
-    if 'folder' in override:
+    bare = 'folder' in override
+    if bare:
         file, text = Path(override.pop('folder')) / 'settings.ini', resource('data/project/settings.ini')
     else:
         file = text = find_settings(override.pop('file'))
@@ -260,7 +262,7 @@ def read_settings(
         entries[key] = tuple(value) if isinstance(value, list) else value
     if 'own' in override:
         entries['own'] = tuple(map(_own_again, override['own']))
-    s = with_tables(Settings(file, **entries, quick=quick), file.parent)
+    s = with_tables(Settings(file, **entries, quick=quick, bare=bare), file.parent)
     s = replace(s, **{key: file.parent / getattr(s, key) for key in FOLDERS})
     for key, known in dict(benchmarks=known_benchmarks(s), analyses=notebooks(s)).items():
         unknown = [name for name in getattr(s, key) if name not in known]
