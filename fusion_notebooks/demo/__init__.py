@@ -12,5 +12,6 @@ from .lessons import *
 from .stages import *
 from .evaluation import *
 from .shipped import *
+from .fetching import *
 
 __all__ = [name for name in dir() if not name.startswith('_')]

@@ -13,6 +13,7 @@ import torch
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from ..core.errors import BadInput
+from ..core.resources import model_home
 from ..mllm.processor import PlainProcessor
 from ..mllm.handle import MLLM
 from .scenes import FIRST_SEED
@@ -335,8 +336,9 @@ def _copy_log(folder, out):
 def train(
     name: str = 'glyph-llava',  # a key of `MODELS`
     device: str = 'cpu',  # or cuda
-    folder: Path | None = None,  # working folder; default data/runs/train/<name>
-    out: Path | None = None,  # where the model goes; default data/models/<name>
+    folder: Path
+    | None = None,  # working folder; default data/runs/train/<name> of a clone, else beside the user's models
+    out: Path | None = None,  # where the model goes; default `model_home()`/<name>
     hardware: str | None = None,  # for the card; default: number of CPU cores or the GPU's model
     n: int = 1000,  # evaluation questions per kind for the card
 ):
@@ -344,10 +346,9 @@ def train(
     if name not in MODELS:
         raise BadInput(f"No demo model '{name}': choose one of {', '.join(MODELS)}.")
     from fusion_notebooks.mllm import MLLM
-    from fusion_notebooks.mllm.loading import demo_models
 
-    folder = Path(folder or demo_models().parent / 'runs' / 'train' / name)
-    out = Path(out or demo_models() / name)
+    folder = Path(folder or model_home().parent / 'runs' / 'train' / name)
+    out = Path(out or model_home() / name)
     trainer = Trainer(folder, MODELS[name], device)
     trainer.run()
     _save_trained(trainer, out)

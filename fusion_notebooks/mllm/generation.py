@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from fastcore.basics import patch
 from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path
 from ..core.errors import BadInput
+from ..core.resources import resource
 from .handle import Answer, MLLM, Prompt
 from .batching import in_batches
 
@@ -229,12 +229,14 @@ def answers(
 
 # %% ../../nbs/01_mllm/07_generation.ipynb #commit
 def _commit():
-    "The commit of this package's clone, '' outside one"
+    "The commit of this package's clone, '' where it is installed, be it in a folder that git knows"
+    folder = resource('')
+    if not (folder / '.git').exists():
+        return ''
+    git = ['git', 'rev-parse', '--short', 'HEAD']
     try:
-        folder = Path(__file__).parent
-        git = ['git', 'rev-parse', '--short', 'HEAD']
         return subprocess.run(git, capture_output=True, text=True, cwd=folder).stdout.strip()
-    except (OSError, NameError):  # no git; in a notebook there is no __file__
+    except OSError:  # no git
         return ''
 
 # %% ../../nbs/01_mllm/07_generation.ipynb #provenance

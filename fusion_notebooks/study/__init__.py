@@ -9,5 +9,6 @@ from .reports import *
 from .workers import *
 from .execution import *
 from .runs import *
+from .projects import *
 
 __all__ = [name for name in dir() if not name.startswith('_')]

@@ -15,7 +15,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import patch
@@ -112,19 +112,23 @@ def _write_record(file, inputs, analysis, name, s):
 # %% ../../nbs/13_study/06_execution.ipynb #different
 def _different(s):
     "The entries of the settings that differ from the file, as JSON values"
-    plain = read_settings(s.file, s.quick)
+    plain = read_settings(s.source, s.quick)
     entries = {k: getattr(s, k) for k in ('calibration', 'evaluation', 'compute', 'benchmarks')}
     entries |= {k: str(getattr(s, k)) for k in ('runs', 'figures')}
     changed = {k: v for k, v in entries.items() if str(v) != str(getattr(plain, k))}
+    if s.own != plain.own:
+        changed['own'] = json.loads(json.dumps([asdict(own) for own in s.own]))
     return {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
 
 # %% ../../nbs/13_study/06_execution.ipynb #given
 def _given(where, s):
     "The parameters of a notebook: the model or models, and the settings"
     changed = _different(s)
-    settings = changed | dict(file=str(s.file)) if changed else str(s.file)
+    source = s.source
+    if changed:
+        source = changed | (source if isinstance(source, dict) else dict(file=source))
     model = 'models' if isinstance(where, list) else 'model'
-    return {'settings': settings, 'quick': s.quick, model: where}
+    return {'settings': source, 'quick': s.quick, model: where}
 
 # %% ../../nbs/13_study/06_execution.ipynb #environment
 def _environment(where):

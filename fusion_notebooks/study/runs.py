@@ -26,7 +26,7 @@ from ..core.limits import end_with_parent
 from ..results.store import canonical, digest, Store, write_atomic
 from ..results.findings import FINDINGS
 from ..results.sentences import summary_text
-from .settings import known_benchmarks, notebooks, read_settings, Settings
+from .settings import known_benchmarks, nearest, notebooks, read_settings, Settings, with_tables
 from .samples import _config, check_names, find_model, revision
 from .work_units import _cause, ANALYSES, compute, failure, finish_unit_on_signal, jobs, units
 from .reports import _place, findings
@@ -66,24 +66,25 @@ def _limited(s, limit):
 
 # %% ../../nbs/13_study/07_runs.ipynb #choose
 def choose(
-    settings='settings.ini',  # path
+    settings='settings.ini',  # path; without any file the settings that come along
     quick: bool = False,  # the quick slice: [quick] overrides the other sections
     models=None,  # instead of those in the settings
-    benchmarks=None,  # instead of those in the settings
+    benchmarks=None,  # instead of those in the settings; tables of one's own by their path, relative to this folder
     analyses=None,  # instead of those in the settings
     limit: int | None = None,  # samples per kind (of a benchmark: in all), and no more to calibrate on
 ) -> Settings:
     "The settings of a run; with a limit, notebooks and figures get a folder. Raises `BadInput` for unknown names."
-    s = read_settings(settings, quick)
+    s = read_settings(nearest(settings), quick)
     s = replace(
         s,
         models=tuple(models or s.models),
         benchmarks=tuple(benchmarks or s.benchmarks),
         analyses=tuple(analyses or s.analyses),
     )
+    s = with_tables(s, Path.cwd())
     if limit:
         s = _limited(s, limit)
-    for what, some, known in (('analysis', s.analyses, notebooks(s)), ('benchmark', s.benchmarks, known_benchmarks())):
+    for what, some, known in (('analysis', s.analyses, notebooks(s)), ('benchmark', s.benchmarks, known_benchmarks(s))):
         unknown = [name for name in some if name not in known]
         if unknown:
             raise BadInput(f"No {what} '{unknown[0]}'; known: {', '.join(known)}.")
@@ -307,9 +308,10 @@ def run(
     scheduler: str | None = None,  # address of a Dask scheduler instead
     rows: bool = True,  # compute rows; False draws the figures of those that are there
     figures: bool = True,  # run the notebooks; False: for the tasks of an array, each does what the others leave
+    benchmarks=None,  # instead of those in the settings, see `choose`
 ) -> Report:
     "The whole study, with a summary per model. Raises `BadInput` for settings, `OSError` where rows cannot be kept."
-    s = settings if isinstance(settings, Settings) else choose(settings, quick, models, None, analyses)
+    s = settings if isinstance(settings, Settings) else choose(settings, quick, models, benchmarks, analyses)
     report = Report([], {})
     names = _models_found(s, report)
     if figures:

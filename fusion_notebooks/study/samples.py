@@ -20,8 +20,9 @@ from .. import vqa
 from ..core.errors import BadInput
 from ..core.files import read_json
 from ..core.images import open_image
+from ..core.resources import demo_folders
 from ..results.store import Store
-from .settings import known_benchmarks, PACKAGE, Settings
+from .settings import known_benchmarks, Own, PACKAGE, Settings
 
 # %% ../../nbs/13_study/01_samples.ipynb #find_model
 def find_model(
@@ -29,14 +30,13 @@ def find_model(
     s: Settings,  # the study
 ) -> tuple:  # (what `MLLM.load` takes, name in tables)
     "Resolve a model's name from anywhere. Raises `BadInput` where it can be none of the three."
-    demo_models = 'data/models'
     places = (
         Path(os.path.expanduser(model)),
         s.root / model,
-        s.root / demo_models / model,
-        PACKAGE.parent / demo_models / model,
+        s.root / 'data/models' / model,
+        demo_folders().get(model),
     )
-    for folder in places:
+    for folder in filter(None, places):
         if folder.is_dir():
             return str(folder.resolve()), folder.resolve().name
     if not re.fullmatch(r'[\w-]+(\.[\w-]+)*/[\w.-]+', model):
@@ -89,8 +89,7 @@ def _add_file(h, file):
 def _base_of_adapter(folder):
     "Folder or Hub id of the model that an adapter was trained on"
     base = str(read_json(folder / 'adapter_config.json', folder).get('base_model_name_or_path') or '')
-    demo = PACKAGE.parent / 'data/models' / base
-    return str(demo) if demo.is_dir() else base
+    return str(demo_folders().get(base, base))
 
 # %% ../../nbs/13_study/01_samples.ipynb #revision
 def revision(
@@ -143,8 +142,12 @@ def draw(
     seed: int = 0,  # other samples
     root=None,  # folder of the official files; None: the Hub
     family: str = '',  # config.model_type: how the questions of a benchmark are put
+    own: Own | None = None,  # the table of one's own that this benchmark is
 ) -> tuple:  # of `Sample`
     "The samples of one split. Raises `BadInput` and `OSError` for files that cannot be used."
+    if own:
+        given = dict(order='random', seed=seed, share=own.share, record=own.record)
+        return tuple(vqa.load(own.file, split, limit, **given))
     if benchmark not in known_benchmarks():
         raise BadInput(f"No benchmark '{benchmark}'; known: {', '.join(known_benchmarks())}.")
     if benchmark != 'glyph':
@@ -156,12 +159,20 @@ def draw(
 # %% ../../nbs/13_study/01_samples.ipynb #Job
 Job = namedtuple('Job', 'analysis model benchmark split')
 
+# %% ../../nbs/13_study/01_samples.ipynb #own
+def _own(job, s):
+    "The table of one's own that the benchmark of a job is, or None"
+    return next((own for own in s.own if own.name == job.benchmark), None)
+
 # %% ../../nbs/13_study/01_samples.ipynb #asked
 def _asked(job, s):
     "The arguments of `draw` for a job"
     asked = (job.benchmark, job.split, getattr(s, job.split), s.seed)
     if job.benchmark == 'glyph':
         return asked
+    own = _own(job, s)
+    if own:
+        return (*asked, None, '', own)
     folder = s.annotations / job.benchmark
     root = str(folder) if folder.is_dir() else None
     family = _config(find_model(job.model, s)[0]).get('model_type', '')
@@ -270,8 +281,10 @@ def listing(
     s: Settings,  # the study
 ) -> list:  # of [id, kind, hash of what is asked]
     "What `draw` gives, without drawing it again. Raises `BadInput` for an unknown benchmark."
-    if job.benchmark not in known_benchmarks():
-        raise BadInput(f"No benchmark '{job.benchmark}'; known: {', '.join(known_benchmarks())}.")
+    if job.benchmark not in known_benchmarks(s):
+        raise BadInput(f"No benchmark '{job.benchmark}'; known: {', '.join(known_benchmarks(s))}.")
+    if _own(job, s):
+        return _listed(job, s)  # its pictures may lie anywhere, so whether one has changed is seen by reading them
     key = dict(
         samples=list(_asked(job, s)),
         files=_official_files(s.annotations / job.benchmark),

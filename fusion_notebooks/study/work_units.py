@@ -27,7 +27,7 @@ from ..core import catalog
 from ..core.errors import attempt, BadInput
 from ..results.claims import excuse_claims
 from ..results.store import digest, Store
-from .settings import known_benchmarks, read_settings, Settings
+from .settings import known_benchmarks, nearest, read_settings, Settings
 from .samples import _asked, code_of, draw, find_model, Job, listing, load, revision
 
 # %% ../../nbs/13_study/03_work_units.ipynb #calibrated
@@ -87,7 +87,7 @@ def _common_key(job, s, compute):
         dataset=job.benchmark,
         split=job.split,
         seed=s.seed,
-        metric=known_benchmarks()[job.benchmark],
+        metric=known_benchmarks(s)[job.benchmark],
         code=code_of(f'core mllm metrics {a.modules}', a.rows),
         package=version('fusion_notebooks'),
         transformers=version('transformers'),
@@ -327,8 +327,8 @@ def _job_of(analysis, model, benchmark, split, s):
     if split not in ('calibration', 'evaluation'):
         raise BadInput(f"No split '{split}'; known: calibration, evaluation.")
     benchmark = benchmark or s.benchmarks[0]
-    if benchmark not in known_benchmarks():
-        raise BadInput(f"No benchmark '{benchmark}'; known: {', '.join(known_benchmarks())}.")
+    if benchmark not in known_benchmarks(s):
+        raise BadInput(f"No benchmark '{benchmark}'; known: {', '.join(known_benchmarks(s))}.")
     return Job(analysis, model, benchmark, split)
 
 # %% ../../nbs/13_study/03_work_units.ipynb #rows_of
@@ -436,6 +436,8 @@ def calibrations(
     "What the study here found out about a model, and what its quick slice did; nothing where there are no settings, or none for this model"
     for quick in (False, True):
         try:
-            yield (s := read_settings(quick=quick)), calibrate(model, settings=s, compute=False)
+            s = read_settings(nearest(), quick)
+            there = any(s.results.glob('*.parquet'))  # or the samples would be drawn to look for nothing
+            yield s, calibrate(model, settings=s, compute=False) if there else None
         except (ValueError, FileNotFoundError):
             pass

@@ -218,9 +218,10 @@ def load(
     family: str = '',  # config.model_type: how the question is put, see `PROMPTS`
     share: float = 0.2,  # of the pictures that calibrate
     cache=None,  # what came from the Hub; default ~/.cache/fusion_notebooks
+    record=None,  # of a table of your own with other columns, metric or prompt: see `own_table`
 ) -> list:  # of `Sample`
     "The samples of a benchmark. Raises `BadInput` and `OSError` with file and row."
-    b = benchmark(name)
+    b = record or benchmark(name)
     _check_choice('split', split, ('calibration', 'evaluation', 'all'))
     _check_choice('order', order, ('first', 'random'))
     if limit is not None and (type(limit) is not int or limit < 1):
