@@ -48,7 +48,7 @@ docs/_build/html/index.html: $(shell find nbs docs fusion_notebooks figures \( -
 readme: .venv/installed
 	$(BIN)/nbdev-clean --fname nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb --stdout \
-	    | awk '/^```/ {if (!open && $$0 == "```") $$0 = "```python"; open = !open} {gsub(/\.\.\//, ""); print}' > README.md.tmp
+	    | awk '/^```/ {if (!open && $$0 == "```") $$0 = "```python"; open = !open} {gsub(/\.\.\//, ""); print}' | cat -s > README.md.tmp
 	mv README.md.tmp README.md
 
 .venv/installed: pyproject.toml constraints.txt

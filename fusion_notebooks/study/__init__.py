@@ -1,11 +1,12 @@
 """From settings.ini to rows, figures and a summary."""
 
-from ..results import FINDINGS, percent, summary_text
+from ..results import brief_text, differing, FINDINGS, percent, summary_text
 from .settings import *
 from .samples import *
 from ..analyses import *
 from .work_units import *
 from .reports import *
+from .run_pages import *
 from .workers import *
 from .execution import *
 from .runs import *

@@ -25,11 +25,12 @@ from ..core.errors import attempt, BadInput
 from ..core.limits import end_with_parent
 from ..results.store import canonical, digest, Store, write_atomic
 from ..results.findings import FINDINGS
-from ..results.sentences import summary_text
+from ..results.sentences import brief_text
 from .settings import known_benchmarks, nearest, notebooks, read_settings, Settings, with_tables
 from .samples import _config, check_names, find_model, revision
 from .work_units import _cause, ANALYSES, compute, failure, finish_unit_on_signal, jobs, units
 from .reports import _place, findings
+from .run_pages import run_page
 from .workers import _gpus, _pinned, on_cluster, on_workers, work
 from .execution import _stands, execute, takes_all_models
 
@@ -245,7 +246,7 @@ def _summarise(where, name, s):
     found = pd.read_csv(file, dtype=dict(layers=str))
     said = f'No rows of {", ".join(FINDINGS)} yet: what was computed stands in its tables and its notebook.'
     if len(found):
-        said = summary_text(found)
+        said = brief_text(found)
     print(f'\n{_title(name, s)}\n{said}\n')
     print(f'figures and summary.csv: {os.path.relpath(file.parent)}')
     print(f'executed notebooks: {os.path.relpath(s.runs / name)}')
@@ -324,6 +325,8 @@ def run(
     if figures:
         _for_each(s, names, [a for a in s.analyses if a not in about_all], workers, report)
         _for_all(s, list(names), about_all if names else [], report)
+    if report.done:
+        print(f'all of it on one page: {os.path.relpath(run_page(s))}', flush=True)
     for (model, analysis), cause in report.failed.items():
         print(f'FAILED {model} · {analysis}: {cause}', file=sys.stderr)
     return report
