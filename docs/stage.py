@@ -27,9 +27,7 @@ class run_all(exec_show_docs):
         super().begin()
         room = next((c.directives_['default_exp'] for c in self.nb.cells if 'default_exp' in c.directives_), '')
         name = f'fusion_notebooks.{room}' if room in ROOMS else '__main__'
-        self.k.run_cell(
-            f'from importlib import import_module as _load; exported_room = _load({name!r})'
-        )
+        self.k.run_cell(f'from importlib import import_module as _load; exported_room = _load({name!r})')
 
     def __call__(self, cell):
         if cell.cell_type != 'code' or cell.directives_.get('eval') == 'false':
@@ -240,7 +238,8 @@ def drawing() -> list:  # names
     return [
         n
         for n in plots.__all__
-        if inspect.isfunction(f := getattr(plots, n)) and inspect.signature(f).return_annotation is plots.style.plt.Figure
+        if inspect.isfunction(f := getattr(plots, n))
+        and inspect.signature(f).return_annotation is plots.style.plt.Figure
     ]
 
 
@@ -469,6 +468,8 @@ def launch() -> str:  # Markdown; '' while nobody has said where the repository 
 
 # The site
 
+ABOUT = 'CONTRIBUTING.md', 'CHANGELOG.md', 'SECURITY.md'  # beside the README
+
 
 def cores() -> int:  # that this process may use
     if hasattr(os, 'sched_getaffinity'):
@@ -506,14 +507,15 @@ def stage(
         if not re.search(r'/[._]', str(p.relative_to(ROOT)))
     }
     pages |= {p.relative_to(ROOT): p.read_text() for p in sorted((ROOT / 'data/models').glob('*/README.md'))}
-    if (ROOT / 'CHANGELOG.md').exists():
-        pages[Path('CHANGELOG.md')] = (ROOT / 'CHANGELOG.md').read_text()
+    pages |= {Path(name): (ROOT / name).read_text() for name in ABOUT if (ROOT / name).exists()}
     shutil.copytree(
         ROOT / 'figures', out / 'figures', ignore=shutil.ignore_patterns('*.csv', '*.pdf', '*.json', '*.md', '*.tex')
     )  # tables have pages of their own
     shutil.copytree(ROOT / 'figures', out / '_files/figures', ignore=shutil.ignore_patterns('*.csv', '*.png'))
     extra = {Path(f'{name}.md'): text for name, text in tables()} | {
-        Path('gallery.md'): gallery(out, [c for p, nb in books.items() if p.parent.name == '12_plots' for c in nb.cells]),
+        Path('gallery.md'): gallery(
+            out, [c for p, nb in books.items() if p.parent.name == '12_plots' for c in nb.cells]
+        ),
         Path('api.md'): api(books),
     }
     if (ROOT / 'CITATION.cff').exists():
@@ -546,9 +548,7 @@ def stage(
     for path, text in [*pages.items(), *extra.items()]:
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         (out / path).write_text(
-            links(text, path, path, out, targets)
-            if path in pages and path.parts[0] in ('data', 'CHANGELOG.md')
-            else text
+            links(text, path, path, out, targets) if path in pages and path.parts[0] in ('data', *ABOUT) else text
         )
 
 
@@ -564,7 +564,8 @@ def contents(
     first, beside = (
         [p for p in (f'nbs/guides/{name}',) if Path(f'{p}.ipynb') in books] for name in ('tutorial', 'comparison')
     )
-    named = {'index', 'interactive', 'gallery', 'api', 'citation', 'CHANGELOG', 'methods', 'matrix'}
+    named = {'index', 'interactive', 'gallery', 'api', 'citation', 'methods', 'matrix', 'security'}
+    named |= {Path(name).stem for name in ABOUT}
     parts = {
         'Start': ['Overview <overview>'] + first + there('Try it here <interactive>', 'gallery') + beside,
         'Guides': [p for p in some('nbs/guides/', books) if p not in first + beside],
@@ -574,7 +575,13 @@ def contents(
         'Numbers': there('methods', 'matrix')
         + [p for p in some('(?!errors/|data/)', pages) if p not in named]
         + [f'Model card of {Path(p).parent.name} <{p}>' for p in some('data/', pages)],
-        'About': there('Changelog <CHANGELOG>', 'citation'),
+        'About': there(
+            'Contributing <CONTRIBUTING>',
+            'Changelog <CHANGELOG>',
+            'Security <SECURITY>',
+            'Attacks and what they did <security>',
+            'citation',
+        ),
     }
     return '\n\n'.join(
         f'```{{toctree}}\n:hidden:\n:caption: {name}\n\n' + '\n'.join(names) + '\n```'
