@@ -30,10 +30,11 @@ def _figure(
     file: Path,  # a picture
     page: Path,  # folder of the page
 ) -> str:  # HTML
-    "A figure that is loaded when it is unfolded"
+    "A figure that is loaded when it is unfolded; the two that say most are open"
     to = quote(Path(os.path.relpath(file, page)).as_posix())
     name = escape(file.stem)
-    return f'<details><summary>{name}</summary><img loading="lazy" src="{to}" alt="figure {name}"></details>'
+    opened = ' open' if file.stem in ('masking', 'refine') else ''
+    return f'<details{opened}><summary>{name}</summary><img loading="lazy" src="{to}" alt="figure {name}"></details>'
 
 # %% ../../nbs/13_study/02_run_pages.ipynb #found_in_words
 def _found_in_words(
