@@ -107,23 +107,18 @@ def _some(names):
 
 # %% ../../nbs/01_mllm/10_loading.ipynb #complete
 def _check_complete(name, info):
-    "Refuse missing weights, and name those that the model has no place for"
-    lacking = {*info['missing_keys'], *(key[0] if isinstance(key, tuple) else key for key in info['mismatched_keys'])}
+    "Raises `BadInput` for missing weights; warns of those that the model has no place for"
+    mismatched = [key[0] if isinstance(key, tuple) else key for key in info['mismatched_keys']]
+    lacking = {*info['missing_keys'], *mismatched}
+    spare = info['unexpected_keys']
     if lacking:
-        others = (
-            f"; they hold others that it has no place for ({_some(info['unexpected_keys'])})"
-            if info['unexpected_keys']
-            else ''
-        )
+        others = f'; they hold others that it has no place for ({_some(spare)})' if spare else ''
         raise BadInput(
-            f"{name}: its files lack weights that the model needs, or have them in another shape ({_some(lacking)}){others}: "
-            'they would be random; save the whole model in the layout of transformers.'
+            f'{name}: its files lack weights that the model needs, or have them in another shape ({_some(lacking)})'
+            f'{others}: they would be random; save the whole model in the layout of transformers.'
         )
-    if info['unexpected_keys']:
-        warnings.warn(
-            f"{name}: its files hold weights that the model has no place for ({_some(info['unexpected_keys'])}).",
-            stacklevel=3,
-        )
+    if spare:
+        warnings.warn(f'{name}: its files hold weights that the model has no place for ({_some(spare)}).', stacklevel=3)
 
 # %% ../../nbs/01_mllm/10_loading.ipynb #check_quantized
 def _check_quantized(name, packed, model):
@@ -218,6 +213,41 @@ def _device(name):
         raise NotSupported(f"The device '{name}' is not there, or this PyTorch has no support for it: give cpu.")
     return device
 
+# %% ../../nbs/01_mllm/10_loading.ipynb #is_adapter
+def _is_adapter(path):
+    "Does a folder hold an adapter without its model?"
+    return path and (path / 'adapter_config.json').exists() and not (path / 'config.json').exists()
+
+# %% ../../nbs/01_mllm/10_loading.ipynb #base_model
+def _base_model(path):
+    "The name of the model that an adapter's folder belongs to. Raises `BadInput` where it names none."
+    base = str(read_json(path / 'adapter_config.json', path).get('base_model_name_or_path') or '')
+    if not base:
+        raise BadInput(f'{path}: its adapter_config.json names no base model: load that one, and wrap it with peft.')
+    return base
+
+# %% ../../nbs/01_mllm/10_loading.ipynb #read_quietly
+def _read_model(
+    name,  # as the user gave it
+    path,  # its folder; None: on the Hub
+    device,  # where it goes
+    dtype,  # None: bfloat16 on CUDA, float32 elsewhere
+    common,  # arguments of every `from_pretrained`
+    kw,  # further arguments of the model's
+):
+    "(model on its device, processor), the gate of a planted model in place. Raises `BadInput` and `OSError`."
+    dtype = dtype or (torch.bfloat16 if device.type == 'cuda' else torch.float32)
+    with _quiet():
+        read, error = attempt(_read, name, str(path or name), common, dtype, kw)
+    if error:
+        _refuse(name, error)
+    model, processor = read
+    if 'device_map' not in kw:
+        model = model.to(device)
+    if path and (path / 'gate.safetensors').exists():
+        _read_gate(model, path)
+    return model, processor
+
 # %% ../../nbs/01_mllm/10_loading.ipynb #load
 @patch(cls_method=True)
 def load(
@@ -229,37 +259,24 @@ def load(
     revision: str | None = None,  # of the Hub
     **kw,  # further arguments of `from_pretrained`
 ):  # MLLM
-    "Load a model whose weights are complete, from safetensors only. Raises `BadInput` and `OSError` with what is missing."
+    "Load a model whose weights are complete, safetensors only. Raises `BadInput` and `OSError` with what is missing."
     device, path = _device(device), find_folder(name_or_path)
-    if 'torch_dtype' in kw:
-        dtype = kw.pop('torch_dtype') if dtype is None else dtype
-        kw.pop('torch_dtype', None)
-    if path and (path / 'adapter_config.json').exists() and not (path / 'config.json').exists():
-        base = str(read_json(path / 'adapter_config.json', path).get('base_model_name_or_path') or '')
-        if not base:
-            raise BadInput(
-                f'{path}: its adapter_config.json names no base model: load that one, and wrap it with peft.'
-            )
-        mllm = cls.load(base, device, dtype, trust_remote_code, revision, **kw)
-        _with_adapter(mllm.model, path)
-        found = cls(mllm.model, mllm.processor, path.name)
-        found.path, found.revision = path, revision
-        return found
-    if path:
-        _check_folder(path, trust_remote_code)
-    dtype = dtype or (torch.bfloat16 if device.type == 'cuda' else torch.float32)
-    common = dict(trust_remote_code=trust_remote_code, revision=revision or 'main', local_files_only=path is not None)
-    with _quiet():
-        read, error = attempt(_read, name_or_path, str(path or name_or_path), common, dtype, kw)
-    if error:
-        _refuse(name_or_path, error)
-    model, processor = read
-    if 'device_map' not in kw:
-        model = model.to(device)
-    if path and (path / 'gate.safetensors').exists():
-        _read_gate(model, path)
-    mllm, error = attempt(cls, model, processor, path.name if path else str(name_or_path))
-    if error:  # a config can say anything
-        _refuse(name_or_path, error)
-    mllm.path, mllm.revision = path, revision
+    torch_dtype = kw.pop('torch_dtype', None)
+    dtype = torch_dtype if dtype is None else dtype
+    if _is_adapter(path):
+        base = cls.load(_base_model(path), device, dtype, trust_remote_code, revision, **kw)
+        _with_adapter(base.model, path)
+        mllm = cls(base.model, base.processor, path.name)
+    else:
+        if path:
+            _check_folder(path, trust_remote_code)
+        common = dict(
+            trust_remote_code=trust_remote_code, revision=revision or 'main', local_files_only=path is not None
+        )
+        model, processor = _read_model(name_or_path, path, device, dtype, common, kw)
+        mllm, error = attempt(cls, model, processor, path.name if path else str(name_or_path))
+        if error:  # a config can say anything
+            _refuse(name_or_path, error)
+    mllm.path = path
+    mllm.revision = revision
     return mllm

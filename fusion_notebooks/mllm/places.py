@@ -229,24 +229,39 @@ def _pitch(centres, side):
         return (centres[-1] - centres[0]) / (len(centres) - 1)
     return side or 1.0
 
-# %% ../../nbs/01_mllm/05_places.ipynb #grid
-def _grid(t, i, j, size):
-    "The `Grid` of the tokens i to j. Raises `NotSupported` where they form none"
-    w = int((abs(t.y[i:j] - t.y[i]) < t.down[i]).sum())
-    if (j - i) % w:
-        raise NotSupported(f'{j - i} tokens in rows of {w} form no grid')
-    x, y, first = t.x[i:j], t.y[i:j], t.boxes[i]
-    dx = _pitch(x[:w], first[2] - first[0])
-    dy = _pitch(y[::w], first[3] - first[1])
-    shares = np.stack([x - dx / 2, y - dy / 2, x + dx / 2, y + dy / 2], 1).clip(0, 1)
-    boxes = (shares * [*size, *size]).round(1)
+# %% ../../nbs/01_mllm/05_places.ipynb #pitches
+def _pitches(t, i, j, columns):
+    "(across, down) how far the tokens i to j lie apart, as shares of the picture's sides"
+    left, top, right, bottom = t.boxes[i]
+    return _pitch(t.x[i : i + columns], right - left), _pitch(t.y[i:j:columns], bottom - top)
+
+# %% ../../nbs/01_mllm/05_places.ipynb #boxes_around
+def _boxes_around(x, y, pitches, size):
+    "(n, 4) boxes around n centres, in pixels of a picture of a size, clipped to it"
+    half_across = pitches[0] / 2
+    half_down = pitches[1] / 2
+    shares = np.stack([x - half_across, y - half_down, x + half_across, y + half_down], 1).clip(0, 1)
+    return (shares * [*size, *size]).round(1)
+
+# %% ../../nbs/01_mllm/05_places.ipynb #covered
+def _covered(boxes):
+    "Pixels that boxes cover together. Raises `NotSupported` where they overlap."
     left, top = boxes[:, :2].min(0)
     right, bottom = boxes[:, 2:].max(0)
     area = (right - left) * (bottom - top)
     if np.prod(boxes[:, 2:] - boxes[:, :2], 1).sum() > 1.1 * area:
         raise NotSupported('their boxes overlap')
-    kept = float(area / (size[0] * size[1]))
-    return Grid(t.ids[i:j], (j - i) // w, w, boxes, size, kept, int(t.image[i]))
+    return area
+
+# %% ../../nbs/01_mllm/05_places.ipynb #grid
+def _grid(t, i, j, size):
+    "The `Grid` of the tokens i to j. Raises `NotSupported` where they form none."
+    columns = int((abs(t.y[i:j] - t.y[i]) < t.down[i]).sum())
+    if (j - i) % columns:
+        raise NotSupported(f'{j - i} tokens in rows of {columns} form no grid')
+    boxes = _boxes_around(t.x[i:j], t.y[i:j], _pitches(t, i, j, columns), size)
+    kept = float(_covered(boxes) / (size[0] * size[1]))
+    return Grid(t.ids[i:j], (j - i) // columns, columns, boxes, size, kept, int(t.image[i]))
 
 # %% ../../nbs/01_mllm/05_places.ipynb #as_grids
 def _as_grids(boxes, valid, sizes):
@@ -282,15 +297,25 @@ def _query_weights(mllm, p):
         weights = weights + (query @ key.mT / math.sqrt(m.attention_head_size)).softmax(-1).mean(1)
     return weights / len(readers)
 
+# %% ../../nbs/01_mllm/05_places.ipynb #boxes_of_tile
+def _boxes_of_tile(tile, h, w, size):
+    "(h·w, 4) boxes of tokens in h rows over a tile, in pixels of its picture of a size"
+    _, (ax, bx), (ay, by), height, width = tile
+    scale = (1 / (ax * size[0]), 1 / (ay * size[1]))
+    offset = (bx / ax, by / ay)
+    return token_boxes(h, w, size, scale, offset, (width, height)).round(1)
+
 # %% ../../nbs/01_mllm/05_places.ipynb #query_grids
 def _query_grids(mllm, p):
     "One grid per image over the vision tower's patches, with `mix` from the Q-Former"
-    weights, grids, n = _query_weights(mllm, p), [], len(p.visual) // len(p.images)
-    for i, (image, (ax, bx), (ay, by), height, width) in enumerate(_tiles(mllm, p)):
+    weights = _query_weights(mllm, p)
+    n = len(p.visual) // len(p.images)
+    grids = []
+    for i, tile in enumerate(_tiles(mllm, p)):
+        image, *_, height, width = tile
         skip, h, w = _shape(weights.shape[-1], height, width)
         size = p.images[image].size
-        scale, offset = (1 / (ax * size[0]), 1 / (ay * size[1])), (bx / ax, by / ay)
-        boxes = token_boxes(h, w, size, scale, offset, (width, height)).round(1)
+        boxes = _boxes_of_tile(tile, h, w, size)
         kept = float(np.prod(boxes[:, 2:] - boxes[:, :2], 1).sum() / (size[0] * size[1]))
         mix = weights[i, -n:, skip:].double().cpu().numpy()
         grids.append(Grid(np.arange(i * n, (i + 1) * n), h, w, boxes, size, kept, image, mix))
@@ -305,23 +330,30 @@ def _disturbed(image, box, rng):
     other.paste(Image.fromarray(noise), (left, top))
     return other
 
+# %% ../../nbs/01_mllm/05_places.ipynb #embedded
+def _embedded(mllm, p, images):
+    "(visual, width) float32: what the decoder gets of other pictures in a prompt"
+    inputs = _process(mllm, images, p.question)[0]
+    return visual_embeddings(mllm, replace(p, inputs=inputs)).float()
+
+# %% ../../nbs/01_mllm/05_places.ipynb #rank
+def _rank(values, k):
+    "Share of the other values that are below the value k: 1 where it is the largest"
+    return (values < values[k]).sum() / max(len(values) - 1, 1)
+
 # %% ../../nbs/01_mllm/05_places.ipynb #sees_there
 def _sees_there(mllm, p, grids):
-    "Is a token changed more than the others where its own box is disturbed? (Mean rank at five places; 0.5 would be chance)"
-    rng, ranks = np.random.default_rng(0), []
+    "Is a token changed most where its own box is disturbed? By its mean rank at five places (chance: 0.5)"
+    rng = np.random.default_rng(0)
     g = whole_view([g for g in grids if g.image == 0])
     noise = [Image.fromarray(rng.integers(90, 160, (im.height, im.width, 3), dtype='uint8')) for im in p.images]
-
-    def seen(images):
-        inputs = _process(mllm, images, p.question)[0]
-        return visual_embeddings(mllm, replace(p, inputs=inputs)).float()
-
-    before = seen(noise)
+    before = _embedded(mllm, p, noise)
+    ranks = []
     for k in rng.choice(len(g.boxes), min(5, len(g.boxes)), replace=False):
-        other = list(noise)
-        other[g.image] = _disturbed(noise[g.image], g.boxes[k], rng)
-        change = (seen(other) - before).norm(dim=-1).cpu().numpy()[g.index]
-        ranks.append((change < change[k]).sum() / max(len(change) - 1, 1))
+        images = list(noise)
+        images[g.image] = _disturbed(noise[g.image], g.boxes[k], rng)
+        change = (_embedded(mllm, p, images) - before).norm(dim=-1).cpu().numpy()
+        ranks.append(_rank(change[g.index], k))
     return np.mean(ranks) > 0.8 or len(g.boxes) < 3
 
 # %% ../../nbs/01_mllm/05_places.ipynb #measured
