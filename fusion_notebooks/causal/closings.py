@@ -72,6 +72,30 @@ def _read(weights, value, prefix):
     over = weights[..., :n].transpose(0, 1).flatten(1, 2) @ prefix
     return out + over.unflatten(1, (len(weights), -1)).transpose(0, 1)
 
+# %% ../../nbs/07_causal/00_closings.ipynb #logits
+def _logits(query, key, mask, prefix, scaling):
+    "Logits of attention (rows, heads, T, keys) in float32; heads that share keys ask as further rows"
+    q = query * (scaling or query.shape[-1] ** -0.5)
+    q = q.reshape(len(q), key.shape[1], -1, q.shape[-1])
+    scores = _scores(q, key, prefix).reshape(*query.shape[:3], -1).float()
+    like = query.transpose(1, 2)[: 1 if mask is None else len(mask)]
+    return scores + _as_float_mask(mask, like, scores.shape[-1] - query.shape[2])
+
+# %% ../../nbs/07_causal/00_closings.ipynb #heads_out
+def _heads_out(scores, value, prefix):
+    "(attention (rows, heads, T, keys), what the heads put out (rows, heads, T, width))"
+    weights = scores.softmax(-1)
+    grouped = weights.reshape(len(weights), value.shape[1], -1, weights.shape[-1]).to(value.dtype)
+    return weights, _read(grouped, value, prefix).reshape(*scores.shape[:3], -1)
+
+# %% ../../nbs/07_causal/00_closings.ipynb #without_picture
+def _without_picture(scores, value, prefix, picture, text):
+    "What the heads put out (rows, heads, T, width) without the picture; rows before the text stay as they are"
+    if prefix is None:
+        return _heads_out(scores.masked_fill(picture & text[:, None], -math.inf), value, None)[1]
+    left = ~picture[: prefix.shape[1]]  # the picture lies in the prefix, of which the rest is read
+    return _heads_out(scores[..., ~picture], value, prefix[:, left])[1]
+
 # %% ../../nbs/07_causal/00_closings.ipynb #Seen
 @dataclass
 class Seen:
@@ -104,31 +128,22 @@ class _Watch:
                 t[b, slice(None) if c.heads is None else list(c.heads)] = c.step
         return t[..., None, None]
 
+    def marks(self, scores, rows):
+        "(which keys are of the picture, which rows are of the text behind it)"
+        n, device = scores.shape[-1], scores.device
+        picture = torch.zeros(n, dtype=torch.bool, device=device)
+        picture[self.visual] = True
+        return picture, torch.arange(n - rows, n, device=device) >= self.text_from
+
     def attention(self, module, query, key, value, mask, scaling=None, **kw):
         "An attention function of transformers' interface"
         _check_kind(kw)
         i, rows = self.layer[module], query.shape[2]
         prefix_keys, prefix_values = map(_usable, key.prefixes[0]) if hasattr(key, 'prefixes') else (None, None)
-        q = query * (scaling or query.shape[-1] ** -0.5)
-        q = q.reshape(len(q), key.shape[1], -1, q.shape[-1])  # heads that share keys ask as further rows
-        scores = _scores(q, key, prefix_keys).reshape(*query.shape[:3], -1).float()
-        like = query.transpose(1, 2)[: 1 if mask is None else len(mask)]
-        scores = scores + _as_float_mask(mask, like, scores.shape[-1] - rows)
-
-        def read(scores, shared):
-            weights = scores.softmax(-1)
-            grouped = weights.reshape(*q.shape[:3], -1).to(value.dtype)
-            return weights, _read(grouped, value, shared).reshape(*query.shape[:3], -1)
-
-        picture = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
-        picture[self.visual] = True
-        text = torch.arange(scores.shape[-1] - rows, scores.shape[-1], device=scores.device) >= self.text_from
-        weights, out = read(scores, prefix_values)
-        if prefix_values is None:  # rows before the text stay as they are
-            _, closed = read(scores.masked_fill(picture & text[:, None], -math.inf), None)
-        else:  # the picture lies in the prefix, of which the rest is read
-            left = ~picture[: prefix_values.shape[1]]
-            _, closed = read(scores[..., ~picture], prefix_values[:, left])
+        scores = _logits(query, key, mask, prefix_keys, scaling)
+        picture, text = self.marks(scores, rows)
+        weights, out = _heads_out(scores, value, prefix_values)
+        closed = _without_picture(scores, value, prefix_values, picture, text)
         values = value[0] if prefix_values is None else torch.cat([prefix_values, value[0]], 1)
         self.seen[i] = _seen(weights[0], values, out[0], closed[0], picture, text)
         out = out + self.steps(i, out) * (closed - out)

@@ -42,10 +42,12 @@ class Proposal:
     crop: Image.Image | None = None  # the crop itself
 
 # %% ../../nbs/06_contrast/05_refinement.ipynb #check_choice
-def _check_choice(how, by, box):
+def _check_choice(how, by, box, order='after'):
     "Raises `BadInput` for what cannot choose a mask or a crop"
     if how not in ('mask', 'crop'):
         raise BadInput(f"how is 'mask' or 'crop', not {how!r}.")
+    if order not in ('after', 'before'):
+        raise BadInput(f"order is 'after' or 'before' (the crop, beside the picture), not {order!r}.")
     known = MASKS if how == 'mask' else CROPS
     if by not in known:
         raise BadInput(f'by for {how} is one of {", ".join(known)}, not {by!r}.')
@@ -233,9 +235,7 @@ def refine(
     max_new_tokens: int = 32,  # of the answers; see `Answer.finished`
 ) -> Refined:
     "Answer with contrastive attention. Raises `BadInput` for unknown choices, layers that do not fit, and a missing box."
-    _check_choice(how, by, box)
-    if order not in ('after', 'before'):
-        raise BadInput(f"order is 'after' or 'before' (the crop, beside the picture), not {order!r}.")
+    _check_choice(how, by, box, order)
     sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     first = image if isinstance(image, FirstPass) else None
 

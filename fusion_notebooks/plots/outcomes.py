@@ -280,9 +280,8 @@ def ask(
     maps = [(early, names[0], heat), (late, names[1], heat), (contrast, 'contrast: late − early', signed)]
     fig, axes = _figure(1, 4 if crop is None else 5, 2.05, 2.05 * min(1.5, image.height / image.width) + 0.75)
     _picture(axes[0, 0], image, 'picture', evidence, box)
-    grey = image.convert('L').convert('RGB')
     for ax, (values, name, colours) in zip(axes[0, 1:], maps):
-        _picture(ax, grey, name)
+        _picture(ax, image, name)
         _overlay(ax, values, extent, **colours)
         _outline(ax, box, CHOSEN)
     if crop is not None:
