@@ -97,6 +97,7 @@ if get('USER'):  # from here on somebody who may not do much
 
     fusion_notebooks.cli.get_command(fusion_notebooks.cli.app).commands['study'].make_context('study', ['--limit', '1'])
     study.work_units.version('torch')
+    study.settings.resource('nbs/analyses')
     os.setuid(int(get('USER')))
 if get('FSIZE'):
     import resource

@@ -372,7 +372,7 @@ def test_read_only_folder(want):
         s.log.chmod(0o666)
         user = dict(FAKE_USER=65534 if os.getuid() == 0 else os.getuid(), PYTHONDONTWRITEBYTECODE=1)
         code, out, err = s.rows(**user)
-        assert code == 2 and not s.store.parts()
+        assert code == 2 and not s.store.parts(), err
         one_line(err, 'results', 'ermission denied')
         s.store.folder.chmod(0o755)
         assert s.rows()[0] == 0
