@@ -411,7 +411,7 @@ def test_a_summary_without_findings_says_so(ini, shared, model_folder, capsys):
         study.work_units.replace(shared, compute=False, figures=ini.parent / 'figures' / 'others'),
     )
     said = capsys.readouterr().out
-    assert 'No rows' not in said and 'base (evaluation, n = 8)' in said
+    assert 'No rows' not in said and 'of 8 questions right' in said
 
 
 FIXTURES = ROOT / 'tests/fixtures/vqa'
