@@ -55,7 +55,7 @@ def test_page(page, here, name):
 
 
 @pytest.mark.parametrize(
-    'word, found', [('contrastive_attention', '04 contrast'), ('evidence_share', '03 fusion'), ('tutorial', 'Tutorial')]
+    'word, found', [('contrastive_attention', 'Contrastive'), ('evidence_share', 'Evidence'), ('tutorial', 'Tutorial')]
 )
 def test_search(page, here, word, found):
     page.goto(here + 'index.html')
