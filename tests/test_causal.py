@@ -108,8 +108,25 @@ def test_more_steps_miss_less():
         miss[steps] = np.mean(missed)
     assert miss[5] < miss[3] < miss[2] and miss[5] < miss[1]
     maps = [causal.causal_map(mllm, prompt_of(mllm, s)) for s in asked]
-    assert np.mean([np.nanmax(abs(m.error)) for m in maps]) < miss[2]
     assert {*np.concatenate([m.steps for m in maps])} <= {2, 3}
+
+
+def test_what_is_completed_still_says_how_far_it_was_off():
+    mllm = MLLM.load('glyph-llava')
+    p = prompt_of(mllm, demo.samples(1)[0])
+    completed, plain = (causal.causal_map(mllm, p, steps=2, complete=complete) for complete in (True, False))
+    assert np.allclose(completed.integral, plain.integral) and np.allclose(plain.layers, plain.integral)
+    assert np.allclose(completed.error, completed.integral - completed.exact)
+    left = np.nanmax(abs(completed.layers - completed.exact))
+    assert left < 0.5 * np.nanmax(abs(completed.error))
+
+
+@pytest.mark.parametrize('name', ['glyph-llava', 'glyph-qwen2vl', 'planted-2-6', 'planted-3', 'planted-2-4-6'])
+def test_the_integral_follows_the_exact_sweep(name):
+    "Pearson's correlation over layers per question, of the integral as its rule has it, before it is completed"
+    mllm = MLLM.load(name)
+    found = [m for (m,) in causal.maps_of(mllm, demo.samples(3))]
+    assert np.mean([np.corrcoef(m.integral, m.exact)[0, 1] for m in found]) > 0.9
 
 
 def test_every_token_of_an_answer():

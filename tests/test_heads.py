@@ -120,6 +120,7 @@ def test_some_rows_of_a_batch():
         (dict(how='zero', heads=0), 'all heads share'),
         (dict(how='knockout', heads=9), 'no head 9'),
         (dict(how='knockout', heads=[True]), 'is no head'),
+        (dict(how='knockout', heads=[]), 'no head to edit'),
         (dict(how='knockout', heads='all'), "'each'"),
     ],
 )

@@ -26,7 +26,9 @@ def test_a_table_by_its_path_becomes_rows_figures_and_card(table, monkeypatch, c
     (table.parent / 'settings.ini').write_text(SMALL.format('glyph'))
     command = ['study', '--benchmarks', 'mine.jsonl', '--analyses', 'attention', 'masking']
     assert cli.main(command) == 0
-    capsys.readouterr()
+    assert 'all of it on one page: figures/index.html' in capsys.readouterr().out
+    page = (table.parent / 'figures/index.html').read_text()
+    assert '<h2>glyph-llava/mine</h2>' in page and 'src="glyph-llava/mine/attention-scores.png"' in page
     figures = table.parent / 'figures/glyph-llava'
     assert (figures / 'mine/attention-scores.png').exists() and (figures / 'card.html').exists()
     assert cli.main(command) == 0

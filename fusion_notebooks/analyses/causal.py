@@ -29,6 +29,7 @@ def _causal_rows(mllm, s):
                 sample=s.id,
                 layer=i,
                 effect=found.layers[i],
+                integral=found.integral[i],
                 exact=found.exact[i],
                 first=first.layers[i],
                 steps=found.steps[i],
@@ -44,6 +45,7 @@ def _causal_rows(mllm, s):
 
 # %% ../../nbs/13_analyses/06_causal.ipynb #causal_forwards
 def _causal_forwards(layers):
+    "Two maps of at most 3 and of 1 step, and the layer that is closed to see what first order misses: an upper bound"
     return 6
 
 # %% ../../nbs/13_analyses/06_causal.ipynb #causal_rows
@@ -52,9 +54,7 @@ def causal_rows(
     mllm,  # the model
     samples: list,  # of `Sample`
     **_,
-) -> (
-    pd.DataFrame
-):  # sample, layer, effect, exact, first (order), steps, heads, map and its place, points (at the evidence)
+) -> pd.DataFrame:  # sample, layer, effect (completed), integral (not), exact, first (order), steps, heads, map and its place, points (at the evidence)
     "What the first token of each answer loses without a layer and without each of its heads, nats of log-odds"
     return pd.DataFrame([row for s in samples for row in _causal_rows(mllm, s)])
 

@@ -48,18 +48,19 @@ class CausalMap:
     effects: np.ndarray  # (layers, heads, visual) one head may not read one visual token
     shares: np.ndarray  # (layers, heads, visual) parts of `heads`, which they add up to
     heads: np.ndarray  # (layers, heads) parts of the closing of a layer: one head may not read the picture
+    integral: np.ndarray  # (layers,) the closing of a layer as the rule's own weights have it
     exact: np.ndarray  # (layers,) text may not read the picture there, as run; NaN where it was not
     steps: np.ndarray  # (layers,) of the integral; 0 where a layer does not read
 
     @property
     def layers(self):
-        "(layers,) the integral: text may not read the picture at a layer"
+        "(layers,) sums of `heads`: the integral, completed with the exact effect where that was asked for"
         return self.heads.sum(1)
 
     @property
     def error(self):
-        "(layers,) what the integral misses of the exact effect; NaN where that was not run"
-        return self.layers - self.exact
+        "(layers,) what the integral misses of the exact effect before it is completed; NaN where that was not run"
+        return self.integral - self.exact
 
     @property
     def map(self):
@@ -83,18 +84,19 @@ def _parts(
 
 # %% ../../nbs/07_causal/01_maps.ipynb #nodes
 def _layer_parts(found, i, rule, own, exact, complete):
-    "`_parts` of layer i with the gradients of a rule's steps; own: those at t > 0"
+    "(integral, `_parts`) of layer i with the gradients of a rule's steps; own: those at t > 0"
     seen = found.seen[i]
     slopes = [found.slopes[i] if t == 0 else own[t] for t, _ in rule]
     weights = np.array([w for _, w in rule])
+    sums = np.array([_parts(slope, seen)[0].sum().item() for slope in slopes])
+    integral = float(weights @ sums)
     if complete and len(rule) > 1:
-        sums = np.array([_parts(slope, seen)[0].sum().item() for slope in slopes])
         weights = _completed(weights, sums, exact)
     slope = sum(float(w) * g for w, g in zip(weights, slopes))
-    return [x.cpu().numpy() for x in _parts(slope, seen)]
+    return integral, [x.cpu().numpy() for x in _parts(slope, seen)]
 
 # %% ../../nbs/07_causal/01_maps.ipynb #TOLERANCE
-TOLERANCE = 0.05  # of the largest effect of a layer: what the integral may miss before it gets another step
+TOLERANCE = 0.05  # of the largest effect of a layer: what may be missing, once completed, before another step
 
 # %% ../../nbs/07_causal/01_maps.ipynb #check_steps
 def _rule(steps):
@@ -111,17 +113,18 @@ def _blank(mllm, p, found):
     layers, heads = mllm.n_layers, max(n_heads(mllm, i) for i in mllm.reading)
     shape = layers, heads, len(p.visual)
     effects, shares, by_head = np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape[:2], np.nan)
-    return CausalMap(
-        p, found.token, found.plain, effects, shares, by_head, np.full(layers, np.nan), np.zeros(layers, int)
-    )
+    integral, exact = np.full(layers, np.nan), np.full(layers, np.nan)
+    steps = np.zeros(layers, int)
+    return CausalMap(p, found.token, found.plain, effects, shares, by_head, integral, exact, steps)
 
 # %% ../../nbs/07_causal/01_maps.ipynb #fill
 def _fill(found, own, i, rule, out, complete):
     "Write layer i of a map; own: (layer, step) → gradient"
     slopes = {t: own[i, t] for t, _ in rule if t}
-    heads, shares, effects = _layer_parts(found, i, rule, slopes, out.exact[i], complete)
+    integral, (heads, shares, effects) = _layer_parts(found, i, rule, slopes, out.exact[i], complete)
     n = len(heads)
     out.heads[i, :n], out.shares[i, :n], out.effects[i, :n], out.steps[i] = heads, shares, effects, len(rule)
+    out.integral[i] = integral
 
 # %% ../../nbs/07_causal/01_maps.ipynb #causal_map
 @holding
@@ -145,7 +148,7 @@ def causal_map(
     for i in mllm.reading:
         _fill(found, own, i, rule, out, complete)
     if steps == 'auto':
-        missed = [i for i in mllm.reading if abs(out.error[i]) > TOLERANCE * np.nanmax(abs(out.exact))]
+        missed = [i for i in mllm.reading if abs(out.layers[i] - out.exact[i]) > TOLERANCE * np.nanmax(abs(out.exact))]
         more = run_closings(mllm, p, [Closing(i, 0.5) for i in missed], before, found.token).own if missed else []
         for i, g in zip(missed, more):
             _fill(found, own | {(i, 0.5): g}, i, RULES[3], out, complete)

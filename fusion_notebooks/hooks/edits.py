@@ -77,6 +77,8 @@ def _check_heads(mllm, layers, heads, known):
     if known.cumulative:
         raise BadInput(f'{known.name} writes states, which all heads share: give heads= with knockout or soft.')
     heads = [heads] if isinstance(heads, Integral) else list(heads)
+    if not heads:
+        raise BadInput('There is no head to edit: give head numbers, or None for all.')
     for h in heads:
         if not isinstance(h, Integral) or isinstance(h, bool):
             raise BadInput(f'{h!r} is no head: give whole numbers from 0.')

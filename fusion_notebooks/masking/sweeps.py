@@ -128,7 +128,7 @@ def _check(mllm, hows, scope, exact, mean, heads=None, layers=None):
     if isinstance(heads, str) and heads != 'each':
         raise BadInput(f"heads is None for all, 'each', or head numbers, not {heads!r}.")
     for how in hows:
-        _check_heads(mllm, check_layers(mllm, layers), [] if isinstance(heads, str) else heads, semantic(how))
+        _check_heads(mllm, check_layers(mllm, layers), 0 if isinstance(heads, str) else heads, semantic(how))
     if any(_is_edit(h) for h in foreign(mllm.model.modules())):
         raise BadInput('The layers carry hooks: end the edit around this call first.')
 

@@ -42,12 +42,12 @@ def _correlation(rows, column):
 
 # %% ../../nbs/12_plots/06_causal.ipynb #causal_exact
 def causal_exact(
-    rows: pd.DataFrame,  # of the analysis: sample, layer, effect, first, exact
+    rows: pd.DataFrame,  # of the analysis: sample, layer, integral, first, exact
 ) -> plt.Figure:
-    "The integral, and first order alone, against the knockout of each layer as run; a point per question and layer"
+    "The integral before it is completed, and first order alone, against each knockout as run; a point per question, layer"
     fig, axes = _figure(1, 2, 3.4, 3.2, sharey=True)
     ends = [rows.exact.min(), rows.exact.max()]
-    for ax, column, name in zip(axes[0], ('first', 'effect'), ('first order', 'integral along the closing')):
+    for ax, column, name in zip(axes[0], ('first', 'integral'), ('first order', 'integral along the closing')):
         ax.plot(ends, ends, color='.6', lw=1)
         ax.plot(rows.exact, rows[column], '.', ms=3, alpha=0.5)
         ax.set(xlabel='loss by the exact knockout (nats)', ylim=(1.3 * min(ends[0], -1), 1.3 * ends[1]))

@@ -143,7 +143,7 @@ def differing(
 def _smallest_text(to_base):
     "How large a difference must be to stand out: half the width of its interval, in the middle of all methods"
     half = (100 * (to_base.high - to_base.low) / 2).median()
-    return f'With n = {to_base.n.max()} a difference below about {half:.1f} points cannot be told from none.'
+    return f'With n = {to_base.n.max()}, differences below about {half:.1f} points cannot be distinguished from zero.'
 
 # %% ../../nbs/10_results/05_sentences.ipynb #methods_text
 def _methods_text(found):
