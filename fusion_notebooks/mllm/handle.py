@@ -10,6 +10,7 @@ import inspect
 import math
 import threading
 import torch
+import transformers
 from dataclasses import dataclass
 from functools import cached_property
 from ..core.errors import attempt, BadInput, NotSupported
@@ -122,6 +123,16 @@ def _unwrapped(model):
         else:
             return model
 
+# %% ../../nbs/01_mllm/04_handle.ipynb #check_library
+def _check_library():
+    "Refuse a transformers whose models take the cache under another name than the edits read it"
+    major, minor, *_ = transformers.__version__.split('.')
+    if (int(major), int(minor)) >= (5, 24):
+        raise NotSupported(
+            f'transformers {transformers.__version__} calls the cache otherwise, so edits would miss it: '
+            "pip install 'transformers<5.24'."
+        )
+
 # %% ../../nbs/01_mllm/04_handle.ipynb #MLLM
 class MLLM:
     "Any Hugging Face image-text model behind one handle"
@@ -132,6 +143,7 @@ class MLLM:
         processor,  # its processor
         name: str = '',  # how tables and figures call it
     ):
+        _check_library()
         model = _unwrapped(model)
         config = model.config
         self.model, self.processor, self.name = model.eval(), processor, name or config.model_type
