@@ -509,10 +509,13 @@ def test_dark(page):
     theme('Light', 'true')
 
 
-def test_the_recorded_page_draws_as_well(page):
-    still = page.locator('.jp-RenderedHTML .fx')
-    bring(page, 'HTML(page)')
-    still.locator('canvas[data-draws]').wait_for()
-    still.locator('input[type=range]').focus()
-    page.keyboard.press('Home')
-    assert still.locator('p[aria-live]').inner_text().startswith('Layer 0')
+@pytest.mark.parametrize('front', FRONTS)
+def test_the_recorded_page_draws_as_well(browser, server, front):
+    with opened(browser, server, front, '14_explore/04_recorded.ipynb') as page:
+        finished(page)
+        still = page.locator('.jp-RenderedHTML .fx')
+        bring(page, 'HTML(page)')
+        still.locator('canvas[data-draws]').wait_for()
+        still.locator('input[type=range]').focus()
+        page.keyboard.press('Home')
+        assert still.locator('p[aria-live]').inner_text().startswith('Layer 0')
