@@ -20,14 +20,14 @@ study: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check --quiet fusion_notebooks tests benchmarks docs
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engine.py
 
 test-browser: .venv/browser docs/_build/html/index.html
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -s tests/browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -n 2 --dist loadfile tests/browser
 
 lab: .venv/installed
 	$(BIN)/jupyter lab nbs

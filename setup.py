@@ -12,6 +12,8 @@ COMES_ALONG = (  # MANIFEST.in takes the same into the sdist
     'data/models/checksums.json',
     'data/reference/*.csv',
     'data/project/*',
+    'data/refine/*.md',
+    'data/refine/custom_generate/*',
     'data/example.png',
 )
 

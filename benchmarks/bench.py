@@ -5,13 +5,14 @@ Models have random weights and the proportions of real ones; answers have one to
 """
 
 import argparse, os, platform, resource, shutil, statistics, subprocess, sys, tempfile, time
+from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch, transformers
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from fusion_notebooks import causal, contrast, demo, explore, masking
 from fusion_notebooks.hooks import capture, edit
-from fusion_notebooks.mllm import MLLM, Sample
+from fusion_notebooks.mllm import MLLM, Sample, accelerator, device_label
 
 HERE, RUN = Path(__file__).parent, time.strftime('%Y-%m-%d %H:%M')
 
@@ -262,6 +263,30 @@ def causal_bench(name, layers, side, tail, repeats, first=1.2, **kw):
         row(f'{name}: time of a causal map, {steps}, in forwards', *ratio(seconds, steps))
 
 
+def maps_together(mllm, some, r):
+    "Causal maps of some prompts in shared batches"
+    causal.maps_of(mllm, some[2 * r])
+
+
+def maps_alone(mllm, some, r):
+    "Causal maps of as many others, one by one"
+    for p in some[2 * r + 1]:
+        causal.maps(mllm, p)
+
+
+def causal_batch_bench(n, repeats):
+    "Causal maps of several questions in shared batches, over one call for each"
+    for name in ('glyph-llava', 'glyph-qwen2vl'):
+        mllm, asked = MLLM.load(name), demo.samples(2 * n * (repeats + 1))
+        prompts = [mllm.prompt(s.image, s.question) for s in asked]
+
+        some = [prompts[k : k + n] for k in range(0, len(prompts), n)]
+        together, alone = partial(maps_together, mllm, some), partial(maps_alone, mllm, some)
+        together(repeats)
+        seconds = timed(repeats, plain=alone, together=together)
+        row(f'{name}: time of {n} causal maps in shared batches, over single calls', *ratio(seconds, 'together'))
+
+
 def causal_memory_bench(side, layers):
     "Peak memory of a map of first order beside that of a forward, fresh processes"
     most = {kind: peak(kind, side, layers) for kind in ('plain', 'causal')}
@@ -493,13 +518,15 @@ def engine_bench(units, samples):
 
 
 def hardware():
-    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.machine()} CPU'
+    device = accelerator()
+    kind = f'{platform.machine()} CPU' if device.type == 'cpu' else device_label(device)
     return f'{time.strftime("%Y-%m-%d")} · {kind}, {torch.get_num_threads()} thread{"s" * (torch.get_num_threads() > 1)} · Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}'
 
 
-def write(stem, title, keep=False):
+def write(stem, title, keep=False, folder=None):
     "The rows as CSV and as a Markdown table; `keep` leaves rows that the table has already and that were not measured now, and says when each run began"
-    folder, table = HERE / 'results', pd.DataFrame(rows)
+    folder, table = folder or HERE / 'results', pd.DataFrame(rows)
+    folder.mkdir(parents=True, exist_ok=True)
     if keep and (folder / f'{stem}.csv').exists():
         table = pd.concat(
             [pd.read_csv(folder / f'{stem}.csv', keep_default_na=False), table.fillna('').assign(run=RUN)]
@@ -535,6 +562,7 @@ def main():
     if a.quick:
         sweep_bench('8 layers, 144 + 24', 8, 12, 24, 3, width=128, loop=8)
         causal_bench('8 layers, 144 + 24', 8, 12, 24, 3, first=None, width=128)
+        causal_batch_bench(16, 2)
         capture_bench(40, 4, 3)
         refine_bench(6, 12, 3)
         demo_bench(8)
@@ -548,6 +576,7 @@ def main():
         sweep_bench('Qwen2-VL, 28 layers, 1369 + 40, grouped queries', 28, 37, 40, 2, width=128, kv=1)
         causal_bench('24 layers, 576 + 40', 24, 24, 40, 3, width=512, heads=8, kv=8)
         causal_bench('LLaVA-NeXT, 16 layers, 2916 + 40', 16, 54, 40, 2, first=1.1, width=128)
+        causal_batch_bench(16, 5)
         causal_memory_bench(54, 6)
         growth_bench(3)
         capture_bench(54, 6, 5)

@@ -18,7 +18,7 @@ myst_disable_syntax = ['html_block', 'html_inline']  # what a model or a dataset
 myst_heading_anchors = 3
 
 html_theme, html_title, html_favicon = 'furo', project, '_static/icon.svg'
-html_static_path, html_css_files, html_js_files = ['_static'], ['site.css'], ['sort.js']
+html_static_path, html_css_files, html_js_files = ['_static'], ['site.css'], ['sort.js', 'reach.js']
 pygments_dark_style = 'github-dark'
 html_show_sphinx, html_copy_source = False, False
 

@@ -6,11 +6,14 @@ import ast, base64, csv, html, inspect, os, re, shutil, sys, tomllib
 from importlib import import_module
 from multiprocessing import current_process, get_context
 from pathlib import Path
+import pandas as pd
 import yaml
 from fastcore.nbio import mk_cell, read_nb, write_nb
 from nbdev.process import NBProcessor
 from nbdev.processors import add_links, add_show_docs, exec_show_docs, hide_line
-from fusion_notebooks import plots
+from fusion_notebooks import plots, publish
+from fusion_notebooks.core import catalog
+from fusion_notebooks.results.sentences import headline, trust_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'fusion_notebooks'
@@ -139,6 +142,24 @@ MODEL = 'glyph-llava'  # whose lines the gallery shows
 HOMES = {Path('nbs/index.ipynb'): Path('overview.ipynb')}  # every other notebook keeps its path
 
 
+FOLDED = 'verdict', 'comparison', 'can_and_cannot'  # guides that are read for what they say: their code is folded
+FIRST = r'^#\| *first\n'  # in a cell: what it shows stands behind the title
+
+
+def verdict_first(
+    cells: list,  # of a page
+) -> list:
+    "Code folded, and what is marked as first behind the title"
+    for c in cells:
+        if c.cell_type == 'code':
+            c.metadata['tags'] = ['hide-input']
+    first = [c for c in cells if re.search(FIRST, c.source, re.M)]
+    for c in first:
+        c.source = re.sub(FIRST, '', c.source, flags=re.M)
+    rest = [c for c in cells if not any(c is f for f in first)]
+    return [*rest[:1], *first, *rest[1:]]
+
+
 def process(
     path: Path,  # a notebook
 ):  # the notebook, its API docs and outputs in place
@@ -153,6 +174,8 @@ def process(
     proc.process()
     package = [path.parent.name[3:]] if path.parent.name[:2].isdigit() else []
     nb.cells = document(nb.cells, '.'.join([*package, path.stem[3:]]))
+    if path.parent.name == 'analyses' or path.stem in FOLDED:
+        nb.cells = verdict_first(nb.cells)
     return nb
 
 
@@ -246,8 +269,31 @@ def drawing() -> list:  # names
 CARD = "from fusion_notebooks import plots, study\nfig = plots.card(**study.card({model!r}))"
 
 
-def entry(title, shown, said, lines, source):
-    return f'## {title}\n\n{shown}\n\n{said}\n\n```python\n{lines}\n```\n\nFrom {source}.'
+def raw(page):
+    return f'````{{raw}} html\n{page}\n````'
+
+
+def folded(
+    title: str,  # what is seen of it
+    inside: str,  # Markdown
+) -> str:  # Markdown
+    opened = raw(f'<details class="folded"><summary>{html.escape(title)}</summary>')
+    return '\n\n'.join([opened, inside, raw('</details>')])
+
+
+def bold(
+    said: str,  # Markdown
+) -> str:  # the same, its first sentence in bold
+    first = re.match(r'(.+?[.:?])(?=\s|$)', said, re.S)
+    if not first or '*' in first[1] or first[1].count('`') % 2:
+        return said
+    return f'**{first[1]}**{said[len(first[1]) :]}'
+
+
+def entry(title, shown, said, lines, source, alt=''):
+    "What there is to see stands first, in bold; the lines that make the figure are folded"
+    code = folded('The lines that make it', f'```python\n{lines}\n```')
+    return f'## {title}\n\n{bold(said or alt)}\n\n{shown}\n\n{code}\n\nFrom {source}.'
 
 
 def gallery(
@@ -257,7 +303,7 @@ def gallery(
     "Every committed figure with the lines that make it, then what else `plots` draws, as in its own examples"
     text = [
         '# Gallery\n\nEvery figure of a study, as committed, and the lines that make it: `study.require` computes only the rows that are not there yet. '
-        'A click opens the PDF; the stamp (versions, revision, seed, n) lies in each file and in the JSON beside it.'
+        'A click opens the PDF; the provenance (versions, revision, seed, n) lies in each file and in the JSON beside it.'
     ]
     for pattern, alt, title, said, path, sources in entries():
         shown = pictures(pattern, alt, Path('gallery.md'))
@@ -270,6 +316,7 @@ def gallery(
                     said,
                     made_by(sources, pattern, MODEL),
                     f'[{path.stem}]({path})',
+                    alt,
                 )
             )
     if shown := pictures('card*', plots.card.__doc__, Path('gallery.md')):
@@ -313,8 +360,6 @@ def gallery(
 
 def table(
     path: Path,  # CSV
-    title: str,
-    about: str,  # Markdown
 ) -> str:  # Markdown
     "A table that can be sorted; whatever stands in it is text, never HTML"
     with path.open(newline='') as f:
@@ -333,52 +378,97 @@ def table(
         '<tr>' + ''.join(f'<{tag}{" class=flag" * flag}>{v}</{tag}>' for v, flag in zip(values, flags)) + '</tr>'
     )
     body = '\n'.join(line('td', map(cell, r)) for r in rows)
-    return f'# {title}\n\n{about}\n\n```{{raw}} html\n<div class="wide"><table class="sortable">\n<thead>{line("th", map(html.escape, head))}</thead>\n<tbody>\n{body}\n</tbody></table></div>\n```\n'
+    return raw(
+        f'<div class="wide"><table class="sortable">\n<thead>{line("th", map(html.escape, head))}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    )
+
+
+def methods() -> str:  # Markdown
+    "The methods of the catalog, with links to what they come from"
+    text = catalog.markdown_table(catalog.METHODS, ('name', 'sentence', 'source'))
+    text = re.sub(r'arXiv (\d{4}\.\d{5})', r'[arXiv \1](https://arxiv.org/abs/\1)', text)
+    return re.sub(r'(?<=\| )(github\.com/[\w./-]+)', r'[\1](https://\1)', text)
+
+
+MATRIX = """# Which models work
+
+Every image-text class of the transformers version this was tested with, each checked on a small random model of its own kind: what holds, and the reason for each *no*. The column *methods* counts those that there were when the table was made; `fusion doctor --all` makes it anew.
+
+"""
+ABOUT_TABLES = {  # part of the title → what stands in it
+    'summary': 'Findings: every number of the study with its 95 % interval and its n',
+    'candidates': 'Candidates: one choice at a time, on calibration pictures',
+    'known_answers': 'Known answers: which layers each estimator names',
+    'known_answers-named': 'Known answers: how often each layer is named',
+    'known_answers-threshold': 'Known answers: by the mark and the number of samples',
+}
+
+
+def figure_of(
+    path: Path,  # a table
+) -> Path | None:
+    "The figure that shows what stands in a table: a card for the findings, else the one whose name begins as the table's"
+    name = dict(summary='card', candidates='refine').get(path.stem, path.stem.split('-')[0])
+    there = path.with_name(f'{name}.png')
+    return there if there.is_file() else None
+
+
+def verdict(
+    summary: Path,  # a table of findings
+) -> str:  # Markdown
+    "What was found on a model, in one line, and how far its maps can be trusted"
+    found = pd.read_csv(summary, dtype=dict(layers=str))
+    return f'**{headline(found)}** {trust_text(found)}'.strip()
+
+
+def results() -> str:  # Markdown
+    "One page with every table of the study, folded; each model's figures stand before its tables"
+    text = [
+        '# Results\n\nEvery number of the study, folded behind the figure that shows it. Layers are chosen on calibration pictures, everything else is measured on others; '
+        'intervals are of 95 %. What the numbers mean for the paper is said in [the verdicts](nbs/guides/verdict.ipynb), and every other figure stands in [the gallery](gallery.md).'
+    ]
+    for folder in sorted({p.parent for p in (ROOT / 'figures').glob('*/*.csv')}):
+        text.append(f'## {folder.name}')
+        if (folder / 'summary.csv').is_file():
+            text.append(verdict(folder / 'summary.csv'))
+        drawn = None
+        for path in sorted(folder.glob('*.csv'), key=lambda p: (p.stem != 'summary', p.stem)):
+            figure = figure_of(path)
+            if figure and figure != drawn:
+                alt = {'card': plots.card.__doc__, 'refine': plots.refine.__doc__}.get(
+                    figure.stem, 'Which layers each edit names on a model whose answers are known'
+                )
+                text.append(f':::{{image}} {figure.relative_to(ROOT)}\n:alt: {alt}; {folder.name}\n:class: whole\n:::')
+                drawn = figure
+            title = ABOUT_TABLES.get(path.stem, path.stem.replace('_', ' ').capitalize())
+            text.append(folded(title, table(path)))
+    published = ROOT / 'data/reference/paper_tables.csv'
+    if published.is_file():
+        text.append(
+            "## The paper's numbers\n\nAs published in [arXiv 2601.08151](https://arxiv.org/abs/2601.08151); the per-layer logs of its authors lie beside this table in `data/reference`.\n\n"
+            + folded('Published accuracies', table(published))
+        )
+    challenge = ROOT / 'data/reference/challenge.csv'
+    if challenge.is_file():
+        text.append(
+            '## The challenge\n\nWhat the estimators of this package, and rules of others, name in planted models (`fusion challenge`, seed 0, 60 questions): layers and heads against those that read the picture, maps against the evidence with 95 % intervals, sinks against the visual tokens that draw attention and show nothing.\n\n'
+            + folded('First entries', table(challenge))
+        )
+    if costs := sorted((ROOT / 'benchmarks/results').glob('*.md')):
+        text.append(
+            '## What it costs\n\nRatios are to one plain forward of the same prompt; `make bench`, and `python benchmarks/gpu.py` on a GPU, measure all of it again.'
+        )
+    for path in costs:
+        title, about, *_ = path.read_text().split('\n\n')
+        text.append(f'{about}.\n\n' + folded(title.lstrip('# '), table(path.with_suffix('.csv'))))
+    return '\n\n'.join(text) + '\n'
 
 
 def tables():  # name of the page, Markdown
-    "Those tables that are there"
-    known = [
-        (
-            'data/matrix.csv',
-            'Which models work',
-            'Every image-text class of the transformers version this was tested with, each checked on a small random model of its own kind: what holds, and the reason for each *no*.',
-        ),
-        (
-            'data/reference/paper_tables.csv',
-            "The paper's numbers",
-            'As published in [arXiv 2601.08151](https://arxiv.org/abs/2601.08151); the per-layer logs of its authors lie beside this table in `data/reference`.',
-        ),
-    ]
-    known += [
-        (
-            str(p.relative_to(ROOT)),
-            f'{p.stem.replace("-", " ").capitalize()} of {p.parent.name}',
-            'The numbers of a figure, with intervals and n.',
-        )
-        for p in sorted((ROOT / 'figures').glob('*/*.csv'))
-        if p.stem != 'summary'
-    ]
-    known += [
-        (
-            str(p.relative_to(ROOT)),
-            f'Findings on {p.parent.name}',
-            'Every number of the study with its 95 % interval and its n. Layers are chosen on calibration pictures, everything else is measured on others.',
-        )
-        for p in sorted((ROOT / 'figures').glob('*/summary.csv'))
-    ]
-    known += [
-        (
-            str(p.relative_to(ROOT).with_suffix('.csv')),
-            'Benchmarks: ' + title.lstrip('# '),
-            f'{about}. Ratios are to one plain forward of the same prompt; `make bench`, and `python benchmarks/gpu.py` on a GPU, measure all of it again.',
-        )
-        for p in sorted((ROOT / 'benchmarks/results').glob('*.md'))
-        for title, about, *_ in [p.read_text().split('\n\n')]
-    ]
-    for path, title, about in known:
-        if (ROOT / path).is_file():
-            yield '-'.join(Path(path).with_suffix('').parts[1:]), table(ROOT / path, title, about)
+    "The pages of tables: the matrix, and all others in one"
+    if (ROOT / 'data/matrix.csv').is_file():
+        yield 'matrix', MATRIX + table(ROOT / 'data/matrix.csv') + '\n'
+    yield 'results', results()
 
 
 # Pages made from other files
@@ -435,22 +525,32 @@ def citation() -> str:  # Markdown
     )
 
 
-def interactive(
+def recorded(
     books: dict,  # path → processed notebook
-) -> str:  # Markdown; '' without the explorer
-    "The explorer over a recorded example: the page that its notebook shows, alone"
+    call: str,  # what the cell calls that shows it
+) -> str:  # HTML; '' without the explorer
+    "What a cell of the notebook of recorded questions shows"
     shown = [
         ''.join(o.data['text/html'])
         for p, nb in books.items()
         if p.stem == '04_recorded'
         for c in nb.cells
-        if 'recorded(' in c.source
+        if c.cell_type == 'code' and re.search(call, c.source, re.M)
         for o in c.get('outputs', [])
         if 'text/html' in o.get('data', {})
     ]
+    return shown[0] if shown else ''
+
+
+def interactive(
+    books: dict,  # path → processed notebook
+) -> str:  # Markdown; '' without the explorer
+    "The explorer over six recorded questions: the page that its notebook shows, alone"
+    page = recorded(books, r'^HTML\(page\(')
     return (
-        f'# Try it here\n\nThe explorer over a recorded question: move through the layers, click a patch to mask it. No kernel runs and nothing is fetched; with your own picture it runs in JupyterLab, see [explore](nbs/14_explore/03_widget.ipynb).\n\n````{{raw}} html\n{shown[0]}\n````\n'
-        if shown
+        '# Try it here\n\n**Six questions to a small model, read, misread, mended and broken: choose one, move through the layers, click a patch to mask it.** No kernel runs and nothing is fetched; '
+        f'with your own picture it runs in JupyterLab, see [explore](nbs/14_explore/03_widget.ipynb).\n\n{raw(page)}\n'
+        if page
         else ''
     )
 
@@ -464,6 +564,19 @@ def launch() -> str:  # Markdown; '' while nobody has said where the repository 
     if not (m := re.fullmatch(r'https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?', address)):
         return ''
     return f':::{{container}} launch\n[Open in Colab](https://colab.research.google.com/github/{m[1]}/blob/main/{TUTORIAL}) [Open in Binder](https://mybinder.org/v2/gh/{m[1]}/main?labpath={TUTORIAL}) [Source]({m[0]})\n:::'
+
+
+MODELS = '''# Models side by side
+
+Fusion layers on a common depth axis, review layers, attention on the evidence, what each method gains and what it costs: the demo models and the planted models of this package, and the curves of real models that others published.
+
+```{raw} html
+<p><a href="models/index.html">Open the gallery</a>: sort, filter, and open the card of a model.</p>
+<p><a href="models/challenge.html">Open the challenge</a>: what methods name in planted models.</p>
+```
+
+`fusion publish` makes a dataset repository of your study, and `fusion gallery` a page like this one of any number of them: see [publishing](nbs/guides/publishing.ipynb). `fusion challenge score` makes one of the challenge; its first entries stand in [a table](results.md#the-challenge), too.
+'''
 
 
 # The site
@@ -499,10 +612,10 @@ def stage(
         books = dict(zip(paths, fresh.map(process, [ROOT / p for p in paths], chunksize=1)))
     targets = {t for nb in books.values() for c in nb.cells for t in re.findall(r'^\(([\w.-]+)\)=$', c.source, re.M)}
     shown = {}
-    for pattern, alt, *_, path, sources in entries():
+    for pattern, alt, *_, path, _sources in entries():
         shown.setdefault(path, {})[pattern] = alt
     pages = {
-        p.relative_to(ROOT / 'docs'): p.read_text()
+        p.relative_to(ROOT / 'docs'): p.read_text().replace('METHODS', methods())
         for p in sorted((ROOT / 'docs').rglob('*.md'))
         if not re.search(r'/[._]', str(p.relative_to(ROOT)))
     }
@@ -520,6 +633,10 @@ def stage(
     }
     if (ROOT / 'CITATION.cff').exists():
         extra[Path('citation.md')] = citation()
+    drawn = [ROOT / 'figures'] if any((ROOT / 'figures').rglob('summary.csv')) else []
+    publish.gallery(drawn, out / '_files/models', reference=True)
+    publish.leaderboard(out / '_files/models/challenge.html', {'first entries': publish.known_entries()})
+    extra[Path('models.md')] = MODELS
     if page := interactive(books):
         extra[Path('interactive.md')] = page
     if book := books.get(Path(TUTORIAL)):
@@ -528,9 +645,9 @@ def stage(
             if launch()
             else [c for c in book.cells if 'google.colab' not in c.source]
         )
-    pages[Path('index.md')] = '\n\n'.join(
-        [pages.get(Path('index.md'), '# Start'), launch(), contents(books, {**pages, **extra})]
-    )
+    alive = recorded(books, r'^HTML\(html\)')
+    start = pages.get(Path('index.md'), '# Start').replace('EXPLORER', raw(alive) if alive else '')
+    pages[Path('index.md')] = '\n\n'.join([start, launch(), contents(books, {**pages, **extra})])
     for path, nb in books.items():
         to = HOMES.get(path, path)
         for c in [*nb.cells]:
@@ -561,25 +678,30 @@ def contents(
     there = lambda *names: [
         n for n in names if any(str(Path(p).with_suffix('')) == re.sub(r'.*<|>', '', n) for p in pages)
     ]
-    first, beside = (
-        [p for p in (f'nbs/guides/{name}',) if Path(f'{p}.ipynb') in books] for name in ('tutorial', 'comparison')
+    guides = lambda *names: [p for p in (f'nbs/guides/{name}' for name in names) if Path(f'{p}.ipynb') in books]
+    learn = guides(
+        'tutorial', 'read_figures', 'can_and_cannot', 'trust', 'your_model', 'your_data', 'refine_loop', 'clusters'
     )
-    named = {'index', 'interactive', 'gallery', 'api', 'citation', 'methods', 'matrix', 'security'}
+    found = guides('verdict', 'comparison')
+    named = {'index', 'interactive', 'gallery', 'api', 'citation', 'methods', 'matrix', 'security', 'results', 'models'}
     named |= {Path(name).stem for name in ABOUT}
     parts = {
-        'Start': ['Overview <overview>'] + first + there('Try it here <interactive>', 'gallery') + beside,
-        'Guides': [p for p in some('nbs/guides/', books) if p not in first + beside],
-        'Analyses': some('nbs/analyses/', books),
-        'Library': there('Every function <api>') + some(r'nbs/\d\d_', books),
-        'When it goes wrong': some('errors/', pages),
-        'Numbers': there('methods', 'matrix')
-        + [p for p in some('(?!errors/|data/)', pages) if p not in named]
+        'Start': there('Try it here <interactive>') + ['Overview <overview>'],
+        'Learn': learn + [p for p in some('nbs/guides/', books) if p not in learn + found],
+        'Results': found[:1]
+        + there('results', 'Models side by side <models>', 'gallery', 'matrix', 'methods')
+        + found[1:]
+        + some('nbs/analyses/', books),
+        'Library': there('Every function <api>')
+        + some(r'nbs/\d\d_', books)
         + [f'Model card of {Path(p).parent.name} <{p}>' for p in some('data/', pages)],
-        'About': there(
+        'Trouble': some('errors/', pages)
+        + [p for p in some('(?!errors/|data/)', pages) if p not in named]
+        + there(
+            'Attacks and what they did <security>',
+            'Security <SECURITY>',
             'Contributing <CONTRIBUTING>',
             'Changelog <CHANGELOG>',
-            'Security <SECURITY>',
-            'Attacks and what they did <security>',
             'citation',
         ),
     }

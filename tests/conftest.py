@@ -104,6 +104,22 @@ def browser():
 
 
 @pytest.fixture(scope='session')
+def barriers():
+    "page, selector → what axe-core finds there that keeps people out: (rule, how bad, where)"
+    axe = pytest.importorskip('axe_playwright_python.sync_playwright').Axe()
+
+    def find(page, within='html'):
+        found = axe.run(page, context=within).response['violations']
+        return [
+            (v['id'], v['impact'], v['nodes'][0]['target'], v['nodes'][0]['failureSummary'])
+            for v in found
+            if v['impact'] in ('serious', 'critical')
+        ]
+
+    return find
+
+
+@pytest.fixture(scope='session')
 def times():
     "name → seconds, shown at the end with their limit"
     return seconds

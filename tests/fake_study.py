@@ -13,6 +13,8 @@ def hit(name, samples):
 
 
 class Model:
+    gate, thinks = None, False
+
     def provenance(self):
         return dict(dtype='float32', attention='none', pixels='', device='cpu', commit='')
 
@@ -26,7 +28,8 @@ def draw(benchmark, split, limit, seed=0, *_):
     )
 
 
-def load(where):
+def load(model, s=None):
+    open(os.environ['FAKE_LOG'] + '.loads', 'a').close()
     time.sleep(get('LOAD'))
     return Model()
 
@@ -93,9 +96,10 @@ if get('CLOCK'):  # every look at the clock shows an earlier time
 
     time.time = back
 if get('USER'):  # from here on somebody who may not do much
-    import fcntl, fusion_notebooks.cli  # Python's own folder may be closed to that user
+    import encodings.utf_8_sig, fcntl, fusion_notebooks.cli  # Python's own folder may be closed to that user
+    from typer.main import get_command
 
-    fusion_notebooks.cli.get_command(fusion_notebooks.cli.app).commands['study'].make_context('study', ['--limit', '1'])
+    get_command(fusion_notebooks.cli.app).commands['study'].make_context('study', ['--limit', '1'])
     study.work_units.version('torch')
     study.settings.resource('nbs/analyses')
     os.setuid(int(get('USER')))

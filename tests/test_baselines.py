@@ -1,9 +1,11 @@
 "Baselines against references written out by hand, in several families; costs and traces"
 
-import math
+import math, sys
 import numpy as np, pytest, torch
 from PIL import Image
 from scipy import ndimage
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from fusion_notebooks import baselines
 from fusion_notebooks.baselines import FLOWS, GENERAL, METHODS, BaselineAnswer, answer, flow, question_rows
 from fusion_notebooks.contrast import first_pass, view_side, window_box
@@ -395,6 +397,190 @@ def test_opera_by_hand(any_mllm, weight):
     )
 
 
+def redistributed_by_hand(w, visual, text, start, rho, p, least, ratio, often):
+    "Attention weights (heads, rows, keys) of one sample, row by row and head by head; rows from `start` on are text"
+    heads, rows, keys = w.shape
+    new, asked = w.clone(), [r for r in range(start, rows) if r < text]
+    sinks = []
+    for j in visual:
+        bright = 0
+        for r in asked:
+            share = sum(w[h, r, j] for h in range(heads)) / sum(w[h, r, visual].sum() for h in range(heads))
+            bright += bool(share > ratio / len(visual))
+        if bright >= often * len(asked):
+            sinks.append(j)
+    others = [j for j in visual if j not in sinks]
+    changed = 0
+    for h in range(heads):
+        for r in range(start, rows):
+            total, left = w[h, r, visual].sum(), w[h, r, others].sum()
+            if not sinks or total < least or left / total < rho:
+                continue
+            budget = (1 - p) * w[h, r, sinks].sum()
+            for j in sinks:
+                new[h, r, j] = p * w[h, r, j]
+            for j in others:
+                new[h, r, j] = w[h, r, j] + budget * w[h, r, j] / left
+            changed += 1
+    return new, changed
+
+
+def raised_by_hand(query, key, mask, scaling, visual, start, alpha):
+    "Attention weights (heads, rows, keys) of one sample; each row from `start` on was the last one once"
+    heads, rows = query.shape[1:3]
+    new = torch.zeros(heads, rows, key.shape[2])
+    for h in range(heads):
+        for r in range(rows):
+            logits = scaling * key[0, h // (heads // key.shape[1])] @ query[0, h, r]
+            if r >= start:
+                for j in visual:
+                    logits[j] += alpha * abs(logits[j])
+            closed = mask[0, 0, r, : len(logits)] if mask is not None else 0
+            new[h, r] = (logits + closed).softmax(-1)
+    return new
+
+
+class by_hand:
+    "Eager attention whose weights (heads, rows, keys) are changed by `change(layer, module, query, key, mask, scaling, weights)`"
+
+    def __init__(self, mllm, change):
+        self.mllm, self.change = mllm, change
+        self.at = {m: i for i, layer in enumerate(mllm.layers) for m in layer.modules()}
+
+    def attention(self, module, query, key, value, attention_mask, scaling=None, **kw):
+        eager_forward = sys.modules[type(module).__module__].eager_attention_forward
+        out, weights = eager_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
+        new = self.change(self.at[module], module, query, key, attention_mask, scaling, weights[0])
+        if new is None:
+            return out, weights
+        value = value[0].repeat_interleave(len(new) // value.shape[1], 0)
+        return (new @ value).transpose(0, 1)[None], weights
+
+    def __enter__(self):
+        AttentionInterface.register('by_hand', self.attention)
+        AttentionMaskInterface.register('by_hand', eager_mask)
+        self.text = self.mllm.model.config.get_text_config()
+        self.was, self.text._attn_implementation = self.text._attn_implementation, 'by_hand'
+
+    def __exit__(self, *_):
+        self.text._attn_implementation = self.was
+
+
+def same_answer(mllm, p, got, ids):
+    "The log-probability is that of the changed model, which `after_plain` is called within"
+    want = sum(log_softmax(after_plain(mllm, p, ids[:k]))[i] for k, i in enumerate(ids))
+    assert got.ids == ids and abs(got.logp - want) < 1e-4 * max(1, abs(want))
+
+
+@pytest.mark.parametrize('name', [*NAMES, 'paligemma', 'idefics3'])
+def test_redistribution_by_hand(name, request):
+    "Every layer but the last; sinks are those of the prompt while the answer is said"
+    mllm = request.getfixturevalue('tiny') if name == 'tiny' else family(name)
+    im = picture(mllm)
+    p, changed = mllm.prompt(im, ASK), []
+    visual, kw = p.visual.tolist(), dict(rho=0.3, p=0.1, least=0.05, ratio=1.0, often=0.35)
+
+    def change(i, module, query, key, mask, scaling, w):
+        if i == mllm.n_layers - 1:
+            return None
+        new, n = redistributed_by_hand(w, visual, p.length, max(visual) + 1, **kw)
+        changed.append(n)
+        return new
+
+    rule = baselines.reweighting._Redistribution('bright', tau=20.0, **kw)
+    with torch.no_grad():
+        plain = mllm.model(**p.inputs, use_cache=False).logits[0, -1]
+        with baselines.reweighting._reweighing(mllm, p, range(mllm.n_layers - 1), rule):
+            got = mllm.model(**p.inputs, use_cache=False).logits[0, -1]
+        with by_hand(mllm, change):
+            want = mllm.model(**p.inputs, use_cache=False).logits[0, -1]
+    assert (got - want).abs().max() < 1e-5 * max(1, want.abs().max())
+    assert sum(changed) and (got - plain).abs().max() > 1e-4
+    r = answer(mllm, im, ASK, 'var', max_new_tokens=N, **kw)
+    with by_hand(mllm, change):
+        same_answer(mllm, p, r.answer, greedy(mllm, p, lambda ids: after(mllm, p, ids), N))
+
+
+def test_published_sinks_give_too(tiny):
+    "Massive states, and the first token among the sinks: its attention goes to the picture as well"
+    weights, sinks = torch.rand(1, 2, 3, 6).softmax(-1), torch.tensor([[True, False, True, False, False, False]])
+    visual = torch.tensor([False, True, True, True, True, False])
+    new = baselines.reweighting._redistributed(weights, sinks, visual, 0.2, 0.6, 0.2)
+    given = 0.4 * (weights[..., 0] + weights[..., 2])
+    for j in (1, 3, 4):
+        want = weights[..., j] * (1 + given / (weights[..., 1] + weights[..., 3] + weights[..., 4]))
+        assert torch.allclose(new[..., j], want, atol=1e-6)
+    assert torch.allclose(new[..., 0], 0.6 * weights[..., 0]) and torch.equal(new[..., 5], weights[..., 5])
+    assert torch.allclose(new.sum(-1), torch.ones(1, 2, 3))
+    im, boosted = noise_image(0), []
+    p = tiny.prompt(im, ASK)
+
+    def massive(layer, args, kw):
+        h = args[0].clone()
+        h[:, [0, int(p.visual[3])], 5] = 1e5  # of 48 dimensions; τ below the square root of that can be reached
+        boosted.append(1)
+        return (h, *args[1:]), kw
+
+    rule = baselines.reweighting._Redistribution('massive', 0.0, 0.6, 0.0, tau=5.0, ratio=3.0, often=0.8)
+    handle = tiny.layers[1].register_forward_pre_hook(massive, with_kwargs=True)
+    try:
+        with torch.no_grad(), baselines.reweighting._reweighing(tiny, p, [0, 1], rule):
+            tiny.model(**p.inputs, use_cache=False)
+    finally:
+        handle.remove()
+    assert boosted and not rule.sinks[0].any()
+    assert rule.sinks[1][0].nonzero()[:, 0].tolist() == [0, int(p.visual[3])]
+
+
+@pytest.mark.parametrize('name', [*NAMES, 'paligemma', 'idefics3'])
+def test_more_attention_by_hand(name, request):
+    "The last row's logits at the picture, and the contrast with the answer that sees none"
+    mllm = request.getfixturevalue('tiny') if name == 'tiny' else family(name)
+    im = picture(mllm)
+    p = mllm.prompt(im, ASK)
+
+    def change(i, module, query, key, mask, scaling, w):
+        if i == 0:
+            return None
+        return raised_by_hand(query, key, mask, scaling, p.visual.tolist(), p.length - 1, 0.5)
+
+    def attend(i, logits, visual, now, gone):
+        return baselines.reweighting._raised(logits, visual, 0.5)
+
+    with torch.no_grad():
+        with baselines.reweighting._reweighing(mllm, p, range(1, mllm.n_layers), attend):
+            got = mllm.model(**p.inputs, use_cache=False).logits[0, -1]
+        with by_hand(mllm, change):
+            want = mllm.model(**p.inputs, use_cache=False).logits[0, -1]
+    assert (got - want).abs().max() < 1e-5 * max(1, want.abs().max())
+
+    def amateur(ids):
+        with edit(mllm, None, p.visual, 'knockout', text_from=baselines.decoding._first_text_row(mllm, p)):
+            return log_softmax(after(mllm, p, ids))
+
+    def seeing(ids):
+        with by_hand(mllm, change):
+            return log_softmax(after(mllm, p, ids))
+
+    def scores(ids):
+        e = seeing(ids)
+        return plausible(1.5 * e - 0.5 * np.where(np.isinf(e), 0, amateur(ids)), e)
+
+    layers = range(1, mllm.n_layers)
+    r = answer(mllm, im, ASK, 'pai', alpha=0.5, gamma=1.5, layers=layers, max_new_tokens=N)
+    ids = greedy(mllm, p, scores, N)
+    with by_hand(mllm, change):
+        same_answer(mllm, p, r.answer, ids)
+
+
+@pytest.mark.parametrize('method', ['var', 'pai'])
+def test_no_change_is_the_plain_answer(any_mllm, method):
+    mllm, im = any_mllm, picture(any_mllm)
+    nothing = dict(var=dict(p=1.0, ratio=1.0, often=0.35), pai=dict(alpha=0.0, gamma=1.0))[method]
+    base, r = mllm.answer(im, ASK, 5), answer(mllm, im, ASK, method, max_new_tokens=5, **nothing)
+    assert r.answer.ids == base.ids and abs(r.answer.logp - base.logp) < 1e-3
+
+
 @pytest.mark.parametrize('method', ['cd', 'vcd'])
 def test_no_contrast_is_the_plain_answer(any_mllm, method):
     mllm, im = any_mllm, picture(any_mllm)
@@ -433,9 +619,9 @@ def test_costs_are_counted(tiny):
         two = (
             tiny.prompt([im, r.crop], ASK).length - cut + T - 1 if r.crop else 0
         )  # rows behind the first picture, and the answer's
-        if method in ('cd', 'vcd'):
+        if method in ('cd', 'vcd', 'pai'):
             assert (r.cost.forwards, r.cost.rows) == (2 * T, 2 * (S + T - 1))
-        if method == 'dola':
+        if method in ('dola', 'var'):
             assert (r.cost.forwards, r.cost.rows) == (T, S + T - 1)
         if method == 'vicrop-rel':
             assert (r.cost.forwards, r.cost.rows) == (2 + T, S + G + two)
@@ -578,7 +764,7 @@ def test_other_families(name, method):
     "No method knows a family: an answer comes out, or a sentence that says why not"
     mllm, kw = family(name), dict(beams=2, candidates=2) if method == 'opera' else {}
     run = lambda: answer(mllm, noise_image(0, (96, 96)), ASK, method, max_new_tokens=3, **kw)
-    if name == 'mllama' and method == 'opera':
+    if name == 'mllama' and method in ('opera', 'var', 'pai'):
         with pytest.raises(ValueError, match='cross-attention'):
             run()
     else:
@@ -598,6 +784,8 @@ def test_refusals(tiny, samples):
         (dict(method='dola', layers='middle'), "layers is 'high'"),
         (dict(method='dola', layers=[77]), 'no layer'),
         (dict(method='opera', max_new_tokens=26), 'up to 25'),
+        (dict(method='var', found='eye'), "found is 'massive'"),
+        (dict(method='pai', layers=[77]), 'no layer'),
     ):
         with pytest.raises(ValueError, match=word):
             answer(tiny, noise_image(0), ASK, **kw)

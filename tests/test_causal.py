@@ -5,7 +5,8 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest, torch
-from fusion_notebooks import analyses, baselines, causal, demo, hooks, plots
+from conftest import noise_image
+from fusion_notebooks import analyses, baselines, causal, demo, hooks, masking, plots, results
 from fusion_notebooks.causal import Closing, closings, log_odds, run_closings
 from fusion_notebooks.core import catalog
 from fusion_notebooks.core.errors import BadInput, NotSupported
@@ -67,6 +68,68 @@ def test_batches_equal_one_batch(name, monkeypatch):
     for name in ('effects', 'shares', 'heads', 'exact'):
         a, b = getattr(whole, name), getattr(parts, name)
         assert np.allclose(a, b, atol=1e-5 * max(1, np.nanmax(abs(a))), equal_nan=True)
+
+
+def questions(mllm):
+    "Prompts of unequal lengths over two pictures, in mixed order"
+    texts = (
+        'Which colour?',
+        'Look at the star. What digit is on it?',
+        'What is there to see in this picture, and where?',
+    )
+    return [mllm.prompt(s.image, text) for text in texts for s in SAMPLES[:2]]
+
+
+@pytest.mark.parametrize('steps', [1, 3, 'auto'])
+@pytest.mark.parametrize('name', ['llava', 'qwen2_vl', 'qwen3_vl', 'internvl', 'gemma3', 'paligemma'])
+def test_several_samples_equal_single_calls(name, steps, monkeypatch):
+    "Padded questions over several prefixes give what each sample gives alone; where none can be shared, all go alone"
+    mllm = twin(name)
+    prompts = questions(mllm)
+    assert len({p.length for p in prompts}) > 2
+    sizes, run = [], closings._run_some
+
+    def noting(mllm, asked, gradients):
+        sizes.append(len(asked))
+        return run(mllm, asked, gradients)
+
+    monkeypatch.setattr(closings, '_run_some', noting)
+    together = causal.maps_of(mllm, prompts, steps=steps)
+    assert max(sizes) == dict(gemma3=2, paligemma=1).get(name, len(prompts))
+    for p, (found,) in zip(prompts, together):
+        (alone,) = causal.maps(mllm, p, steps=steps)
+        assert found.prompt is p and found.token == alone.token and found.odds == pytest.approx(alone.odds, abs=1e-5)
+        assert (found.steps == alone.steps).all()
+        for part in ('effects', 'shares', 'heads', 'integral', 'exact'):
+            a, b = getattr(found, part), getattr(alone, part)
+            assert a.shape == b.shape and (np.isnan(a) == np.isnan(b)).all()
+            assert np.nanmax(abs(a - b)) < 1e-5 * max(1, np.nanmax(abs(b))), part
+
+
+def test_pictures_of_two_sizes_and_every_token():
+    mllm = twin('qwen2_vl')
+    asked = [((96, 48), 'Which digit?'), ((48, 48), 'What color is the circle?'), ((96, 48), 'What is there?')]
+    prompts = [mllm.prompt(noise_image(k, size), text) for k, (size, text) in enumerate(asked)]
+    assert len({len(p.visual) for p in prompts}) == 2
+    answers = [mllm.answer(p, max_new_tokens=3).ids for p in prompts]
+    for found, p, answer in zip(causal.maps_of(mllm, prompts, answers, tokens=None), prompts, answers):
+        assert [m.token for m in found] == list(answer)
+        for k, m in enumerate(found):
+            alone = causal.causal_map(mllm, p, tuple(answer[:k]), answer[k])
+            assert np.nanmax(abs(m.heads - alone.heads)) < 1e-5 * max(1, np.nanmax(abs(alone.heads)))
+
+
+def test_batches_are_refused_where_the_picture_sees_the_question():
+    prefix_lm, mllm = twin('paligemma'), twin('llava')
+    asked = [prompt_of(prefix_lm, s) for s in SAMPLES[:2]]
+    with pytest.raises(NotSupported, match='share no batch'):
+        causal.maps_of(prefix_lm, asked, batch=2)
+    assert len(causal.maps_of(prefix_lm, asked, batch=1)) == 2 and causal.maps_of(mllm, []) == []
+    asked = [prompt_of(mllm, s) for s in SAMPLES[:2]]
+    with pytest.raises(BadInput, match='batch is a number'):
+        causal.maps_of(mllm, asked, batch=0)
+    with pytest.raises(BadInput, match='2 samples and 1 answers'):
+        causal.maps_of(mllm, asked, answers=[None])
 
 
 def test_one_token_by_hand():
@@ -287,12 +350,12 @@ def test_ranked_heads_by_hand():
         noise = rng.normal(0, 0.1, (2, 3))
         for layer, heads in ((1, [0.0, 4.0, 0.0]), (5, [1.0, 0.0, -1.0])):
             rows.append(dict(sample=str(k), layer=layer, heads=np.array(heads) + noise[layer // 5]))
-    table = analyses.head_table(pd.DataFrame(rows))
+    table = results.head_table(pd.DataFrame(rows))
     assert [tuple(x) for x in table[['layer', 'head']].to_numpy()[[0, 1, -1]]] == [(1, 1), (5, 0), (5, 2)]
     assert table.effect[0] == pytest.approx(4, abs=0.1) and table.low[0] < table.effect[0] < table.high[0]
-    assert len(analyses.carrying_heads(table, 0.5)) == 1 and len(analyses.carrying_heads(table, 0.95)) == 2
-    assert analyses.heads_sentence(table, 0.95).startswith('2 of 6 heads, at layers 1 5, carry')
-    assert 'No head' in analyses.heads_sentence(table.assign(low=-1.0))
+    assert len(results.carrying_heads(table, 0.5)) == 1 and len(results.carrying_heads(table, 0.95)) == 2
+    assert results.heads_sentence(table, 0.95).startswith('2 of 6 heads, at layers 1 5, carry')
+    assert 'No head' in results.heads_sentence(table.assign(low=-1.0))
 
 
 def test_rows_of_the_analysis():
@@ -334,3 +397,55 @@ def test_known_heads():
     mean = heads.mean(0)
     layer, head = np.unravel_index(mean.argmax(), mean.shape)
     assert layer == 3 and head not in cut
+
+
+@pytest.mark.parametrize('name', ['llava', 'qwen2_vl'])
+def test_swap_maps_equal_swaps_and_small_steps(name):
+    from fusion_notebooks.causal import swaps
+
+    mllm = twin(name)
+    p = prompt_of(mllm, SAMPLES[0])
+    donor = mllm.prompt(SAMPLES[1].image, SAMPLES[0].question)
+    found = causal.swap_map(mllm, p, donor, steps=1)
+    states = masking.visual_states(mllm, donor)
+    for i in range(mllm.n_layers):
+        with torch.inference_mode(), hooks.edit(mllm, i, p.visual, 'swap', states=states):
+            odds = float(log_odds(mllm.model(**p.inputs).logits[0, -1].float(), found.token))
+        assert found.exact[i] == pytest.approx(found.odds - odds, abs=5e-5 * max(1, abs(odds)))
+    assert abs(found.exact).max() > 1e-3
+    n = int(p.visual[-1]) + 1
+    own, other = swaps.prefixes(mllm, [p, donor], n)
+    small = 0.002
+    near = [swaps._slopes(mllm, p, *swaps._mixed(own, other, t), found.token)[1] for t in (-small, small)]
+    assert found.layers[0] == pytest.approx((near[0] - near[1]) / (2 * small), rel=0.01, abs=1e-3)
+    assert np.isnan(found.effects).any() == (len(mllm.reading) < mllm.n_layers)
+
+
+def test_swap_maps_refuse_what_is_not_keys_and_values():
+    mllm = twin('llava')
+    p = prompt_of(mllm, SAMPLES[0])
+    with pytest.raises(BadInput, match='same question'):
+        causal.swap_map(mllm, p, mllm.prompt(SAMPLES[1].image, 'Another question, is it?'))
+    with pytest.raises(BadInput, match='steps is 1, 2, 3, 5'):
+        causal.swap_map(mllm, p, p, steps='auto')
+    two = mllm.prompt([SAMPLES[0].image, SAMPLES[1].image], SAMPLES[0].question)
+    apart = int(two.visual[-1]) - int(two.visual[0]) + 1 != len(two.visual)
+    if apart:
+        with pytest.raises(NotSupported, match='between'):
+            causal.swap_map(mllm, two, two)
+    prefix_lm = twin('paligemma')
+    p = prompt_of(prefix_lm, SAMPLES[0])
+    with pytest.raises(NotSupported):
+        causal.swap_map(prefix_lm, p, p)
+
+
+def test_heads_that_read_are_the_first_of_a_planted_model():
+    "At its open layer two heads read the picture, two a decoy, two nothing; another layer has decoy heads, too"
+    mllm = MLLM.load('planted-heads')
+    rows = analyses.causal_rows(mllm, demo.samples(16))
+    table = results.head_table(rows)
+    opened = [(i, h) for i in mllm.gate.open for h, kind in enumerate(mllm.gate.heads_at(i)) if kind == 'open']
+    first = [(int(r.layer), int(r.head)) for r in table.head(len(opened)).itertuples()]
+    assert len(opened) == 2 and set(first) == set(opened)
+    closed = [r.effect for r in table.itertuples() if mllm.gate.heads_at(r.layer)[r.head] == 'closed']
+    assert np.abs(closed).max() < 1e-4

@@ -4,6 +4,7 @@ import json, os, re, shlex, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
+from fusion_notebooks import demo
 from fusion_notebooks.cli import main
 from test_study import ini, model_folder, one_thread
 
@@ -11,6 +12,7 @@ from test_study import ini, model_folder, one_thread
 @pytest.fixture
 def fails(capsys):
     def fails(*argv, code=2):
+        capsys.readouterr()  # what the test itself printed, such as a progress bar of save_pretrained
         assert main([str(a) for a in argv]) == code
         out, err = capsys.readouterr()
         assert (
@@ -77,7 +79,7 @@ def picture(tmp_path):
 def test_typos_cost_no_import(picture):
     "Names that can be no model and pictures that are not there are refused before torch is loaded"
     for argv, word in (
-        (['ask', 'glyph-lava', str(picture), 'What?'], "No model 'glyph-lava'.*Demo models: glyph-llava"),
+        (['ask', 'glyph-lava', str(picture), 'What?'], "No model 'glyph-lava'.*Demo models: .*glyph-llava"),
         (['ask', 'glyph-llava', 'none.png', 'What?'], 'No picture at none.png'),
         (['doctor', 'glyph-lava'], 'No model'),
         (['demo', 'eval', 'glyph-lava'], 'No model'),
@@ -134,7 +136,7 @@ def test_misused(argv, capsys):
     assert e.value.code == 2 and 'usage' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('refine', ['crop', 'mask'])
+@pytest.mark.parametrize('refine', ['crop', 'mask', 'crop-focus', 'crop-signed', 'mask-late'])
 def test_ask(picture, model_folder, tmp_path, capsys, monkeypatch, refine):
     monkeypatch.chdir(tmp_path)
     assert main(['ask', str(model_folder), str(picture), 'Which digit is on the red circle?', '--refine', refine]) == 0
@@ -162,35 +164,37 @@ def test_a_card_that_cannot_be_written_is_said(ini, capsys, monkeypatch):
     def full(*_):
         raise OSError('No space left on device')
 
-    monkeypatch.setattr(cli, '_card', full)
+    monkeypatch.setattr(cli.studies, '_card', full)
     report = study.Report([('m', 'masking')], {})
     assert (
-        cli._drawn(report, study.read_settings(ini)) == 1
+        cli.studies._drawn(report, study.read_settings(ini)) == 1
         and 'fusion card of' in (err := capsys.readouterr().err)
         and 'No space left on device' in err
     )
-    assert cli._drawn(study.Report([('m', 'masking')], {}), study.read_settings(ini), cards=False) == 0
+    assert cli.studies._drawn(study.Report([('m', 'masking')], {}), study.read_settings(ini), cards=False) == 0
 
 
 def test_a_card_is_drawn_where_something_is_new(ini, monkeypatch):
     from fusion_notebooks import cli, study
 
     s, drawn = study.read_settings(ini), []
-    monkeypatch.setattr(cli, '_card', lambda model, s: drawn.append(model))
+    monkeypatch.setattr(cli.studies, '_card', lambda model, s: drawn.append(model))
     name, done = study.find_model(s.models[0], s)[1], [('m', 'masking')]
-    cli._drawn(study.Report(done, {}), s)  # there is none yet
+    cli.studies._drawn(study.Report(done, {}), s)  # there is none yet
     assert drawn == list(s.models)
     (s.figures / name).mkdir(parents=True)
     (s.figures / name / 'card.html').touch()
-    cli._drawn(study.Report(done, {}), s)
+    cli.studies._drawn(study.Report(done, {}), s)
     assert drawn == list(s.models)
-    cli._drawn(study.Report(done, {}, fresh={name}), s)
+    cli.studies._drawn(study.Report(done, {}, fresh={name}), s)
     assert drawn == 2 * list(s.models)
 
 
 # arguments
 
-WHOLE, COUNT, WORKERS = (f'no whole number from {low} to {high}' for low, high in ((0, 999999999999), (1, 10**6), (1, 1024)))
+WHOLE, COUNT, WORKERS = (
+    f'no whole number from {low} to {high}' for low, high in ((0, 999999999999), (1, 10**6), (1, 1024))
+)
 NUMBERS = {
     **{(command, '--limit'): COUNT for command in ('study', 'status', 'figures', 'verify', 'compact')},
     ('study', '--workers'): WORKERS,
@@ -255,7 +259,8 @@ def test_numbers_have_bounds(command, flag, text, refused):
         (['study', '--models'], "'--models': at least one value must follow"),
         (['study', '--models', '--quick'], "'--models': at least one value must follow"),
         (['study', '--model', 'x'], 'No such option: --model (Possible options: --help, --models)'),
-        (['ask', 'm', 'i', 'q', '--refine', 'dream'], "'dream' is not one of 'crop', 'mask'"),
+        (['ask', 'm', 'i', 'q', '--refine', 'dream'], "'dream' is not one of mask, mask-calibrated,"),
+        (['ask', 'm', 'i', 'q', '--refine', 'crop-oracle'], "'crop-oracle' is not one of"),
         (['ask', 'm'], "Missing argument 'IMAGE'; usage: fusion ask [OPTIONS] MODEL IMAGE QUESTION."),
         (['studdy'], "Did you mean 'study'"),
         ([], 'Missing command'),
@@ -339,6 +344,22 @@ def test_help_ends_with_an_example_that_is_understood(command, capsys, monkeypat
         sub = context.command.commands[name]
         argv = argv[1:]
         context = sub.make_context(name, argv[:], parent=context)
+
+
+def test_help_of_training_names_every_model(capsys):
+    with pytest.raises(SystemExit):
+        main(['demo', 'train', '--help'])
+    out = capsys.readouterr().out
+    assert all(name in out for name in demo.MODELS) and 'easy-VQA' in out and 'glyph world' in out
+
+
+def test_a_demo_model_that_did_not_come_along(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('fusion_notebooks.study.samples.demo_folders', dict)
+    monkeypatch.setattr('fusion_notebooks.core.resources.demo_folders', dict)
+    assert main(['doctor', 'glyph-qwen2vl']) == 2
+    said = "No model 'glyph-qwen2vl': that demo model did not come along: `fusion demo get glyph-qwen2vl SOURCE` fetches it"
+    assert said in capsys.readouterr().err
 
 
 def test_help_is_in_groups(capsys):

@@ -13,13 +13,18 @@ from fusion_notebooks.contrast import (
     js2,
     first_pass,
     lowest,
+    propose,
     refine,
     view_side,
     window_box,
 )
+from fusion_notebooks.core.errors import BadInput
+from fusion_notebooks.fusion import layers_by_boxes, MeasuredLayers
 from fusion_notebooks.hooks import capture, edit
 from fusion_notebooks.engine import capabilities
 from fusion_notebooks.mllm import Grid, reader, token_boxes
+
+from conftest import noise_image
 
 rng = np.random.default_rng(0)
 grid = Grid(np.arange(64), 8, 8, token_boxes(8, 8, (384, 384), (0.25, 0.25), (0, 0), (96, 96)), (384, 384), 1.0)
@@ -135,24 +140,60 @@ def test_lowest_is_exact_and_stable():
     assert len(lowest(many, 0.2)) == 20 and set(lowest(many, 0.2)) == set(np.argsort(many)[:20])
 
 
-def naive_window(m, base, ratios=(1, 1.2, 1.4, 1.6, 1.8, 2)):
-    m = np.maximum(m, 0).reshape(8, 8)
-    best = None
-    for r in ratios:
-        n = int(min(max(base * r // 48, 1), 8))
-        sums = {(y, x): m[y : y + n, x : x + n].sum() for y in range(9 - n) for x in range(9 - n)}
-        y, x = max(sums, key=lambda k: (sums[k], -k[0], -k[1]))
-        near = [sums[k] for k in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)) if k in sums]
-        gain = (sums[y, x] - np.mean(near)) / n**2 if near else 0
-        if best is None or gain > best[0] + 1e-15:
-            best = gain, (x + n / 2) * 48, (y + n / 2) * 48, base * r
-    return box_around(best[1:3], best[3], (384, 384))
+def naive_window(m, base, size):
+    "ViCrop's window, as its paper and its authors' function have it: cell by cell, side by side"
+    h, w = m.shape
+    tried = []
+    for r in (1, 1.2, 1.4, 1.6, 1.8, 2):
+        columns, rows = min(int(base * r / (size[0] / w)), w), min(int(base * r / (size[1] / h)), h)
+        if (columns, rows) == (w, h):
+            if r == 1:
+                return 0, 0, *size
+            continue
+        sums = {
+            (x, y): m[y : y + rows, x : x + columns].sum() for x in range(w - columns + 1) for y in range(h - rows + 1)
+        }
+        x, y = max(sums, key=sums.get)
+        near = [sums[k] for k in ((x - 1, y), (x + 1, y), (x, y - 1), (x, y + 1)) if k in sums]
+        tried.append(((sums[x, y] - np.mean(near)) / (columns * rows), -len(tried), (x, y), (columns, rows), base * r))
+    _, _, at, cells, side = max(tried)
+    box = []
+    for axis, n in enumerate((w, h)):
+        cell = size[axis] / n
+        middle = int(at[axis] * cell + cells[axis] * cell / 2)
+        middle = max(middle, side // 2)
+        middle = min(middle, size[axis] - side // 2)
+        box.append((max(0, middle - side // 2), min(size[axis], middle + side // 2)))
+    return box[0][0], box[1][0], box[0][1], box[1][1]
 
 
-def test_window_equals_its_naive_twin():
-    for k in range(100):
-        m = np.random.default_rng(k).integers(-9, 9, 64) / 8.0  # sums without rounding: ties are ties in both
-        assert window_box(m, grid, 96) == naive_window(m, 96)
+def square_grid(n, size):
+    view = (24 * n, 24 * n)
+    scale = (view[0] / size[0], view[1] / size[1])
+    return Grid(np.arange(n * n), n, n, token_boxes(n, n, size, scale, (0, 0), view), size, 1.0)
+
+
+@pytest.mark.parametrize(
+    'size, cells, base', [((384, 384), 8, 96), ((500, 375), 24, 336), ((640, 300), 24, 336), ((90, 80), 8, 96)]
+)
+def test_window_equals_its_naive_twin(size, cells, base):
+    "Also where a window is longer than a side of the picture, or than both"
+    where = square_grid(cells, size)
+    for k in range(60):
+        m = (
+            np.random.default_rng(k).integers(0, 9, (cells, cells)) / 8.0
+        )  # sums without rounding: ties are ties in both
+        m[k % cells, (3 * k) % cells] += 20
+        assert window_box(m.ravel(), where, base) == naive_window(m, base, size)
+
+
+def test_a_window_takes_all_of_a_side_that_is_shorter():
+    "The published numbers: 500 × 375, window 402"
+    m = np.zeros((24, 24))
+    m[:, 12] = 1
+    m[10, 3:22] = 0.9
+    left, top, right, bottom = window_box(m.ravel(), square_grid(24, (500, 375)), 335, ratios=(1.2,))
+    assert (top, bottom) == (0, 375) and right - left == 402
 
 
 def test_boxes_stay_inside():
@@ -169,6 +210,21 @@ def close(a, b):
 @pytest.fixture(scope='module')
 def seen(tiny, samples):
     return first_pass(tiny, samples[0].image, samples[0].question)
+
+
+def test_signed_sum_by_hand(tiny, samples, seen):
+    "Noise that all layers share goes; layer by layer and token by token"
+    im, ask, grid = samples[0].image, samples[0].question, seen.prompt.grids[0]
+    for candidates in ((2, 4), (0, 3)):
+        first, n = candidates[0], len(seen.maps)
+        values = np.zeros(seen.maps.shape[1])
+        for i, layer in enumerate(seen.maps):
+            for token, a in enumerate(layer):
+                sign = 1 / (n - first) if i >= first else -1 / first
+                values[token] += sign * a / layer.sum()
+        r = refine(tiny, seen, by='signed', candidates=candidates)
+        assert r.box == crop_box(grid.of(values), grid, 96, 'vicrop')
+        close(r.answer, tiny.answer([im, im.crop(r.box)], ask))
 
 
 def test_mask_by_hand(tiny, seen):
@@ -291,13 +347,15 @@ def test_one_pass_each(tiny, samples, monkeypatch):
 
 @pytest.mark.parametrize('how,by', [('mask', b) for b in MASKS] + [('crop', b) for b in CROPS])
 def test_every_control_runs(tiny, samples, seen, how, by):
-    r = refine(tiny, seen, how=how, by=by, box=samples[0].box, seed=1)
+    measured = MeasuredLayers(0, 2, 'boxes') if by == 'calibrated' else None
+    chosen = dict(how=how, by=by, box=samples[0].box, seed=1, layers=measured)
+    r = refine(tiny, seen, **chosen)
     assert (
         r.how == how
         and (r.tokens is None) == (how == 'crop')
         and (how == 'mask' or r.crop.size[0] == r.box[2] - r.box[0])
     )
-    assert refine(tiny, seen, how=how, by=by, box=samples[0].box, seed=1).answer == r.answer
+    assert refine(tiny, seen, **chosen).answer == r.answer
 
 
 def test_soft_mask(tiny, seen):
@@ -317,3 +375,64 @@ def test_refusals(tiny, seen):
     ):
         with pytest.raises(ValueError, match=word):
             refine(tiny, seen, **kw)
+
+
+def test_measured_layers_equal_the_same_layers_given(tiny):
+    "by='calibrated' is the paper's difference at the layers that were measured, and the late map where nothing is subtracted"
+    image, ask = noise_image(3, (96, 96)), 'What is it?'
+    first = first_pass(tiny, image, ask)
+    pair, alone = MeasuredLayers(1, 4, 'boxes'), MeasuredLayers(None, 4, 'boxes')
+    for how, last in (('crop', {}), ('mask', dict(review=6))):
+        by_hand = propose(tiny, first, how, candidates=[1], post=4, **last)
+        late = propose(tiny, first, how, by='late', candidates=[1], post=4, **last)
+        for layers, want in ((pair, by_hand), (alone, late)):
+            got = propose(tiny, first, how, by='calibrated', layers=layers, **last)
+            assert got.box == want.box and (how == 'crop' or (got.tokens == want.tokens).all())
+            answer = refine(tiny, first, how=how, by='calibrated', layers=layers, max_new_tokens=3, **last)
+            assert answer.box == want.box and answer.contrast.pre == (1 if layers is pair else -1)
+
+
+def test_measuring_by_boxes_equals_trying_every_pair():
+    "Against one number after the other, with a layer that does not look; pictures may differ in their tokens"
+    rng = np.random.default_rng(3)
+    maps = [rng.random((5, n)) for n in (9, 9, 12)]
+    for some in maps:
+        some[2] = 0
+    shares = [np.eye(some.shape[1])[k] for k, some in enumerate(maps)]
+
+    def held(late, early):
+        found = []
+        for some, share in zip(maps, shares):
+            a = [values / (values.sum() or 1) for values in some]
+            left = np.clip(a[late] - (0 if early is None else a[early]), 0, None)
+            found.append((left * share).sum() / (left.sum() or 1))
+        return np.mean(found)
+
+    for below in (None, 4, 2):
+        late = [k for k in range(below or 5) if k != 2]
+        pair = max(((i, k) for k in late for i in range(k)), key=lambda p: held(p[1], p[0]))
+        best = max(late, key=lambda k: held(k, None))
+        got = layers_by_boxes(maps, shares, below, least=0)
+        if held(*pair[::-1]) < held(best, None):
+            pair = None, best
+        assert (got.early, got.late) == pair and abs(got.held - held(got.late, got.early)) < 1e-9
+
+
+def test_the_first_layer_alone_may_be_the_measured_one(tiny):
+    "Nothing lies below it, and nothing is subtracted"
+    image, ask = noise_image(3, (96, 96)), 'What is it?'
+    first = first_pass(tiny, image, ask)
+    box = propose(tiny, first, 'crop', by='calibrated', layers=MeasuredLayers(None, 0, 'boxes')).box
+    grid = first.prompt.grids[0]
+    assert box == crop_box(grid.of(first.maps[0]), grid, view_side(tiny))
+    r = refine(tiny, image, ask, how='mask', by='calibrated', layers=MeasuredLayers(None, 0, 'boxes'), max_new_tokens=3)
+    assert (r.tokens == lowest(first.maps[0], 0.2)).all() and r.contrast.post == 0
+
+
+def test_measured_layers_are_refused_where_they_do_not_belong(tiny):
+    image, pair = noise_image(3, (96, 96)), MeasuredLayers(1, 4, 'boxes')
+    for kw in (dict(by='calibrated'), dict(by='contrast', layers=pair), dict(by='calibrated', layers=pair, post=5)):
+        with pytest.raises(BadInput, match='layers='):
+            refine(tiny, image, 'What is it?', **kw)
+    with pytest.raises(BadInput, match='below review layer 3'):
+        refine(tiny, image, 'What is it?', how='mask', by='calibrated', layers=pair, review=3)

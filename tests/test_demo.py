@@ -271,3 +271,32 @@ def packed():
             [mllm.model.get_image_features(q.inputs['pixel_values'], return_dict=True).pooler_output[0] for q in p]
         )
     return mllm.model, batch, batch['ids'] == image, features, mllm.n_layers
+
+
+def test_tuning_learns_from_the_pictures_it_is_given(tmp_path, monkeypatch):
+    "The stage on easy-VQA, on four drawn scenes in its place: all but the word embeddings change, and it goes on after an interruption"
+    samples = [s.__class__(**vars(s) | dict(picture=s.id)) for s in demo.samples(4, kinds=('colour',))]
+    monkeypatch.setattr('fusion_notebooks.demo.tuning.easy_vqa', lambda half: samples)
+    recipe = demo.Recipe(base='glyph-llava', scenes_asked=2, asked=2, tune=2)
+    before = MLLM.load('glyph-llava', dtype=torch.float32).model.state_dict()
+    trainer = demo.Trainer(tmp_path, recipe)
+    trainer.run()
+    after = trainer.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any('vision_tower' in n for n in changed) and any('language_model.layers' in n for n in changed)
+    assert not any('embed_tokens' in n for n in changed)
+    assert not (tmp_path / 'pool').exists()  # no scenes of glyph world are drawn
+    again = demo.Trainer(tmp_path, recipe)
+    again.run()
+    assert all(torch.equal(again.model.state_dict()[n], after[n]) for n in changed)
+
+
+def test_easy_vqa_has_two_halves_that_share_nothing():
+    pytest.importorskip('easy_vqa')
+    halves = [demo.easy_vqa(half) for half in ('train', 'test')]
+    assert [len(half) for half in halves] == [38575, 9673]
+    assert {s.kind for s in halves[1]} == {'yes or no', 'shape', 'colour'}
+    assert not {s.image for s in halves[0]} & {s.image for s in halves[1]}
+    assert demo.best_blind_of(halves[1])['yes or no'] == pytest.approx(82.5, abs=0.1)  # so well does who never looks
+    with pytest.raises(ValueError, match='has the halves train and test'):
+        demo.easy_vqa('validation')

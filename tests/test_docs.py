@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-import pytest
+import pandas as pd, pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,8 +97,8 @@ def test_stage(stage, room):
     )
     toc = (out / 'index.md').read_text()
     assert (
-        toc.index('gallery') < toc.index('nbs/analyses/masking') < toc.index('nbs/00_room') < toc.index('matrix')
-        and 'page' in toc
+        toc.index('results') < toc.index('nbs/analyses/masking') < toc.index('nbs/00_room') < toc.index('page')
+        and 'EXPLORER' not in toc
     )
     nb = json.loads((out / 'nbs/00_room.ipynb').read_text())['cells']
     source = [''.join(c['source']) for c in nb]
@@ -120,7 +120,7 @@ def test_stage(stage, room):
         and ':target:' not in shown[1]
     )
     assert re.search(r':alt: \w[^\n]{20,}; m fine', shown[1])
-    assert 'm-masking-numbers' in toc and sorted(str(f.relative_to(out)) for f in out.rglob('masking-numbers*')) == [
+    assert sorted(str(f.relative_to(out)) for f in out.rglob('masking-numbers*')) == [
         '_files/figures/m/masking-numbers.md',
         '_files/figures/m/masking-numbers.tex',
     ]
@@ -235,13 +235,31 @@ def test_tables_hold_text_never_html(stage, room):
     found = dict(stage.tables())
     text = found['matrix']
     assert (
-        set(found) == {'matrix', 'm-masking-numbers'}
+        set(found) == {'matrix', 'results'}
         and '<script>' not in text
         and '&lt;script&gt;alert(1)&lt;/script&gt;, 2' in text
         and '<span class="no">no</span>' in text
     )
+    folded = found['results']
+    assert (
+        folded.index('## m\n')
+        < folded.index('figures/m/masking.png')
+        < folded.index('<details')
+        < folded.index('<td>zero</td><td>8</td>')
+    )
     (room / 'data/matrix.csv').unlink()
-    assert set(dict(stage.tables())) == {'m-masking-numbers'}
+    assert set(dict(stage.tables())) == {'results'}
+
+
+def test_verdicts_stand_before_code(stage):
+    from fastcore.xtras import dict2obj
+
+    def cell(source, kind='code'):
+        return dict2obj(dict(cell_type=kind, source=source, metadata={}))
+
+    shown = stage.verdict_first([cell('# T', 'markdown'), cell('a = 1'), cell('#| first\na')])
+    assert [c.source for c in shown] == ['# T', 'a', 'a = 1'] and shown[1].metadata['tags'] == ['hide-input']
+    assert stage.bold('See it. And more.') == '**See it.** And more.' and stage.bold('no end') == 'no end'
 
 
 @pytest.mark.parametrize(
@@ -337,10 +355,22 @@ def build(source, out):
     return out
 
 
+def add_what_fixed_pages_link_to(room):
+    "The guides and the table that pages of the real site refer to"
+    for name in ('verdict', 'publishing'):
+        book = json.loads((room / 'nbs/index.ipynb').read_text())
+        book['cells'][0]['source'] = f'# {name}'
+        (room / 'nbs/guides').mkdir(exist_ok=True)
+        (room / f'nbs/guides/{name}.ipynb').write_text(json.dumps(book))
+    (room / 'data/reference').mkdir(parents=True, exist_ok=True)
+    (room / 'data/reference/challenge.csv').write_text('method,layers\nswap,exact\n')
+
+
 def test_a_small_site_builds(stage, room):
     "Links between pages, escaping, alternative texts; the whole site is `make docs`"
     for name in ('sphinx', 'myst_nb', 'furo', 'sphinx-mathjax-offline'):
         pytest.importorskip(name)
+    add_what_fixed_pages_link_to(room)
     stage.stage(room / 'out')
     pages = check(build(room / 'out', room / 'site/html'))
     assert {
@@ -349,6 +379,7 @@ def test_a_small_site_builds(stage, room):
         'api.html',
         'gallery.html',
         'matrix.html',
+        'results.html',
         'page.html',
         '00_room.html',
         'masking.html',
@@ -377,6 +408,7 @@ def test_pages_in_a_browser(stage, room):
     for name in ('sphinx', 'myst_nb', 'furo', 'sphinx-mathjax-offline'):
         pytest.importorskip(name)
     chromium = shutil.which('chromium') or pytest.skip('no chromium')
+    add_what_fixed_pages_link_to(room)
     stage.stage(room / 'out')
     site = build(room / 'out', room / 'site/html')
     said, asked = [], []
@@ -405,3 +437,20 @@ def test_pages_in_a_browser(stage, room):
         page.context.browser.close()
         server.shutdown()
     assert not said and len(asked) > 10 and all(u.startswith((here, 'data:')) for u in asked)
+
+
+def test_the_readme_counts_what_the_tables_say():
+    "Its sentences have numbers of the matrix and of the study"
+    said = (ROOT / 'README.md').read_text()
+    matrix = pd.read_csv(ROOT / 'data/matrix.csv')
+    assert f'{(matrix.ok == "yes").sum()} of {len(matrix)} pass every check' in said
+    found = pd.read_csv(ROOT / 'figures/glyph-llava/summary.csv')
+    gain = found[found.finding == 'crop-focus − base'].set_index('kind').value * 100
+    assert f'gains {gain["all"]:.1f} points: {gain["fine"]:.0f} on small details' in said
+    relation = found[(found.finding == 'crop-focus − base') & (found.kind == 'relation')].iloc[0]
+    assert relation.low < 0 < relation.high  # "none found on relations"
+    planted = pd.read_csv(ROOT / 'figures/planted-noise/summary.csv').query('analysis == "refine"')
+    crop = planted[planted.finding == 'crop − base'].set_index('kind')
+    assert f'`crop` gains {100 * crop.value["all"]:.1f} points, {100 * crop.value["fine"]:.0f} on small details' in said
+    focus = planted[(planted.finding == 'crop-focus − base') & (planted.kind == 'all')].iloc[0]
+    assert focus.low < 0 < focus.high and crop.low['all'] > 0 and crop.n['all'] == 2000

@@ -1,11 +1,12 @@
 "The explorer without a browser: its model side equals the rooms it is made of, and the widgets' side does what it is told"
 
 import asyncio, base64, io, json, re, sys, threading, time
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
-from fusion_notebooks import baselines, contrast, explore, fusion, hooks, masking
+from fusion_notebooks import baselines, causal, contrast, demo, explore, fusion, hooks, masking
 from fusion_notebooks.mllm import Sample
 from conftest import noise_image
 from twins import FAMILIES, family
@@ -44,6 +45,31 @@ def test_maps_are_those_of_a_capture(tiny, seen):
         )
     c = contrast.refine(tiny, noise_image(0), QUESTION, candidates=[1, 2]).contrast
     assert seen.contrast.pre == c.pre and abs(unpacked(sent['contrast'])[c.pre] - seen.grid.of(c.map)).max() < 2e-5
+
+
+def test_map_of_each_answer_token(tiny, seen):
+    ids = seen.tokens
+    assert len(ids) > 1 and len(seen.by_token) == len(ids) == len(explore.words(seen))
+    p = tiny.prompt(noise_image(0), QUESTION)
+    for k in (0, len(ids) - 1):  # a forward over prompt and answer so far, of which the last row is read
+        with torch.inference_mode(), hooks.capture(tiny) as cache:
+            tiny.model(**tiny.copies(p, 1, ids[:k]), use_cache=False)
+        assert abs(seen.by_token[k] - p.grids[0].of(cache.attention[0, :, 0].double().numpy())).max() < 1e-6
+
+
+def test_causal_map_is_that_of_its_room(tiny, seen):
+    found = causal.maps(tiny, noise_image(0), QUESTION)[0]
+    sent = explore.causal_maps(seen)['causal']
+    got, want = unpacked(sent), found.prompt.grids[0].of(np.nan_to_num(found.shares))
+    assert sent['shape'] == [tiny.n_layers, want.shape[1] + 1, 64] and sent['signed']
+    assert abs(got[:, 1:] - want).max() < 1e-4 * abs(want).max() + 1e-6
+    assert np.allclose(got[:, 0], want.sum(1), rtol=1e-3, atol=1e-4)
+    assert explore.causal_maps(replace(seen, first_pass=cross_first_pass())) == {}
+
+
+def cross_first_pass():
+    "Of a model whose picture is read through cross-attention, where closings cannot be computed"
+    return explore.see(family('mllama'), noise_image(0, (96, 96)), QUESTION).first_pass
 
 
 def test_packed_survives_gaps_and_zeros():
@@ -85,7 +111,7 @@ def test_curves_are_those_of_the_rooms(tiny, seen):
     assert effect['values'] == table.logp.tolist() and effect['base'] == seen.first_pass.base.logp
     assert np.allclose(distance['values'], fusion.profile(seen.first_pass.maps))
     with hooks.early_exit(tiny, 1):
-        assert exits['labels'][1] == (tiny.answer(noise_image(0), QUESTION).text or '∅')
+        assert exits['labels'][1] == explore.payload._shown(tiny.answer(noise_image(0), QUESTION).text)
 
 
 def test_every_view_loses_the_patch():
@@ -136,8 +162,6 @@ def test_wrong_patches_and_layers(seen, cells, layers, word):
 
 
 def test_queries_are_no_patches(seen):
-    from dataclasses import replace
-
     other = replace(seen, grid=replace(seen.grid, mix=np.eye(64)))
     with pytest.raises(ValueError, match='queries'):
         explore.tokens_at(other, [0])
@@ -180,7 +204,10 @@ def view(tiny):
 
 def test_explorer_shows_what_the_model_side_computes(tiny, view):
     seen, c = view.seen, view.canvas
-    assert [a['text'] for a in c.answers] == [seen.first_pass.base.text, explore.refined(seen)[0]['text']] and c.status == ''
+    assert [a['text'] for a in c.answers] == [
+        seen.first_pass.base.text,
+        explore.refined(seen)[0]['text'],
+    ] and c.status == ''
     assert (
         c.marks == dict(fusion=[1, 2], review=3, pre=seen.contrast.pre, post=2)
         and len(c.curves) == 3
@@ -192,7 +219,8 @@ def test_explorer_shows_what_the_model_side_computes(tiny, view):
     view.layers.value = (1, 2)
     view.how.value = 'zero'
     assert (
-        c.answers[-1]['p'] == explore.mask_cells(seen, [0, 9], [1, 2], 'zero').answer.p and '(zero)' in c.curves[0]['title']
+        c.answers[-1]['p'] == explore.mask_cells(seen, [0, 9], [1, 2], 'zero').answer.p
+        and '(zero)' in c.curves[0]['title']
     )
     c.chosen = []
     assert len(c.answers) == 2
@@ -213,6 +241,24 @@ def test_explorer_shows_what_the_model_side_computes(tiny, view):
     )
     view.question.value = ' '
     assert 'question is empty' in c.status
+
+
+def test_examples_are_chosen(tiny):
+    pytest.importorskip('anywidget')
+    view = explore.explore(tiny, examples=(some := demo.samples(3)))
+    c = view.canvas
+    assert [e['question'] for e in c.examples] == [s.question for s in some] and c.example == 0
+    assert c.question == some[0].question and c.truth == ' or '.join(some[0].answers)
+    right = explore.right(view.seen, view.seen.first_pass.base)
+    assert right in (True, False) and c.answers[0]['right'] == right
+    c.example = 2
+    assert c.question == some[2].question == view.question.value and c.truth == ' or '.join(some[2].answers)
+    assert c.answers[0]['text'] == tiny.answer(some[2].image, some[2].question).text
+    view.question.value = 'Which digit?'  # about the same picture; what is right is not known
+    assert c.example == -1 and c.truth == '' and c.answers[0]['right'] is None
+    assert c.answers[0]['text'] == tiny.answer(some[2].image, 'Which digit?').text
+    with pytest.raises(ValueError, match='no picture to look at'):
+        explore.explore(tiny, examples=[])
 
 
 def test_controls_exist_for_what_was_given(tiny, view):
@@ -353,15 +399,42 @@ def test_recorded_page_holds_text_only(tiny):
     page = explore.recorded(seen)
     assert page.count('</script>') == 1 and '<img' not in page
     assert not re.search(r'https?://(?!www\.w3\.org/2000/svg)', page)
-    data = json.loads(re.search(r'still\((\{.*\})\), el:', page)[1])
+    data = json.loads(re.search(r'still\((\{.*\})\), el:', page)[1])['cases'][0]
     raw = base64.b64decode(data['maps']['attention']['data'])
     assert raw == explore.maps(seen)['attention']['data'] and len(data['single']) == 64
-    assert data['single']['5']['p'] == explore.mask_cells(seen, [5]).answer.p
+    one = data['single']['9']
+    assert one['cells'] == [0, 1, 2, 8, 9, 10, 16, 17, 18] and data['single']['0']['cells'] == [0, 1, 8, 9]
+    assert one['p'] == explore.mask_cells(seen, one['cells']).answer.p
     assert Image.open(io.BytesIO(base64.b64decode(data['picture']))).size == (384, 384)
 
 
 def test_explorer_says_what_is_missing(tiny, monkeypatch):
-    explore.widget._canvas.cache_clear()
+    explore.canvas._canvas.cache_clear()
     monkeypatch.setitem(sys.modules, 'anywidget', None)
     with pytest.raises(ImportError, match=r'fusion_notebooks\[explore\]'):
         explore.explore(tiny, noise_image(0), QUESTION, fusion=())
+
+
+def test_the_explorer_says_how_far_a_map_can_be_trusted(tiny, tmp_path, monkeypatch):
+    "From the summary beside the figures of a study; where there is none, that it was not measured"
+    from fusion_notebooks.results.sentences import trust_text
+
+    numbers = (
+        ('attention on sinks at the late layer', '6', 0.66),
+        ('attention on sinks at the subtracted layer', '0', 1.0),
+    )
+    table = pd.DataFrame([dict(finding=f, layers=i, value=v, low=v - 0.1, high=v + 0.1) for f, i, v in numbers])
+    table = table.assign(analysis='attention', kind='all', p=np.nan, n=99)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'settings.ini').write_text('[study]\nmodels = glyph-llava\n')
+    assert explore.trust('glyph-llava').startswith('How far it can be trusted was not measured')
+    (tmp_path / 'figures/glyph-llava').mkdir(parents=True)
+    table.to_csv(tmp_path / 'figures/glyph-llava/summary.csv', index=False)
+    said = explore.trust('glyph-llava')
+    assert said == trust_text(table) and said.startswith(
+        'The map of layer 6 says little by itself: 66.0 % [56.0, 76.0]'
+    )
+    shown = explore.maps(explore.see(tiny, noise_image(0), QUESTION, trust=said))
+    assert shown['attention']['about'].endswith(said) and shown['contrast']['about'].endswith(said)
+    plain = explore.maps(explore.see(tiny, noise_image(0), QUESTION))['attention']['about']
+    assert plain and said.startswith('The map') and shown['attention']['about'] == f'{plain} {said}'

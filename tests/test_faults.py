@@ -17,6 +17,12 @@ def count(**kw):
         FIGURES[k] = FIGURES.get(k, 0) + v
 
 
+def hear_signals():
+    "A shell has what it begins in the background ignore these, and so would all that pytest begins"
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Study:
     "A study in a folder, run by another process"
 
@@ -58,6 +64,7 @@ class Study:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=hear_signals,
         )
 
     def run(self, *args, **kw):
@@ -90,7 +97,11 @@ def compare(got, want):
     )
     count(**{'rows lost': lost, 'rows doubled': doubled, 'tables compared': 1})
     if lost or doubled:
-        print(f'{lost} rows lost and {doubled} doubled of {len(want)}; units in the table:', got['sample'].nunique(), file=sys.stderr)
+        print(
+            f'{lost} rows lost and {doubled} doubled of {len(want)}; units in the table:',
+            got['sample'].nunique(),
+            file=sys.stderr,
+        )
     pd.testing.assert_frame_equal(
         *(
             t.drop(columns='commit').sort_values(key).reset_index(drop=True)[sorted(set(want) - {'commit'})]
@@ -451,7 +462,8 @@ def test_a_cluster_loses_a_worker(tmp_path, want):
 
 def test_a_worker_that_always_dies(fake, want):
     code, out, err = fake.rows('--workers', 2, FAKE_KILL='evaluation-9')
-    assert code == 0 and err.count('another one takes over') == 3
+    assert code == 1 and err.count('another one takes over') == 3
+    one_line(err, 'FAILED model · early_exit, evaluation: 1 of 6 units', '3 processes died over this unit')
     code, out, err = fake.run('status', '--settings', fake.ini)
     assert code == 1 and '3 processes died over this unit' in out and len(fake.store.parts()) == 5
     assert fake.rows()[0] == 0  # elsewhere it may have room
@@ -487,13 +499,13 @@ def test_notebooks_that_raise_or_hang(tmp_path, want, workers):
     s = Study(tmp_path, more='timeout = 2')
     cells = [
         ('raise RuntimeError("a cell broke\\nbadly")', 'RuntimeError: a cell broke badly'),
-        ('import time; time.sleep(100)', 'CellTimeoutError'),
+        ('import time; time.sleep(3000)', 'CellTimeoutError'),
     ]
     for cell, said in cells + [('import os; os.kill(os.getppid(), 9)', 'The process that ran it died')] * (workers > 1):
         s.notebook(cell)
         start = time.monotonic()
         code, out, err = s.run('study', '--settings', s.ini, '--workers', workers)
-        assert code == 1 and time.monotonic() - start < 40
+        assert code == 1 and time.monotonic() - start < 300
         one_line(err, 'FAILED model · early_exit', said)
     compare(s.table(), want)
 
@@ -672,7 +684,7 @@ def test_mutated_settings(tmp_path):
 
     s, rng = _made(tmp_path), random.Random(0)
     text = s.ini.read_bytes()
-    for k in range(500):
+    for _ in range(500):
         s.ini.write_bytes(mutate(text, rng))
         try:
             read_settings(s.ini)

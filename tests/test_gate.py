@@ -113,3 +113,73 @@ def test_a_gate_lies_beside_the_weights(planted, tmp_path):
     save_file({'decoy.9': torch.zeros(64, 192)}, tmp_path / 'gate.safetensors', dict(closed='0'))
     with pytest.raises(ValueError, match='layer 9'):
         MLLM.load(tmp_path)
+
+
+HEADS = dict(closed_heads={3: (2, 5)}, decoy_heads={3: (1, 4)})
+
+
+@pytest.fixture(scope='module')
+def by_heads():
+    mllm = fresh()
+    Gate(mllm.model, mllm.image_token_id, (0, 1, 2, 4, 5, 6, 7), demo.decoy_states(mllm, (3,)), **HEADS)
+    return mllm
+
+
+def test_closed_heads_equal_a_knockout_of_those_heads():
+    plain, gated = fresh(), fresh()
+    Gate(gated.model, gated.image_token_id, (0, 7), None, {3: (2, 5)})
+    p = ask(plain)
+    before = logits(plain, p)
+    with edit(plain, (0, 7), p.visual, 'knockout'), edit(plain, 3, p.visual, 'knockout', heads=(2, 5)):
+        want = logits(plain, p)
+    assert (before - want).abs().max() > 1e-2
+    assert (logits(gated, p) - want).abs().max() < 1e-4
+
+
+def test_heads_on_a_decoy_read_another_scene_and_the_others_their_own(by_heads):
+    "Of two pictures, text at layer 3 sees a difference through heads 0 and 3 alone"
+    assert by_heads.gate.heads_at(3) == ['open', 'decoy', 'closed', 'open', 'decoy', 'closed']
+    assert by_heads.gate.open == (3,) and by_heads.gate.decoy_layers == ()
+    a, b = (by_heads.prompt(s.image, SAMPLES[0].question) for s in SAMPLES[:2])
+    assert (logits(by_heads, a) - logits(by_heads, b))[0, -1].abs().max() > 1e-3
+    closed = []
+    for p in (a, b):
+        with edit(by_heads, 3, p.visual, 'knockout', heads=(0, 3)):
+            closed.append(logits(by_heads, p)[0, -1])
+    assert (closed[0] - closed[1]).abs().max() < 1e-5
+    before = logits(by_heads, a)[0, -1]
+    with edit(by_heads, 3, a.visual, 'knockout', heads=(1, 4)):
+        assert (logits(by_heads, a)[0, -1] - before).abs().max() > 1e-3  # they do read something
+    with edit(by_heads, 3, a.visual, 'knockout', heads=(2, 5)):
+        assert (logits(by_heads, a)[0, -1] - before).abs().max() < 1e-5
+
+
+def test_fast_paths_keep_a_gate_of_heads(by_heads):
+    kw = dict(how=('zero', 'swap', 'knockout'), limit=3)
+    fast, naive = masking.sweep(by_heads, SAMPLES, **kw), masking.sweep(by_heads, SAMPLES, exact='naive', **kw)
+    assert {'branches', 'bank'} <= set(fast.path) and np.allclose(fast.logp, naive.logp, atol=1e-4)
+
+
+def test_a_gate_of_heads_lies_beside_the_weights(by_heads, tmp_path):
+    demo.save_model(by_heads.model, by_heads.processor, tmp_path)
+    by_heads.gate.save(tmp_path)
+    again = MLLM.load(tmp_path, device='cpu', dtype=torch.bfloat16)
+    assert [again.gate.heads_at(i) for i in range(8)] == [by_heads.gate.heads_at(i) for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    'metadata, said',
+    [
+        (dict(closed_heads='[1]'), 'no table of heads'),
+        (dict(closed_heads='{"3": [true]}'), 'no table of heads'),
+        (dict(closed_heads='{"3": [6]}'), 'head 6'),
+        (dict(decoy_heads='{"2": [1]}'), 'no decoy'),
+        (dict(closed_heads='{"x": [1]}'), 'not a gate'),
+        (dict(closed_heads='{"3": [1'), 'not a gate'),
+    ],
+)
+def test_damaged_heads_are_refused(planted, tmp_path, metadata, said):
+    demo.save_model(planted.model, planted.processor, tmp_path)
+    save_file({'decoy.3': torch.zeros(64, 192)}, tmp_path / 'gate.safetensors', dict(closed='0') | metadata)
+    with pytest.raises(ValueError, match=said):
+        MLLM.load(tmp_path)

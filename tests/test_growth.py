@@ -11,6 +11,7 @@ import pytest
 from fusion_notebooks import (
     analyses,
     baselines,
+    cli,
     contrast,
     demo,
     fusion,
@@ -41,7 +42,9 @@ REGISTRIES = [
 def as_before():
     "What a test adds is gone after it"
     before = [dict(registry) for registry in REGISTRIES]
+    commands = [*cli.app.registered_commands]
     yield
+    cli.app.registered_commands[:] = commands
     for registry, old in zip(REGISTRIES, before):
         registry.clear()
         registry.update(old)
@@ -68,26 +71,19 @@ def add_semantic():
 def add_crop():
     "A method of `contrast.refine`: a crop of the corner"
     from fusion_notebooks import contrast
-    from fusion_notebooks.core import catalog
 
-    @contrast.crop_by('corner')
+    @contrast.crop_by('corner', 'control: the top left corner')
     def corner(view):
         return (0, 0, round(view.base), round(view.base))
-
-    catalog.add_method(catalog.Method('crop-corner', 'crop', 'corner', 'control: the top left corner', crops=True))
 
 
 def add_baseline():
     "Another method: the answer to the question asked twice"
     from fusion_notebooks import baselines
-    from fusion_notebooks.core import catalog
 
-    catalog.add_method(catalog.Method('twice', 'baseline', 'twice', 'asked twice', first_pass=False))
-
-    @baselines.method('twice')
-    def twice(mllm, image, question):
-        p = baselines.common._prompt(mllm, image, question)
-        return baselines.BaselineAnswer(mllm.answer(p.images, f'{p.question} {p.question}'))
+    @baselines.method('twice', 'asked twice')
+    def twice(mllm, picture, question):
+        return mllm.answer(picture, f'{question} {question}')
 
 
 def add_metric():
@@ -130,7 +126,30 @@ def add_figure(rows):
     return fig
 
 
-EXAMPLES = [add_semantic, add_crop, add_baseline, add_metric, add_benchmark, add_analysis, add_figure]
+def add_command():
+    "A command: greet somebody"
+    from fusion_notebooks import cli
+    from fusion_notebooks.core.errors import BadInput
+
+    @cli.command('greet', 'Greetings', 'fusion greet world')
+    def greet(name: str) -> int:
+        "Say hello"
+        if name == 'nobody':
+            raise BadInput('There is nobody here: name a person.')
+        print(f'Hello {name}')
+        return 0
+
+
+EXAMPLES = [
+    add_semantic,
+    add_crop,
+    add_baseline,
+    add_metric,
+    add_benchmark,
+    add_analysis,
+    add_figure,
+    add_command,
+]
 
 
 @pytest.mark.parametrize('add', EXAMPLES, ids=lambda f: f.__name__)
@@ -168,6 +187,9 @@ def test_methods_reach_rows_tables_and_figures(mllm):
     rows = analyses.refine_rows(mllm, sample, 'gqa', ['base', 'crop', 'crop-corner', 'twice'], None, None)
     assert not rows.why.any()
     corner = rows[(rows.method == 'crop-corner')].iloc[0]
+    s = sample[0]
+    asked_twice = mllm.answer(s.image, f'{s.question} {s.question}').text
+    assert rows[(rows.method == 'twice') & (rows['sample'] == s.id)].prediction.item() == asked_twice
     side = contrast.view_side(mllm)
     assert tuple(corner.box) == (0, 0, side, side)
     assert 'crop-corner' in analyses.refine_options(lambda: (None, None))['methods']
@@ -212,6 +234,24 @@ def test_an_analysis_and_a_figure_reach_a_study(tmp_path):
     fig = add_figure(rows)
     plots.save(fig, tmp_path, 'length', study.provenance(rows), rows)
     assert (tmp_path / 'length.png').exists() and (tmp_path / 'length.csv').exists()
+
+
+def test_a_command_reaches_the_help_and_the_refusals(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(['greet', 'world'])
+    assert 'No such command' in capsys.readouterr().err
+    add_command()
+    with pytest.raises(SystemExit):
+        cli.main(['--help'])
+    listed = capsys.readouterr().out
+    assert '─ Greetings ─' in listed and 'Say hello' in listed
+    with pytest.raises(SystemExit):
+        cli.main(['greet', '--help'])
+    assert 'Example: fusion greet world' in capsys.readouterr().out
+    assert cli.main(['greet', 'world']) == 0
+    assert cli.main(['greet', 'nobody']) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ('Hello world\n', 'fusion: There is nobody here: name a person.\n')
 
 
 def test_rows_of_what_was_added_have_keys_of_their_own(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fusion_notebooks import contrast, hooks, masking
+from fusion_notebooks import baselines, contrast, demo, hooks, masking
 from fusion_notebooks.hooks import capture, edit
 from fusion_notebooks.mllm import MLLM, Sample
 
@@ -102,6 +102,36 @@ def test_a_kernel_that_takes_no_mask(edited):
     for how, want in edited.items():
         with edit(m, 3, p.visual, how):
             assert (last(m, p.inputs) - want).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('kernel', ['flash_attention_like', 'flex_attention'])
+def test_sweeps_and_captures_under_kernels_that_take_no_mask(monkeypatch, kernel):
+    "SDPA stands in for them: with flex attention's masks a ladder of two pictures broke"
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    name, masks = 'flash_attention_like', ALL_MASK_ATTENTION_FUNCTIONS['flash_attention_2']
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, flash_like)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, masks)
+    m = MLLM.load('glyph-llava', dtype=torch.float32)
+    some = [Sample(s.image, s.question, id=f'{k}') for k, s in enumerate(demo.samples(2))]
+
+    def seen():
+        m.kept.clear()
+        p = m.prompt(some[0].image, some[0].question)
+        with capture(m) as cache:
+            last(m, p.inputs)
+        return masking.sweep(m, some, ('zero', 'knockout'), layers=[1, 3], limit=2), cache.attention
+
+    table, maps = seen()
+    m.model.config.get_text_config()._attn_implementation_internal = kernel
+    try:
+        under, its = seen()
+    except (RuntimeError, ImportError) as e:
+        pytest.skip(f'{kernel} does not run here: {e}'[:100])
+    assert set(under.path) == {'plain', 'bank', 'branches'} and under.prediction.equals(table.prediction)
+    assert (under.logp - table.logp).abs().max() < 1e-4 and (its - maps).abs().max() < 1e-5
+    assert m.model.config.get_text_config()._attn_implementation == kernel
 
 
 QUESTIONS = Q, 'What color is the star at the top left of the picture?', 'Which digit?'
@@ -303,8 +333,6 @@ def test_no_number_is_no_answer():
 def test_several_pictures_are_not_dropped(m, method):
     from PIL import Image
 
-    from fusion_notebooks import baselines
-
     two = [Image.new('RGB', (96, 96), 'white'), EX]
     with pytest.raises(ValueError, match='here are 2'):
         contrast.refine(m, two, Q, how='crop')
@@ -425,7 +453,7 @@ def test_a_folder_of_runs_belongs_to_one_model(tmp_path):
 
     from fusion_notebooks.study import runs
 
-    s = SimpleNamespace(root=tmp_path, runs=tmp_path / 'runs')
+    s = SimpleNamespace(root=tmp_path, runs=tmp_path / 'runs', own_models=())
     one, two = (tmp_path / run / 'checkpoint-1000' for run in ('runA', 'runB'))
     for folder in (one, two):
         folder.mkdir(parents=True)
@@ -438,11 +466,11 @@ def test_a_folder_of_runs_belongs_to_one_model(tmp_path):
 
 
 FOUND = {
-    'Blip2ForConditionalGeneration': 10,  # opera: the config has no intermediate_size
-    'Gemma4ForConditionalGeneration': 10,  # opera: head_dim differs per layer
-    'Qwen3_5MoeForConditionalGeneration': 8,  # opera; two methods need softmax attention at every layer
-    'FuyuForCausalLM': 9,  # refine: no vision_config; opera cannot repeat its pictures
-    'Granite4VisionForConditionalGeneration': 5,  # copies: features that belong to layers; its tokens have no place
+    'Blip2ForConditionalGeneration': 12,  # opera: the config has no intermediate_size
+    'Gemma4ForConditionalGeneration': 12,  # opera: head_dim differs per layer
+    'Qwen3_5MoeForConditionalGeneration': 9,  # opera; three methods need softmax attention at every layer
+    'FuyuForCausalLM': 11,  # refine: no vision_config; opera cannot repeat its pictures
+    'Granite4VisionForConditionalGeneration': 7,  # copies: features that belong to layers; its tokens have no place
 }
 
 
@@ -457,7 +485,7 @@ def test_what_broke_on_a_family_answers_or_says_why(name):
 
     config = next(c for c, m in AutoModelForImageTextToText._model_mapping.items() if first(m).__name__ == name)
     found = doctor.methods_of(doctor.Case(doctor.twin(config)))
-    assert len(found) == 10 and all(why == '' or why.endswith('.') for why in found.values())
+    assert len(found) == 2 + len(baselines.METHODS) and all(why == '' or why.endswith('.') for why in found.values())
     assert sum(why == '' for why in found.values()) == FOUND[name], found
 
 

@@ -30,7 +30,37 @@ def test_the_built_package_works_from_an_empty_folder(built, tmp_path):
     assert root == str(built / 'fusion_notebooks/shipped') and models == ['glyph-llava'] and n > 3
     assert {*notebooks} == {p.stem for p in (ROOT / 'nbs/analyses').glob('*.ipynb')}
     assert results == str(empty / 'data/runs/quick/results')
-    assert (built / 'fusion_notebooks/explore.js').exists()
+    assert (built / 'fusion_notebooks/explore/web/explore.js').exists()
+
+
+def test_the_error_of_a_missing_demo_model_names_the_command_that_mends_it(built, tmp_path):
+    "MLLM.load of a model that did not come along, also misspelt; then the command as it is said; then a challenge on it"
+    (tmp_path / 'mine.csv').write_text('model,what,layer,head,question,map\nplanted-3,layer,3,,,\n')
+    code = """
+import re, sys
+from fusion_notebooks.cli import main
+from fusion_notebooks.mllm import MLLM
+for name in ('plantd-3', 'planted-3'):
+    try:
+        MLLM.load(name)
+    except FileNotFoundError as e:
+        print(e)
+        command = re.search('`fusion (demo get .+?) SOURCE`', str(e))[1]
+assert main(['challenge', 'score', 'mine.csv']) == 2
+assert main([*command.split(), sys.argv[1]]) == 0
+assert MLLM.load('planted-3').gate.open == (3,)
+assert main(['challenge', 'score', 'mine.csv', '--models', 'planted-3', '--seed', '1']) == 0
+"""
+    env = os.environ | dict(PYTHONPATH=str(built), XDG_DATA_HOME=str(tmp_path / 'home'), HF_HUB_OFFLINE='1')
+    given = dict(cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', code, str(ROOT)], **given)
+    assert done.returncode == 0, done.stderr
+    near, same, fetched, *table = done.stdout.splitlines()
+    assert (
+        'did you mean planted-3' in near and 'did not come along' in same and near.count('. ') == same.count('. ') == 0
+    )
+    assert fetched == f'planted-3: {tmp_path / "home/fusion_notebooks/models/planted-3"}' and '1.00' in table[-1]
+    assert 'planted-3 is not here: fusion demo get planted-3 SOURCE fetches it.' in done.stderr
 
 
 def test_checksums_are_those_of_the_models():
@@ -56,7 +86,9 @@ def test_get_from_the_hub_goes_on_and_refuses_other_bytes(tmp_path, monkeypatch)
     there = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
     (folder / 'gate.safetensors').unlink()
     demo.get('planted-3', 'someone/models', tmp_path)
-    assert {f.name for f in folder.iterdir() if f.stat().st_mtime_ns == there[f.name]} == {*there} - {'gate.safetensors'}
+    assert {f.name for f in folder.iterdir() if f.stat().st_mtime_ns == there[f.name]} == {*there} - {
+        'gate.safetensors'
+    }
     other = tmp_path / 'other/planted-3'
     other.mkdir(parents=True)
     for f in folder.iterdir():
@@ -89,7 +121,23 @@ def test_new_project_and_its_study(tmp_path, monkeypatch, capsys):
 
 def test_a_study_without_settings_says_where_it_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(['study', '--quick', '--models', 'glyph-llava', '--benchmarks', 'glyph', '--limit', '1', '--analyses', 'attention']) == 0
+    assert (
+        cli.main(
+            [
+                'study',
+                '--quick',
+                '--models',
+                'glyph-llava',
+                '--benchmarks',
+                'glyph',
+                '--limit',
+                '1',
+                '--analyses',
+                'attention',
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr()
     assert f'No settings.ini here, so the settings of the package count; everything goes to {tmp_path}.' in said.err
     assert (tmp_path / 'data/runs/quick/limit-1/glyph-llava/attention.ipynb').exists()

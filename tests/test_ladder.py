@@ -87,11 +87,11 @@ def test_resume_equals_naive(family, mean):
 
 
 def test_stems_that_are_read_equal_stems_that_are_copied(family, mean, monkeypatch):
-    "Attention takes them as they are on a CPU, and copies elsewhere"
+    "Attention takes them as they are where it can, and copies elsewhere"
     if 'branches' not in EXPECT[family.name][1]:
         return
     read = sweep(family, SAMPLES, HOWS, layers=[1, 3], mean=mean, limit=3)
-    assert engine.shared_attention._can_be_apart(family)
+    assert engine.prefix._can_be_apart(family)
     replaced(monkeypatch, engine, '_can_be_apart', lambda m: False)
     same(read, sweep(family, SAMPLES, HOWS, layers=[1, 3], mean=mean, limit=3))
 
@@ -122,7 +122,9 @@ def test_rows_without_padding_take_the_causal_kernel():
         pad = lambda x, v=0: torch.cat([x.new_full((width - len(x),), v), x])
         branched = engine.BranchedBatch(mllm, [masking.Branch(k) for k in range(len(p))], some, [q.visual for q in p])
         with Kernels() as seen:
-            branched.forward(torch.stack([pad(x) for x in ids]), seen=torch.stack([pad(torch.ones_like(x)) for x in ids]))
+            branched.forward(
+                torch.stack([pad(x) for x in ids]), seen=torch.stack([pad(torch.ones_like(x)) for x in ids])
+            )
         return seen.causal
 
     assert (
@@ -330,7 +332,9 @@ def test_rounding_of_many_logits_in_bfloat16_forbids_no_ladder(monkeypatch):
         return alike(a, b, tolerance)
 
     replaced(monkeypatch, engine, '_alike', watched)
-    assert capabilities(deep, p) == Capabilities(True, True, 0, True) and seen == [True]  # one by one they would forbid it
+    assert capabilities(deep, p) == Capabilities(True, True, 0, True) and seen == [
+        True
+    ]  # one by one they would forbid it
     deep.kept.clear()
     other = prefixes(deep, [deep.prompt(SAMPLES[1].image, SAMPLES[0].question)], int(p.visual[-1]) + 1)
     replaced(monkeypatch, engine, 'prefixes', lambda *a: other)  # another picture's keys and values

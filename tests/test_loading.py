@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 
 import pytest
@@ -239,3 +240,18 @@ def test_old_ways_to_names_and_homes_that_are_not_there():
     assert vqa.Sample is core.Sample
     with pytest.raises(FileNotFoundError, match='No model folder'):
         find_folder('~nosuchuser/x')
+
+
+@pytest.mark.parametrize(
+    'name, said', [('planted-3', 'that demo model did not come along'), ('plantd-3', 'did you mean planted-3')]
+)
+def test_a_demo_model_that_is_not_here_names_the_command_that_gets_it(monkeypatch, tmp_path, name, said):
+    "As in a wheel, which holds glyph-llava alone"
+    here = {'glyph-llava': tmp_path / 'glyph-llava'}
+    for module in ('core.resources', 'mllm.loading'):
+        monkeypatch.setattr(f'fusion_notebooks.{module}.demo_folders', lambda: here)
+    with pytest.raises(FileNotFoundError) as e:
+        MLLM.load(name)
+    message = str(e.value)
+    assert said in message and '`fusion demo get planted-3 SOURCE`' in message
+    assert '\n' not in message and not re.search(r'[.?] [A-Z]', message)

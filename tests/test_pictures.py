@@ -125,7 +125,7 @@ def test_transparency_lies_on_white():
 def test_the_first_frame_is_used_and_said():
     frames = [Image.new('RGB', (8, 8), c) for c in ('red', 'blue')]
     data = file_of(frames[0], 'GIF', save_all=True, append_images=frames[1:])
-    with pytest.warns(UserWarning, match='2 frames: the first is used'):
+    with pytest.warns(UserWarning, match='several frames: the first is used'):
         assert open_image(data).getpixel((0, 0)) == (255, 0, 0)
 
 

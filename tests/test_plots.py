@@ -106,9 +106,11 @@ def test_refine_is_paired():
     )
     fig = plots.refine(table)
     assert [a.get_title() for a in fig.axes] == ['all (n = 100)', 'a (n = 50)', 'b (n = 50)'] and inside(fig)
-    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ['base', 'mask', 'crop']
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ['base', 'crop', 'mask']
     bar = [l.get_xdata() for l in fig.axes[0].lines if len(l.get_xdata()) == 2 and l.get_linestyle() == '-']
-    assert bar[1][0] > 100 * score.mean()  # unpaired, ± 10 points would not tell
+    assert bar[0][0] > 100 * score.mean()  # unpaired, ± 10 points would not tell
+    colours = [l.get_color() for l in fig.axes[0].lines if len(l.get_xdata()) == 2 and l.get_linestyle() == '-']
+    assert colours[1] == plots.SAME != colours[0]  # what does not differ is grey
     assert len(plots.refine(table, kinds=()).axes) == 1
     with pytest.raises(ValueError, match="no rows of method 'base'"):
         plots.refine(table[table.method != 'base'])
@@ -149,6 +151,9 @@ def test_ask_and_examples_leave_text_alone(picture):
         len(fig.axes) == 5 and r'\$5 or \$6_x\$?' in texts(fig) and 'layer 2 (pre-fusion)' in texts(fig) and inside(fig)
     )
     assert len(plots.ask(picture, early, late, late - early).axes) == 4
+    sure = plots.ask(picture, early, late, late - early, (10, 10, 40, 30), before='a', after='b', p=(0.25, 0.75))
+    assert len(sure.axes) == 6 and [b.get_width() for b in sure.axes[-1].patches] == [0.25, 0.75] and inside(sure)
+    assert 'It says “a” (p = 0.25); looking again, “b” (p = 0.75) instead.' in texts(sure)
     rows = pd.DataFrame(
         [
             dict(image=picture, question='q', base='$1', refined='2', box=[1, 2, 30, 40]),
@@ -257,6 +262,39 @@ def test_the_card_says_what_was_found(carded):
     assert all('Not computed yet' in a for _, a in plots.statements(found[:0]))
 
 
+@pytest.mark.parametrize(
+    'name, begins, says',
+    [
+        ('planted-noise', 'says little by itself', ('is expected to help: +',)),
+        ('glyph-llava', 'shows what is looked at: 0.0 %', ('is not expected to help', 'is expected to help: +')),
+    ],
+)
+def test_the_card_says_how_far_a_map_can_be_trusted(name, begins, says):
+    "Of a model with planted noise, and of one without: layers are chosen on calibration pictures, and the numbers are of others"
+    from fusion_notebooks import analyses, demo, fusion
+    from fusion_notebooks.mllm import MLLM
+    from fusion_notebooks.results.findings import attention_findings
+
+    mllm = MLLM.load(name)
+    first, rows = (
+        analyses.attention_rows(mllm, demo.samples(24, split, kinds=('fine',)))
+        for split in ('calibration', 'evaluation')
+    )
+    layers = fusion.layers_from_rows(first, None)
+    found = pd.DataFrame(attention_findings(rows.assign(kind='fine'), layers)).assign(analysis='attention')
+    said = dict(plots.statements(found, ['attention']))['How far can its maps be trusted?']
+    assert said.startswith(f'The map of layer {layers.late} {begins}') and any(s in said for s in says)
+    maps = np.stack([np.stack(some.sort_values('layer')['map']) for _, some in rows.groupby('sample')])
+    named = fusion.sinks(maps)
+    on = maps[:, layers.late][:, named.token[named.layer == layers.late].astype(int)].sum(-1).mean()
+    assert f'{100 * on:.1f} % [' in said and said.endswith('(n = 24).') and said.count('. ') == 0
+    assert (on > 0.5) == (name == 'planted-noise')
+    unmeasured = pd.DataFrame(attention_findings(rows.assign(kind='fine'), None)).assign(analysis='attention')
+    assert dict(plots.statements(unmeasured, ['attention']))['How far can its maps be trusted?'].startswith(
+        'Not measured'
+    )
+
+
 def test_the_card_draws_the_rows(carded):
     fig = plots.card(**carded)
     panels = {a.get_title().split(' (')[0]: a for a in fig.findobj(plt.Axes)}
@@ -271,9 +309,9 @@ def test_the_card_draws_the_rows(carded):
         and looks.lines[1].get_ydata()[0] == 0.25
     )
     assert {l.get_label() for l in taken.lines} >= {'zero (from the layer on)', 'knockout (at the layer)', 'unmasked'}
-    assert [t.get_text() for t in gains.get_yticklabels()] == ['mask', 'crop', 'crop-late'] and np.allclose(
-        gains.lines[0].get_xdata(), [-9, -1]
-    )
+    assert [t.get_text() for t in gains.get_yticklabels()] == ['crop-late', 'crop', 'mask'] and np.allclose(
+        gains.lines[4].get_xdata(), [-9, -1]
+    )  # by size
     tiles = [r.get_xy() for r in panels['found: F fusion, R review'].patches]
     assert tiles == [
         (0.5, -0.5),
@@ -328,6 +366,7 @@ PIXELS = ROOT / 'tests/fixtures/plots'
 def examples():
     "Name → `small` figure, drawn by the last line of a cell in nbs/12_plots that calls it; the first example counts"
     found, cwd = {}, os.getcwd()
+    plt.close('all')  # what tests before left open
     os.chdir(ROOT / 'nbs/12_plots')
     try:
         for path in sorted(Path('.').glob('*.ipynb')):

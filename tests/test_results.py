@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest
 from pathlib import Path
 from conftest import replaced
 from fusion_notebooks import results
-from fusion_notebooks.results import Store, canonical, digest
+from fusion_notebooks.results import Store, canonical, claims, digest
 
 
 def key(i, **kw):
@@ -342,7 +342,8 @@ def test_no_flipped_bit_goes_unnoticed(store):
 # tables
 
 
-def refine_rows(model='llava-1.5-7b-hf', dataset='gqa', right=dict(base=50, crop=70, cd=52), n=100, per=1):
+def refine_rows(model='llava-1.5-7b-hf', dataset='gqa', right=None, n=100, per=1):
+    right = right or dict(base=50, crop=70, cd=52)
     return pd.DataFrame(
         [
             dict(
@@ -550,3 +551,25 @@ def test_tables_of_a_study_from_rows_alone(tmp_path, monkeypatch):
         not made['candidates', 'glm']['compute']
         and pd.read_csv(tmp_path / 'study/published.csv').published.notna().sum() == 2
     )  # base and ours on GQA
+
+
+def test_tidy_leaves_a_lock_that_was_just_taken_anew(tmp_path, monkeypatch):
+    "Between its look at a lock and its removal the owner may end, and another begin"
+    store, key, happened = Store(tmp_path / 'r'), dict(unit=1), []
+    owner, next_owner = store.claim(key), store.claim(key)
+    assert owner.__enter__() == 0
+
+    def late(f):
+        if not happened:
+            happened.append(owner.__exit__(None, None, None))
+            assert next_owner.__enter__() == 0
+        return lock(f)
+
+    lock = claims._lock
+    monkeypatch.setattr(claims, '_lock', late)
+    store.tidy()
+    assert happened and store.running() == {digest(key)}
+    with store.claim(key) as died:
+        assert died is None  # nobody else gets the unit
+    next_owner.__exit__(None, None, None)
+    assert not list(store.folder.iterdir())

@@ -1,6 +1,7 @@
 "What is kept between calls is right whatever was active, changed or put in between: the naive forward decides"
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusion_notebooks import contrast, hooks, masking
-from fusion_notebooks.mllm import MLLM, Sample, foreign
+from fusion_notebooks.mllm import MLLM, Sample, foreign, open_image
 
 EX, Q = 'data/example.png', 'Which digit is on the purple star?'
 
@@ -124,7 +125,7 @@ def test_a_look_does_not_outlive_the_model_it_saw(m):
     look = contrast.first_pass(m, EX, Q)
     contrast.refine(m, look)
     m.layers[2].mlp.down_proj.weight.data *= 1.5
-    with pytest.raises(ValueError, match='has changed since this look'):
+    with pytest.raises(ValueError, match='has changed since this first pass'):
         contrast.refine(m, look)
 
 
@@ -197,3 +198,33 @@ def test_a_hook_anywhere_counts(shared, place, layer, how):
     finally:
         handle.remove()
     assert swept(shared, how=how) == before
+
+
+def test_sinks_that_look_alike_are_other_states():
+    "A repr rounds shares and leaves out layers; what is kept must not be mistaken for it"
+    planted = MLLM.load('planted-noise')
+    flat = planted.gate.schedules['flat']
+    for share in (0.501, 0.503):
+        planted.gate.sinks = replace(flat, shares=tuple(share if s else 0 for s in flat.shares))
+        agrees(planted)
+    harmful = planted.gate.schedules['harmful']
+    states = [planted.state()]
+    (shown,) = harmful.scene.values()
+    for layer in [i for i, share in enumerate(flat.shares) if share][-2:]:
+        planted.gate.sinks = replace(flat, scene={layer: shown})
+        states.append(planted.state())
+    decoys = planted.gate.decoys
+    for j in decoys:
+        decoys[j] = decoys[j] + 1
+    states.append(planted.state())
+    assert len({*states}) == 4
+
+
+def test_mean_states_of_other_pictures_under_the_same_ids(m):
+    "Two tables may number their rows alike"
+    from fusion_notebooks.analyses.masking import _mean_states
+
+    one = [Sample(EX, Q, id='0')]
+    other = [Sample(open_image(EX).rotate(90), Q, id='0')]
+    for reference in (one, other):
+        assert _mean_states(m, reference).equal(masking.mean_states(m, reference))

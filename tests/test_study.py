@@ -6,6 +6,7 @@ import numpy as np, pandas as pd, pytest
 from conftest import replaced
 from fusion_notebooks import analyses, study
 from fusion_notebooks.core import catalog
+from fusion_notebooks.core.errors import NotSupported
 from fusion_notebooks.results import Store
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +72,7 @@ def one_thread(monkeypatch):
 def test_settings_of_the_repository():
     s, q = study.read_settings(ROOT / 'settings.ini'), study.read_settings(ROOT / 'settings.ini', quick=True)
     assert (
-        s.models == ('glyph-llava', 'glyph-qwen2vl')
+        s.models == ('glyph-llava', 'glyph-qwen2vl', 'planted-noise')
         and s.results == ROOT / 'data/results'
         and set(s.analyses) <= set(study.notebooks(s))
     )
@@ -122,7 +123,7 @@ def test_only_missing_rows_are_computed(shared, model_folder, monkeypatch):
         and set(got.split) == {'evaluation'}
         and set(got.kind) == {'fine', 'colour', 'shape', 'relation'}
     )
-    replaced(monkeypatch, study, 'load', lambda where: pytest.fail('a model was loaded though every row was there'))
+    replaced(monkeypatch, study, 'load', lambda *a: pytest.fail('a model was loaded though every row was there'))
     again = study.require('attention', str(model_folder), settings=shared)
     pd.testing.assert_frame_equal(got, again)
 
@@ -213,7 +214,8 @@ def test_names_of_the_methods_are_those_of_contrast():
     from fusion_notebooks import contrast
 
     for how, known in dict(mask=contrast.MASKS, crop=contrast.CROPS).items():
-        assert [m.by for m in catalog.METHODS.values() if m.how == how] == list(known)
+        mine = [m for m in catalog.METHODS.values() if m.how == how]
+        assert [m.by for m in mine] == [*known] and [m.by for m in mine if m.measured] == ['calibrated']
 
 
 def test_unknown_names(shared, model_folder):
@@ -260,6 +262,58 @@ def test_refine_uses_what_calibration_found(shared, model_folder):
     assert set(rows.method) == set(catalog.METHODS) and (rows[rows.method == 'crop-oracle'].hit == 1).all()
 
 
+def test_measured_layers_are_those_of_the_calibration_split_by_hand(shared, model_folder):
+    "`crop-calibrated` and `mask-calibrated` answer at the pair that `layers_by_boxes` names on the calibration pictures"
+    from fusion_notebooks import contrast, fusion
+
+    model = str(model_folder)
+    rows = study.require('refine', model, settings=shared)
+    mllm, maps, shares = study.load(model), [], []
+    for x in study.questions(model, shared, split='calibration'):
+        first = contrast.first_pass(mllm, x.image, x.question)
+        grid = first.prompt.grids[0]
+        maps.append(grid.of(first.maps))
+        shares.append(fusion.evidence_share(grid.boxes, x.box))
+    review = study.calibrate(model, settings=shared).review
+    (key, *_) = study.units(study.Job('refine', model, 'glyph', 'evaluation'), shared)
+    x, chosen = study.questions(model, shared)[0], rows.set_index(['sample', 'method'])
+    for how, below in (('crop', None), ('mask', review or 3)):
+        by_hand = fusion.layers_by_boxes(maps, shares, below)
+        assert key['measured'][how] == dict(early=by_hand.early, late=by_hand.late, how='boxes')
+        measured = study.measured_layers(model, settings=shared, how=how)
+        assert (measured.early, measured.late) == (by_hand.early, by_hand.late)
+        assert abs(measured.held - by_hand.held) < 1e-5
+        answer = contrast.refine(mllm, x.image, x.question, how, 'calibrated', layers=by_hand, review=review).answer
+        row = chosen.loc[(x.id, f'{how}-calibrated')]
+        assert row.prediction == answer.text and row.post == by_hand.late and not row.why
+
+
+def _no_maps(mllm, samples, **_):
+    raise NotSupported('This model shows no maps.')
+
+
+def test_where_maps_are_refused_the_other_methods_answer(ini, model_folder, monkeypatch):
+    "As of a model that thinks before it answers"
+    known = analyses.ANALYSES['attention']
+    monkeypatch.setitem(analyses.ANALYSES, 'attention', known._replace(rows=_no_maps))
+    s = study.work_units.replace(study.read_settings(ini), calibration=1, evaluation=1, analyses=('refine',))
+    rows = study.require('refine', str(model_folder), settings=s)
+    refused = rows.method.isin(['crop-calibrated', 'mask-calibrated'])
+    assert (rows.why[refused] == 'This model shows no maps.').all() and (rows.why[~refused] == '').all()
+    assert len(study.require('refine', str(model_folder), settings=s, compute=False)) == len(rows)
+
+
+def test_measuring_reads_no_evaluation_picture(shared, model_folder):
+    first = study.Job('attention', str(model_folder), 'glyph', 'calibration')
+    assert first in study.jobs(shared)
+    assert study.jobs(study.work_units.replace(shared, analyses=('attention',)))[0].split == 'evaluation'
+    few = study.work_units.replace(shared, calibration=1)
+    measured = [
+        study.units(first._replace(analysis='refine', split='evaluation'), s)[0]['measured'] for s in (shared, few)
+    ]
+    assert measured[0] and measured[1] is None  # of another calibration split nothing has been computed
+
+
 def test_findings_come_with_interval_and_n(shared, model_folder):
     found = study.findings(str(model_folder), settings=shared, compute=True)
     numbers = found[found.value.notna() & found.finding.ne('chance')]
@@ -267,7 +321,9 @@ def test_findings_come_with_interval_and_n(shared, model_folder):
         ['low', 'high', 'n']
     ].notna().all(axis=None)
     assert ((numbers.low <= numbers.value) & (numbers.value <= numbers.high)).all()
-    assert found.finding.eq('crop − crop-late').any() and len(study.summary_text(found).splitlines()) < 40
+    assert found.finding.eq('crop − crop-late').any() and len(study.summary_text(found).splitlines()) < 24 + len(
+        catalog.METHODS
+    )
 
 
 def test_refine_rows_are_enough_for_every_figure(shared, model_folder):
@@ -401,7 +457,7 @@ def test_a_summary_without_findings_says_so(ini, shared, model_folder, capsys):
     "As after the choices alone; where there are rows, it says what they say"
     study.runs._summarise(str(model_folder), 'tiny', study.work_units.replace(study.read_settings(ini), compute=False))
     assert (
-        'No rows of masking, attention, early_exit, refine yet: what was computed stands in its tables'
+        'No rows of masking, attention, early_exit, refine, causal yet: what was computed stands in its tables'
         in capsys.readouterr().out
     )
     study.require('masking', str(model_folder), settings=shared)
@@ -472,7 +528,9 @@ def test_several_benchmarks_in_one_run(official, model_folder):
         and rows.noise.isna().all()
         and rows.image.str.startswith('COCO').all()
     )
-    assert {j.benchmark for j in study.jobs(s)} == {'glyph', 'pope'} and study.figure_dir(rows, s) == s.figures / 'tiny/pope'
+    assert {j.benchmark for j in study.jobs(s)} == {'glyph', 'pope'} and study.figure_dir(
+        rows, s
+    ) == s.figures / 'tiny/pope'
 
 
 def test_the_real_checkpoints_layout(official, tmp_path, capsys):
@@ -505,11 +563,13 @@ def test_the_real_checkpoints_layout(official, tmp_path, capsys):
         study.require('refine', str(folder), settings=s, compute=False),
         study.require('masking', str(folder), settings=s, compute=False),
     )
+    measured = rows.method.isin([m.name for m in catalog.METHODS.values() if m.measured])
     assert (
         set(rows.metric) == {'vqa-evalai'}
         and rows['sample'].nunique() == 2
         and set(rows.method) == {*catalog.METHODS} - {'crop-oracle'}
-        and (rows.why == '').all()
+        and (rows.why[~measured] == '').all()
+        and rows.why[measured].str.endswith('no layer can be told to read the picture.').all()  # no boxes, no training
         and rows.hit.isna().all()
     )
     assert set(masking.how) == {'none', *catalog.SEMANTICS} and not set(rows.image) & set(
@@ -711,14 +771,14 @@ def test_a_limit_shares_its_rows_with_the_whole(shared, model_folder):
     assert few == all_[:1] and len(all_) == 2
 
 
-def test_rows_of_different_origin_do_not_mix(shared, model_folder):
+def test_rows_of_different_origin_do_not_mix(shared, model_folder, monkeypatch):
     rows = study.require('attention', str(model_folder), settings=shared)
     both = pd.concat([rows, rows.assign(sample='other', dtype='bfloat16')])
+    monkeypatch.setattr(study.work_units, '_computed', lambda *_: both)
     with pytest.raises(ValueError, match='dtype is float32 and bfloat16: set mixed = yes'):
-        study.work_units._one_origin(both, 'attention', shared)
-    assert len(
-        study.work_units._one_origin(both, 'attention', study.work_units.replace(shared, mixed=True))
-    ) == 2 * len(rows)
+        study.require('attention', str(model_folder), settings=shared)
+    mixed = study.work_units.replace(shared, mixed=True)
+    assert len(study.require('attention', str(model_folder), settings=mixed)) == 2 * len(rows)
 
 
 def test_a_model_that_is_no_number_on_a_sample(ini, model_folder, monkeypatch):
@@ -762,7 +822,7 @@ def test_verify_and_status(shared, model_folder):
     assert (again.difference > 0.009).all() and not again.same.any()
     store.path(key).write_bytes(part)
     t = study.status(s).set_index(['analysis', 'split'])
-    assert (t.done == t.units).all() and (t.forwards == 0).all() and len(t) == 5
+    assert (t.done == t.units).all() and (t.forwards == 0).all() and len(t) == 6
     more = study.status(study.work_units.replace(s, evaluation=4)).set_index(['analysis', 'split'])
     assert (
         more.forwards['masking', 'evaluation'] == 8 * (2 + 5 * 4)

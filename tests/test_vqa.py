@@ -332,7 +332,7 @@ def test_hub_says_what_is_missing(hub, tmp_path, monkeypatch):
         vqa.load('gqa', cache=tmp_path)
     monkeypatch.setitem(sys.modules, 'datasets', None)
     with pytest.raises(
-        ValueError, match=r"lmms-lab/textvqa .*pip install 'fusion_notebooks\[benchmarks\]', or give .* root="
+        ValueError, match=r"lmms-lab/textvqa .*pip install 'fusion_notebooks\[benchmarks\]', or give .*root="
     ):
         vqa.load('textvqa', cache=tmp_path)
     monkeypatch.undo()

@@ -46,7 +46,7 @@ def _sample_rows(mllm, s):
     p, raw, sinks = _watched(mllm, s.image, s.question)
     _, general, _ = _watched(mllm, s.image, GENERAL)
     grid = p.grids[0]
-    maps = fusion.normalise(grid.of(raw))
+    maps, general = fusion.normalise(grid.of(raw)), grid.of(general)
     share = fusion.evidence_share(grid.boxes, s.box) if s.box else np.full(len(grid.boxes), np.nan)
     left, right, bottom, top = grid.extent
     noise = fusion.noise_tokens(maps, share)
@@ -61,6 +61,8 @@ def _sample_rows(mllm, s):
         evidence=fusion.evidence_mass(maps, share),
         chance=share.mean(),
         hellinger=fusion.profile(maps),
+        depends=fusion.hellinger(maps, general),
+        held=[row[: k + 1].tolist() for k, row in enumerate(fusion.evidence_held(maps, share))],
         noise=fusion.noise_share(maps, share) if s.box else np.nan,
         sinks=sinks.mean(-1),
         noise_sinks=_noise_sinks(sinks, noise, mllm.cross),
@@ -72,11 +74,13 @@ def _attention_forwards(layers):
     return 2
 
 # %% ../../nbs/13_analyses/02_attention.ipynb #attention_rows
-@analysis('attention', 'hooks fusion', _attention_forwards)
+@analysis('attention', 'hooks fusion', _attention_forwards, first_token=True)
 def attention_rows(
     mllm,  # the model
     samples: list,  # of `Sample`
     **_,
-) -> pd.DataFrame:  # sample, layer, map (h·w,), its place, and measures of it
+) -> (
+    pd.DataFrame
+):  # sample, layer, map (h·w,), its place, and measures of it; held (layer + 1,) as `fusion.evidence_held`
     "The last prompt token's map at every layer, and what it says about the evidence box"
     return pd.concat([_sample_rows(mllm, s) for s in samples])

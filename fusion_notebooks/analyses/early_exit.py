@@ -25,7 +25,7 @@ def _early_exit_forwards(layers):
     return layers
 
 # %% ../../nbs/13_analyses/03_early_exit.ipynb #early_exit_rows
-@analysis('early_exit', 'hooks engine', _early_exit_forwards)
+@analysis('early_exit', 'hooks engine', _early_exit_forwards, first_token=True)
 def early_exit_rows(
     mllm,  # the model
     samples: list,  # of `Sample`

@@ -35,8 +35,12 @@ def donor_of(
 def _mean_states(mllm, reference):
     "Mean states of the visual tokens of calibration samples, kept while the model stays the same"
     from fusion_notebooks import masking
+    from fusion_notebooks.mllm.memory import digest
 
-    key = 'mean states', mllm.state(), tuple(s.id for s in reference)
+    asked = [
+        x for s in reference for x in (s.question, open_image(s.image).tobytes())
+    ]  # an id may be that of another table
+    key = 'mean states', mllm.state(), digest(mllm.system, mllm.history, *asked)
     return mllm.kept.fetch(key, lambda: masking.mean_states(mllm, reference))
 
 # %% ../../nbs/13_analyses/01_masking.ipynb #with_scores

@@ -30,6 +30,8 @@ class Analysis(NamedTuple):
     forwards: Callable  # number of decoder layers → passes through the decoder per sample, roughly
     split: str = 'evaluation'  # or calibration
     calibrated: bool = False  # does it read what calibration found?
+    first_token: bool = False  # does it read where the output begins, which is the thought of a model that thinks?
+    measured: bool = False  # and the early and late layer measured there, in `measured` of its options?
 
 # %% ../../nbs/13_analyses/00_records.ipynb #ANALYSES
 ANALYSES = registry('analysis')  # name → `Analysis`, in the order in which a study computes them
@@ -42,6 +44,8 @@ def analysis(
     options: Callable = no_options,  # as in `Analysis`
     split: str = 'evaluation',  # or calibration
     calibrated: bool = False,  # does it read what calibration found?
+    first_token: bool = False,  # as in `Analysis`
+    measured: bool = False,  # and the early and late layer measured there, in `measured` of its options?
 ):  # decorator of the function that makes the rows
     "Make an analysis known to studies"
 
@@ -49,7 +53,7 @@ def analysis(
         known = {other: a.rows for other, a in ANALYSES.items()}
         register(known, name, rows)
         if known[name] is rows:
-            ANALYSES[name] = Analysis(rows, options, modules, forwards, split, calibrated)
+            ANALYSES[name] = Analysis(rows, options, modules, forwards, split, calibrated, first_token, measured)
         return rows
 
     return keep

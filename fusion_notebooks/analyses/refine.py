@@ -12,6 +12,7 @@ import pandas as pd
 import time
 from dataclasses import dataclass, field
 from ..core import catalog
+from ..core.errors import BadInput
 from .records import analysis, scored, seed_of
 
 # %% ../../nbs/13_analyses/04_refine.ipynb #Attempt
@@ -44,15 +45,26 @@ def _baseline_arguments(method, sample):
 
     return dict(general=baselines.GENERAL + getattr(sample, 'prompt', '').rsplit('}', 1)[-1])
 
+# %% ../../nbs/13_analyses/04_refine.ipynb #measured_of
+def _measured_of(how, measured):
+    "The `fusion.MeasuredLayers` of a mask or crop, None where nothing was measured. Raises `BadInput` where it could not be"
+    from fusion_notebooks import fusion
+
+    found = (measured or {}).get(how)
+    if found and 'why' in found:
+        raise BadInput(found['why'])
+    return found and fusion.MeasuredLayers(**found)
+
 # %% ../../nbs/13_analyses/04_refine.ipynb #refine_arguments
-def _refine_arguments(method, sample, candidates, review):
+def _refine_arguments(method, sample, candidates, review, measured=None):
     "What `contrast.refine` and `contrast.propose` take"
-    return dict(
-        how=method.how, by=method.by, candidates=candidates, review=review, box=sample.box, seed=seed_of(sample)
-    )
+    given = dict(how=method.how, by=method.by, review=review, box=sample.box, seed=seed_of(sample))
+    if method.measured:
+        return given | dict(layers=_measured_of(method.how, measured))
+    return given | dict(candidates=candidates)
 
 # %% ../../nbs/13_analyses/04_refine.ipynb #answered
-def _answered(mllm, first, sample, method, candidates, review):
+def _answered(mllm, first, sample, method, candidates, review, measured=None):
     "One method by itself"
     from fusion_notebooks import baselines, contrast
 
@@ -61,20 +73,20 @@ def _answered(mllm, first, sample, method, candidates, review):
     if method.how == 'baseline':
         r = baselines.answer(mllm, first, method=method.by, **_baseline_arguments(method, sample))
     else:
-        r = contrast.refine(mllm, first, **_refine_arguments(method, sample, candidates, review))
+        r = contrast.refine(mllm, first, **_refine_arguments(method, sample, candidates, review, measured))
     return Attempt(r.answer, details=details(r))
 
 # %% ../../nbs/13_analyses/04_refine.ipynb #proposed
-def _proposed(mllm, first, sample, method, candidates, review):
+def _proposed(mllm, first, sample, method, candidates, review, measured=None):
     "One method up to its answer, where that can wait for those of others"
     from fusion_notebooks import baselines, contrast
 
     if method.how == 'base' or (method.how == 'baseline' and not method.crops):
-        return _answered(mllm, first, sample, method, candidates, review)
+        return _answered(mllm, first, sample, method, candidates, review, measured)
     if method.how == 'baseline':
         r = baselines.propose(mllm, first, method=method.by, **_baseline_arguments(method, sample))
     else:
-        r = contrast.propose(mllm, first, **_refine_arguments(method, sample, candidates, review))
+        r = contrast.propose(mllm, first, **_refine_arguments(method, sample, candidates, review, measured))
     return Attempt(proposal=r, details=details(r))
 
 # %% ../../nbs/13_analyses/04_refine.ipynb #timed
@@ -171,7 +183,14 @@ def _refine_forwards(layers):
     return sum(m.passes for m in catalog.METHODS.values())
 
 # %% ../../nbs/13_analyses/04_refine.ipynb #refine_rows
-@analysis('refine', 'hooks engine masking fusion contrast baselines', _refine_forwards, refine_options, calibrated=True)
+@analysis(
+    'refine',
+    'hooks engine masking fusion contrast baselines',
+    _refine_forwards,
+    refine_options,
+    calibrated=True,
+    measured=True,
+)
 def refine_rows(
     mllm,  # the model
     samples: list,  # of `Sample`
@@ -179,6 +198,7 @@ def refine_rows(
     methods: list,  # names in the catalog
     candidates,  # pre-fusion layers, or None for all
     review,  # review layer, or None
+    measured=None,  # how → dict(early, late, how) as in `fusion.MeasuredLayers`, or dict(why), for methods that take measured layers
     **_,
 ) -> pd.DataFrame:  # sample, method, prediction, logp, score, lenient, box, hit, cost …
     "The answer of every method, all from one first pass, with what it would cost alone"
@@ -190,7 +210,7 @@ def refine_rows(
         first, *begun = _timed(mllm, contrast.first_pass, mllm, s.image, s.question)
         chosen = [catalog.METHODS[m] for m in methods if s.box is not None or not catalog.METHODS[m].needs_box]
         do = _answered if s is samples[0] else _proposed
-        attempts = [_attempt(mllm, do, first, s, method, candidates, review) for method in chosen]
+        attempts = [_attempt(mllm, do, first, s, method, candidates, review, measured) for method in chosen]
         answer_waiting(mllm, first, attempts)
         rows += [_row(mllm, s, first, method, attempt, begun) for method, attempt in zip(chosen, attempts)]
     return scored(rows, metric)

@@ -6,6 +6,7 @@ from .pixel_crop import *
 from .carve_crop import *
 from .decoding import *
 from .opera_search import *
+from .reweighting import *
 from .methods import *
 from .blocked_flow import *
 

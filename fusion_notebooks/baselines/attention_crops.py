@@ -27,7 +27,7 @@ def vicrop_rel(
     "ViCrop by relative attention (Zhang et al., ICLR 2025, arXiv 2502.17422, rel-att)"
     layer = _at(mllm, layer, 14 / 32)
     first = _first(mllm, image, question)
-    plain = mllm.prompt(first.prompt.images, general)
+    plain = mllm.again(first.prompt, first.prompt.images, general)
     asked = first.prompt.grids[0].of(first.maps[layer])
     described = plain.grids[0].of(_attention(mllm, plain, [layer])[0, 0])
     return _window(mllm, first, _ratio(asked, described), base)
@@ -80,5 +80,5 @@ def vicrop_grad(
     "ViCrop by gradient-weighted attention (Zhang et al., ICLR 2025, arXiv 2502.17422, grad-att)"
     first = _first(mllm, image, question)
     attention, slope = _attention_slope(mllm, first.prompt, _at(mllm, layer, 14 / 32))
-    weighted = (attention * slope.relu()).mean(0).double().cpu().numpy()
+    weighted = (attention * slope.relu()).mean(0).cpu().double().numpy()
     return _window(mllm, first, first.prompt.grids[0].of(weighted), base)

@@ -35,7 +35,7 @@ def question_rows(
     ids = p.inputs['input_ids'][0].tolist()
     before, behind = len(ids), len(ids)
     for question in ('a', '1 2'):
-        other = mllm.prompt(p.images, question).inputs['input_ids'][0].tolist()
+        other = mllm.again(p, p.images, question).inputs['input_ids'][0].tolist()
         before = min(before, _equal_start(ids, other))
         behind = min(behind, _equal_start(ids[::-1], other[::-1]))
     return torch.arange(before, len(ids) - behind, device=p.visual.device)

@@ -73,7 +73,7 @@ def carve(
     "CARVE (github.com/YuyaoGe/CARVE): keep and enlarge what the question looks at more than a description does"
     layers = _carve_layers(mllm, layers)
     first = _first(mllm, image, question)
-    asked, plain = first.prompt, mllm.prompt(first.prompt.images, general)
+    asked, plain = first.prompt, mllm.again(first.prompt, first.prompt.images, general)
     answer = answer_of(mllm, first.trace, max_new_tokens)
     description = mllm.generate(plain, 1, max_new_tokens)[0]
     values = _carve_map(_steps(mllm, asked, answer.ids, layers), _steps(mllm, plain, description.ids, layers), lam)

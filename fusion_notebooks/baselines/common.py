@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial, wraps
 from ..core import catalog
 from ..core.errors import BadInput, NotSupported
 from ..mllm.grids import Grid
@@ -65,16 +66,53 @@ METHODS = catalog.registry(
     'baseline'
 )  # name → function (mllm, image, question, …) → `BaselineAnswer` or `CropProposal`
 
+# %% ../../nbs/07_baselines/00_common.ipynb #prompt
+def _prompt(mllm, image, question):
+    "The prompt of a sample or of its recorded pass"
+    return image.prompt if isinstance(image, FirstPass) else mllm.prompt(image, question)
+
+# %% ../../nbs/07_baselines/00_common.ipynb #keep
+def _keep(name, run):
+    "Register a function"
+    catalog.register(METHODS, name, run)
+    return run
+
+# %% ../../nbs/07_baselines/00_common.ipynb #plain
+def _plain(name, run):
+    "A function of one's own as the others are called: it is given the picture, not the recorded pass over it"
+
+    @wraps(run)
+    def answered(mllm, image, question, **kw):
+        p = _prompt(mllm, image, question)
+        got = run(mllm, p.images[0] if len(p.images) == 1 else p.images, p.question, **kw)
+        if isinstance(got, Answer):
+            got = BaselineAnswer(got)
+        if not isinstance(got, (BaselineAnswer, CropProposal)):
+            raise BadInput(f"The method '{name}' gave a {type(got).__name__}: an answer, as of mllm.answer, is needed.")
+        return got
+
+    return answered
+
 # %% ../../nbs/07_baselines/00_common.ipynb #method
 def method(
-    name: str,  # a baseline of `core.catalog`
-):  # decorator
-    "Make a function known under its name. Raises `BadInput` where the catalog has no such baseline."
-    if name not in catalog.METHODS or catalog.METHODS[name].how != 'baseline':
-        raise BadInput(f"The catalog has no baseline '{name}': add its row with `core.catalog.add_method` first.")
+    name: str,  # a baseline of `core.catalog`, or a new one
+    sentence: str = '',  # of a new one: what it does
+    **about,  # further fields of its `core.catalog.Method`
+):  # decorator; of a new one the function takes (mllm, picture, question) and gives an answer
+    "Make a method known to studies, tables and figures under its name. Raises `BadInput` where the name is taken."
+    known = catalog.METHODS.get(name)
+    if known and not sentence:
+        if known.how != 'baseline':
+            raise BadInput(f"'{name}' is a method of `contrast.refine`: choose another name.")
+        return partial(_keep, name)
+    if not sentence:
+        raise BadInput(
+            f"The catalog has no baseline '{name}': say what it does, @baselines.method({name!r}, 'a sentence')."
+        )
 
     def keep(run):
-        catalog.register(METHODS, name, run)
+        catalog.own_method(catalog.Method(name, 'baseline', name, sentence, **dict(first_pass=False) | about))
+        _keep(name, _plain(name, run))
         return run
 
     return keep
@@ -136,7 +174,7 @@ def _attention(mllm, p, layers, rows='last', ids=()):
     "(layers, rows, visual) attention of one plain forward over a prompt and given tokens"
     with capture(mllm, rows, layers=layers) as cache:
         mllm.model(**mllm.copies(p, 1, list(ids)), use_cache=False, logits_to_keep=1)
-    return cache.attention[0].double().cpu().numpy()
+    return cache.attention[0].cpu().double().numpy()
 
 # %% ../../nbs/07_baselines/00_common.ipynb #first
 def _first(mllm, image, question):
@@ -145,11 +183,6 @@ def _first(mllm, image, question):
         return image
     with torch.inference_mode(False):
         return first_pass(mllm, image, question)
-
-# %% ../../nbs/07_baselines/00_common.ipynb #prompt
-def _prompt(mllm, image, question):
-    "The prompt of a sample or of its recorded pass"
-    return image.prompt if isinstance(image, FirstPass) else mllm.prompt(image, question)
 
 # %% ../../nbs/07_baselines/00_common.ipynb #window
 def _window(mllm, first, values, base):

@@ -18,6 +18,7 @@ from .pixel_crop import vicrop_pure
 from .carve_crop import carve
 from .decoding import cd, dola, vcd
 from .opera_search import opera
+from .reweighting import pai, var
 
 # %% ../../nbs/07_baselines/06_methods.ipynb #known
 def _known(name):

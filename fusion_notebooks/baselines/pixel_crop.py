@@ -62,7 +62,7 @@ def _pixel_slope(mllm, p, apart):
             .log_softmax(-1)
             .max()
         )
-    g = torch.autograd.grad(logp, x)[0].double().cpu()
+    g = torch.autograd.grad(logp, x)[0].cpu().double()
     return np.linalg.norm(apart(g.flatten(0, -2 if g.ndim < 4 else -4).numpy()), axis=1)
 
 # %% ../../nbs/07_baselines/02_pixel_crop.ipynb #detail
@@ -89,7 +89,10 @@ def _on_grid(mllm, p, grid, values):
     if values.ndim == 2:
         (_, x, y), v = np.array(tiles).T, values.mean(1)
     else:
-        edge = lambda line, n: line[0] * (np.arange(n) + 0.5) + line[1]
+
+        def edge(line, n):
+            return line[0] * (np.arange(n) + 0.5) + line[1]
+
         some = [
             (np.broadcast_to(edge(t[1], t[4]), m.shape), np.broadcast_to(edge(t[2], t[3])[:, None], m.shape), m)
             for t, m in zip(tiles, values)
@@ -118,7 +121,7 @@ def vicrop_pure(
     "ViCrop by pixel gradients (Zhang et al., ICLR 2025, arXiv 2502.17422, pure-grad)"
     first = _first(mllm, image, question)
     asked = first.prompt
-    plain = mllm.prompt(asked.images, general)
+    plain = mllm.again(asked, asked.images, general)
     apart = _apart(mllm, asked)
     detailed = _seen_as(mllm, asked, _detail(asked.images[0], view_side(mllm)), apart) > 0.5
     ratio = _ratio(_pixel_slope(mllm, asked, apart), _pixel_slope(mllm, plain, apart))

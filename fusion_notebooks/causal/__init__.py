@@ -4,5 +4,6 @@ from .closings import *
 from .maps import *
 from .sufficiency import *
 from .crops import *
+from .swaps import *
 
 __all__ = [name for name in dir() if not name.startswith('_')]

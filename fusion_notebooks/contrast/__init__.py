@@ -4,7 +4,7 @@ from .contrastive import *
 from .boxes import *
 from .first_passes import *
 from .answering import *
-from .choices import *
+from .crops_and_masks import *
 from .refinement import *
 
 __all__ = [name for name in dir() if not name.startswith('_')]

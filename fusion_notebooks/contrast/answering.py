@@ -19,12 +19,12 @@ from ..engine.second_pictures import second_answers, second_image
 
 # %% ../../nbs/06_contrast/03_answering.ipynb #same_crop
 def _identity(crop):
-    "What tells one crop from another"
+    "A key that is equal for equal crops"
     return crop.size, crop.tobytes()
 
 # %% ../../nbs/06_contrast/03_answering.ipynb #groups
 def _reusing(mllm, seen, prompts, n):
-    "([numbers and tails of prompts that continue the picture's prefix of n rows, by what may share a batch], the other numbers)"
+    "(groups of (number, tail) of prompts that go on from the picture's first n rows, a batch each; numbers of the others)"
     known = capabilities(mllm, seen.prompt)
     reuse = known.causal and known.closed and seen.prefix is not None
     groups, others = {}, []
@@ -48,7 +48,7 @@ def answer_with_crops(
     one = seen.prompt
     n = int(one.visual.max()) + 1
     distinct = {_identity(c): c for c in crops}
-    prompts = [mllm.prompt([one.images[0], c], one.question) for c in distinct.values()]
+    prompts = [mllm.again(one, [one.images[0], c]) for c in distinct.values()]
     groups, others = _reusing(mllm, seen, prompts, n)
     found = {}
     for k in others:

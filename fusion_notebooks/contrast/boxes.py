@@ -89,23 +89,34 @@ def _stands_out(sums, y, x):
     return sums[y, x] - np.mean(near) if near else 0.0
 
 # %% ../../nbs/06_contrast/01_boxes.ipynb #window_box
+def _side_within(middle, half, length):
+    "(start, end) of a window on one axis, moved into the picture; all of it where the window is longer (ViCrop)"
+    middle = min(max(int(middle), half), length - half)
+    return int(max(0, middle - half)), int(min(length, middle + half))
+
+# %% ../../nbs/06_contrast/01_boxes.ipynb #window_box1
 def window_box(
     values: np.ndarray,  # (h·w,) a map over the tokens of one image; negative values count as 0
     grid: Grid,  # where the tokens lie
     base: float,  # side of the smallest window, pixels of the picture; ViCrop takes the side of the model's view
     ratios: tuple = (1, 1.2, 1.4, 1.6, 1.8, 2),  # window sides as multiples of `base`
 ) -> tuple:  # (left, top, right, bottom), whole pixels
-    "The window that stands out most (ViCrop, ICLR 2025, appendix)"
+    "The window that stands out most (ViCrop, ICLR 2025, appendix); the picture where every window holds all of the map"
     best, best_gain = None, -np.inf
     for ratio in ratios:
         sums = _windows(values, grid, base * ratio)
+        if sums.size == 1:  # it holds all of the map
+            continue
         rows, columns = grid.h + 1 - sums.shape[0], grid.w + 1 - sums.shape[1]
-        y, x = np.unravel_index(sums.argmax(), sums.shape)
+        x, y = np.unravel_index(sums.T.argmax(), sums.T.shape)  # of equal ones the leftmost
         gain = _stands_out(sums, y, x) / (columns * rows)
-        if best is None or gain > best_gain:
-            best, best_gain = (x + columns / 2, y + rows / 2, base * ratio), gain
-    x, y, side = best
-    return box_around(_at(grid, x, y), side, grid.size)
+        if gain > best_gain:
+            best, best_gain = (x + columns / 2, y + rows / 2, base * ratio // 2), gain
+    if best is None:
+        return 0, 0, *grid.size
+    x, y, half = best
+    (left, right), (top, bottom) = map(_side_within, _at(grid, x, y), (half, half), grid.size)
+    return left, top, right, bottom
 
 # %% ../../nbs/06_contrast/01_boxes.ipynb #focus_box
 def focus_box(
@@ -113,7 +124,7 @@ def focus_box(
     grid: Grid,  # where the tokens lie
     side: float,  # of the window, pixels of the picture
 ) -> tuple:  # (left, top, right, bottom), whole pixels
-    "The window that holds most of a map, moved so that the mean place of what it holds lies in its middle"
+    "The window that holds most of a map, moved so that it is centred on the part of the map inside it"
     sums, m = _windows(values, grid, side), _positive(values, grid)
     rows, columns = grid.h + 1 - sums.shape[0], grid.w + 1 - sums.shape[1]
     y, x = np.unravel_index(sums.argmax(), sums.shape)

@@ -28,7 +28,7 @@ class FirstPass:
     @cached_property
     def maps(self):
         "(n_layers, visual) attention of the last prompt token, head mean"
-        return self.trace.maps.double().cpu().numpy()
+        return self.trace.maps.cpu().double().numpy()
 
     @cached_property
     def base(self):
@@ -42,15 +42,16 @@ def first_pass(
     image,  # path or PIL image
     question: str,  # about it
     max_new_tokens: int = 32,  # of the plain answer
+    **talk,  # system and history, as `MLLM.prompt` takes them
 ) -> FirstPass:
-    "Watch where the last prompt token looks"
-    return FirstPass(mllm, trace(mllm, mllm.prompt(image, question)), max_new_tokens)
+    "Run a prompt once and record where its last token looks"
+    return FirstPass(mllm, trace(mllm, mllm.prompt(image, question, **talk)), max_new_tokens)
 
 # %% ../../nbs/06_contrast/02_first_passes.ipynb #view_side
 def view_side(
     mllm: MLLM,  # the model
 ) -> int:  # pixels
-    "Side of the model's view; with pictures of any size, of the largest square its processor does not shrink, at most 336"
+    "Side of the vision tower's pictures; where they have any size, of the largest square that is not shrunk, at most 336"
     side = getattr(getattr(mllm.model.config, 'vision_config', None), 'image_size', None)
     if side is not None:
         return side if isinstance(side, int) else max(side)

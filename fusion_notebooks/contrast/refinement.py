@@ -18,10 +18,11 @@ from ..mllm.state import holding
 from ..hooks.attaching import check_layers
 from ..hooks.recording import capture
 from ..hooks.edits import edit
-from .contrastive import candidate_layers, Contrast, contrastive_attention, lowest
+from .contrastive import candidate_layers, Contrast, contrastive_attention, late_alone, lowest
 from .first_passes import first_pass, FirstPass, view_side
+from ..fusion.measured import MeasuredLayers
 from .answering import answer_masked, answer_with_crops
-from .choices import CROPS, MASKS, View
+from .crops_and_masks import CROPS, MASKS, View
 
 # %% ../../nbs/06_contrast/05_refinement.ipynb #PAPER
 PAPER = dict(  # paper mode: `refine(…, **PAPER)` as in the public logs; never the default
@@ -43,7 +44,7 @@ class Proposal:
 
 # %% ../../nbs/06_contrast/05_refinement.ipynb #check_choice
 def _check_choice(how, by, box, order='after'):
-    "Raises `BadInput` for what cannot choose a mask or a crop"
+    "Raises `BadInput` for an unknown way to refine or to choose, and for an oracle without its box"
     if how not in ('mask', 'crop'):
         raise BadInput(f"how is 'mask' or 'crop', not {how!r}.")
     if order not in ('after', 'before'):
@@ -55,25 +56,57 @@ def _check_choice(how, by, box, order='after'):
         raise BadInput('The oracle crop needs box=, the evidence box of the sample.')
 
 # %% ../../nbs/06_contrast/05_refinement.ipynb #layers_of
-def _layers(mllm, how, candidates, post, review):
-    "(candidates, post, review) with the defaults filled in. Raises `BadInput` for layers that do not fit together"
+def _post_and_review(mllm, how, post, review):
+    "(post, review) with the defaults filled in. Raises `BadInput` for layers that do not fit together"
     if review is None and how == 'mask':
         review = mllm.n_layers - 1
     if post is None:
         end = mllm.n_layers if review is None else review
-        post = max((i for i in mllm.reading if i < end), default=end - 1)
+        closed = mllm.gate.closed if mllm.gate else ()
+        post = max((i for i in mllm.reading if i < end and i not in closed), default=end - 1)
     check_layers(mllm, [post] if review is None else [post, review])
     if how == 'mask' and post >= review:
         raise BadInput(
             f'mask reads its map before it edits: post-fusion layer {post} must lie below review layer {review}.'
         )
+    return post, review
+
+# %% ../../nbs/06_contrast/05_refinement.ipynb #given_layers
+def _given_layers(by, layers, candidates, post):
+    "(candidates, post) that were asked for, or measured. Raises `BadInput` where both are given, or neither"
+    if (by == 'calibrated') != (layers is not None):
+        raise BadInput(
+            "by='calibrated' and layers= go together: measure them with `fusion.layers_by_boxes` or `layers_by_closing`."
+        )
+    if layers is None:
+        return candidates, post
+    if candidates is not None or post is not None:
+        raise BadInput("by='calibrated' takes its layers from layers=: leave candidates and post out.")
+    return None if layers.early is None else [layers.early], layers.late
+
+# %% ../../nbs/06_contrast/05_refinement.ipynb #seen
+def _seen(maps, by, layers, candidates, post, distance, raw):
+    "The contrast of one sample; the late map alone where measuring found nothing to subtract"
+    if by == 'calibrated' and layers.early is None:
+        return late_alone(maps, post, raw)
+    return contrastive_attention(maps, candidates, post, distance, raw)
+
+# %% ../../nbs/06_contrast/05_refinement.ipynb #chosen_layers
+def _chosen_layers(mllm, how, by, layers, candidates, post, review):
+    "(candidates, post, review) of a refinement, from `layers` or from the arguments. Raises `BadInput` for layers that do not fit together"
+    candidates, post = _given_layers(by, layers, candidates, post)
+    post, review = _post_and_review(mllm, how, post, review)
+    if layers is not None and layers.early is None:  # nothing is subtracted
+        return [], post, review
     return candidate_layers(candidates, mllm.n_layers, post), post, review
 
 # %% ../../nbs/06_contrast/05_refinement.ipynb #check_fresh
 def _check_fresh(mllm, first):
     "Raises `BadInput` where the model is no longer the one that the first pass saw"
     if first.trace.state != mllm.state():
-        raise BadInput(f'{mllm.name} has changed since this look (weights, an adapter, a hook or an edit): look again.')
+        raise BadInput(
+            f'{mllm.name} has changed since this first pass (weights, an adapter, a hook or an edit): make a new one.'
+        )
 
 # %% ../../nbs/06_contrast/05_refinement.ipynb #check_one_picture
 def _check_one_picture(images):
@@ -98,12 +131,13 @@ def propose(
     distance: str = 'hellinger',  # or js2, see `contrastive_attention`
     raw: bool = False,  # subtract maps that are not renormalised
     seed: int = 0,  # of random controls
+    layers: MeasuredLayers | None = None,  # of by='calibrated', from `fusion.layers_by_boxes` or `layers_by_closing`
 ) -> Proposal:
     "Find the box or the tokens, without answering. Raises `BadInput` as `refine`."
     _check_choice(how, by, box)
-    candidates, post, review = _layers(mllm, how, candidates, post, review)
+    candidates, post, review = _chosen_layers(mllm, how, by, layers, candidates, post, review)
     _check_fresh(mllm, first)
-    found = contrastive_attention(first.maps, candidates, post, distance, raw)
+    found = _seen(first.maps, by, layers, candidates, post, distance, raw)
     if how == 'mask':
         return Proposal(how, by, found, review, tokens=lowest(MASKS[by](found, seed), rho))
     _check_one_picture(first.prompt.images)
@@ -172,12 +206,13 @@ class _Mask:
     distance: str
     raw: bool
     seed: int
+    layers: MeasuredLayers | None = None
 
     def decide(self, mllm, cache):
         "(contrast, tokens) from the maps captured so far"
         maps = np.ones((mllm.n_layers, cache.attention.shape[-1]))
-        maps[cache.layers] = cache.attention[0, :, 0].double().cpu().numpy()
-        found = contrastive_attention(maps, self.candidates, self.post, self.distance, self.raw)
+        maps[cache.layers] = cache.attention[0, :, 0].cpu().double().numpy()
+        found = _seen(maps, self.by, self.layers, self.candidates, self.post, self.distance, self.raw)
         return found, lowest(MASKS[self.by](found, self.seed), self.rho)
 
     def edit(self, mllm, p, tokens):
@@ -208,7 +243,15 @@ def _with_crop(mllm, prompt, crop, order):
     "The prompt with a crop after its picture, or before"
     picture = prompt.images[0]
     pair = [picture, crop] if order == 'after' else [crop, picture]
-    return mllm.prompt(pair, prompt.question)
+    return mllm.again(prompt, pair)
+
+# %% ../../nbs/06_contrast/05_refinement.ipynb #answer_crop
+def _answer_crop(mllm, first, crop, order, **generate):
+    "(answer, path) to a picture and its crop: over the first pass where the crop comes last and nothing is sampled"
+    if generate['temperature'] or order == 'before':
+        return mllm.generate(_with_crop(mllm, first.prompt, crop, order), **generate)[0], 'two passes'
+    ((answer, path, _),) = answer_with_crops(mllm, first.trace, [crop], generate['max_new_tokens'])
+    return answer, path
 
 # %% ../../nbs/06_contrast/05_refinement.ipynb #refine
 @holding
@@ -232,10 +275,13 @@ def refine(
     raw: bool = False,  # subtract maps that are not renormalised
     temperature: float = 0.0,  # above 0: answers are sampled
     seed: int = 0,  # of random controls and of sampling
+    layers: MeasuredLayers | None = None,  # of by='calibrated', from `fusion.layers_by_boxes` or `layers_by_closing`
     max_new_tokens: int = 32,  # of the answers; see `Answer.finished`
+    **talk,  # system and history, as `MLLM.prompt` takes them
 ) -> Refined:
     "Answer with contrastive attention. Raises `BadInput` for unknown choices, layers that do not fit, and a missing box."
     _check_choice(how, by, box, order)
+    chosen = _chosen_layers(mllm, how, by, layers, candidates, post, review)  # refused before the first pass
     sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     first = image if isinstance(image, FirstPass) else None
 
@@ -245,19 +291,13 @@ def refine(
         return mllm.generate(prompt, **sampling)[0]
 
     if how == 'mask':
-        prompt = first.prompt if first else mllm.prompt(image, question)
-        candidates, post, review = _layers(mllm, how, candidates, post, review)
-        mask = _Mask(by, candidates, post, review, rho, strength, soft, distance, raw, seed)
+        prompt = first.prompt if first else mllm.prompt(image, question, **talk)
+        mask = _Mask(by, *chosen, rho, strength, soft, distance, raw, seed, layers)
         answer, found, tokens = _answer_in_one_pass(mllm, prompt, mask, **sampling)
         return Refined(answer, plain, found, how, by, 'one pass', tokens=tokens)
-    _layers(mllm, how, candidates, post, review)  # refused before the first pass
-    first = first or first_pass(mllm, image, question, max_new_tokens)
+    first = first or first_pass(mllm, image, question, max_new_tokens, **talk)
     prompt = first.prompt
-    chosen = dict(base=base, box=box, rule=rule, distance=distance, raw=raw, seed=seed)
-    cut = propose(mllm, first, how, by, candidates, post, review, **chosen)
-    if temperature or order == 'before':
-        answer = mllm.generate(_with_crop(mllm, prompt, cut.crop, order), **sampling)[0]
-        path = 'two passes'
-    else:
-        answer, path, _ = answer_proposals(mllm, first, [cut], max_new_tokens)[0]
+    settings = dict(base=base, box=box, rule=rule, distance=distance, raw=raw, seed=seed, layers=layers)
+    cut = propose(mllm, first, how, by, candidates, post, review, **settings)
+    answer, path = _answer_crop(mllm, first, cut.crop, order, **sampling)
     return Refined(answer, plain, cut.contrast, how, by, path, box=cut.box, crop=cut.crop)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEMANTICS', 'METHODS', 'VICROP', 'registry', 'register', 'Semantic', 'add_semantic', 'semantic', 'added', 'Method',
-           'add_method', 'markdown_table']
+           'add_method', 'own_method', 'markdown_table']
 
 # %% ../../nbs/00_core/03_catalog.ipynb #imports
 import inspect
@@ -37,7 +37,7 @@ def _same_source(one, other):
 
 # %% ../../nbs/00_core/03_catalog.ipynb #redefines
 def _redefines(function, known):
-    "Does a definition take the place of one that is known: the package's of its own, a user's of hers?"
+    "Do two definitions have one name and one origin, so that the new one replaces the other?"
     same_name = function.__qualname__ == known.__qualname__
     return same_name and _is_from_outside(function) == _is_from_outside(known)
 
@@ -45,9 +45,9 @@ def _redefines(function, known):
 def register(
     registry: dict,  # name → function
     name: str,  # to find the function under
-    function: Callable,  # takes the place of one of that name that came from outside, too: a cell that is run again
+    function: Callable,  # replaces one of its name where both come from outside: a cell that is run again
 ) -> None:
-    "Make a function known. A notebook beside its export registers nothing new. Raises `BadInput` where a name is taken."
+    "Register a function. The same source again changes nothing. Raises `BadInput` where another one has the name."
     known = registry.get(name)
     if known is None or _redefines(function, known):
         registry[name] = function
@@ -68,7 +68,7 @@ class Semantic:
     write: Callable | None = None  # states: (states, given, strength) → new states, all (…, n, width) tensors
     strength: float = 0.0  # default factor; on states, or on attention weights before renormalisation (0 closes)
     needs: str = ''  # what must be given: mean (states of calibration pictures) or donor (another picture)
-    constant: bool = False  # states: what is written does not hang on the states before
+    constant: bool = False  # states: what is written does not depend on the states before
     blank: bool = False  # states: what is written is the same for every picture
     in_distribution: bool = False  # a drop under it shows that the picture is read, see `fusion.review_layer`
 
@@ -79,23 +79,23 @@ class Semantic:
 
     @property
     def exchanges(self):
-        "Does it put another picture's states in place, and nothing else?"
+        "Does it write another picture's states as they are?"
         return self.needs == 'donor' and self.write is _replaced
 
     def factor(self, strength=None):
-        "The factor that is applied: a strength is taken where there is a default one"
+        "The factor that is applied: `strength`, where this semantic has a default one; else the default"
         if self.strength and strength is not None:
             return strength
         return self.strength
 
 # %% ../../nbs/00_core/03_catalog.ipynb #zero
 def _scaled(states, given, strength):
-    "Zero, or a factor on what stood there"
+    "States times a factor; zeros for the factor 0"
     return states * strength if strength else states.new_zeros(states.shape)
 
 # %% ../../nbs/00_core/03_catalog.ipynb #given
 def _replaced(states, given, strength):
-    "The states that were given, spread over the tokens"
+    "The states that are given, for each token"
     return given.to(states).expand_as(states)
 
 # %% ../../nbs/00_core/03_catalog.ipynb #SEMANTICS
@@ -174,6 +174,7 @@ class Method:
     passes: int = 1  # over a prompt, roughly; a gradient counts as two
     crops: bool = False  # answers from a second picture cut out of the first
     needs_box: bool = False  # reads the evidence box of the sample
+    measured: bool = False  # takes its layers from the calibration split, see `fusion.layers_from_rows`
     first_pass: bool = True  # starts from the recorded first pass, whose cost counts as its own
     general: bool = False  # baseline: also asks for a general description of the picture
     label: str = ''  # in published tables, where it stands there
@@ -194,6 +195,17 @@ def add_method(
     METHODS[method.name] = method
     return method
 
+# %% ../../nbs/00_core/03_catalog.ipynb #own_method
+def own_method(
+    method: Method,  # its name must be new, or that of a method of the user's
+) -> Method:  # the same
+    "As `add_method`, for methods of a user: a cell that is run again replaces its first record."
+    known = METHODS.get(method.name)
+    function = registry(known.how).get(known.by) if known else None
+    if function and _is_from_outside(function):
+        del METHODS[method.name]
+    return add_method(method)
+
 # %% ../../nbs/00_core/03_catalog.ipynb #refine_methods
 add_method(Method('base', 'base', sentence='the plain answer', label='Base'))
 add_method(
@@ -201,18 +213,65 @@ add_method(
         'mask', 'mask', 'contrast', 'visual tokens with the least contrastive attention are masked', first_pass=False
     )
 )
-add_method(Method('mask-late', 'mask', 'late', 'those with the least late attention', first_pass=False))
-add_method(Method('mask-random', 'mask', 'random', 'control: as many at random', first_pass=False))
-add_method(Method('mask-highest', 'mask', 'highest', 'control: those with the most', first_pass=False))
+add_method(
+    Method(
+        'mask-calibrated',
+        'mask',
+        'calibrated',
+        'as mask, at the layers that were measured on the calibration split',
+        first_pass=False,
+        measured=True,
+    )
+)
+add_method(
+    Method('mask-late', 'mask', 'late', 'visual tokens with the least late attention are masked', first_pass=False)
+)
+add_method(
+    Method('mask-random', 'mask', 'random', 'control: as many visual tokens at random are masked', first_pass=False)
+)
+add_method(
+    Method(
+        'mask-highest',
+        'mask',
+        'highest',
+        'control: visual tokens with the most contrastive attention are masked',
+        first_pass=False,
+    )
+)
 add_method(
     Method('crop', 'crop', 'contrast', 'a crop by contrastive attention beside the picture', crops=True, label='Ours')
 )
-add_method(Method('crop-late', 'crop', 'late', 'by late attention alone', crops=True))
-add_method(Method('crop-read', 'crop', 'read', 'by attention at the fusion layers', crops=True))
-add_method(Method('crop-focus', 'crop', 'focus', 'by its highest peak', crops=True))
-add_method(Method('crop-random', 'crop', 'random', 'control: a box of that size at random', crops=True))
-add_method(Method('crop-centre', 'crop', 'centre', 'control: a box of that size in the middle', crops=True))
+add_method(
+    Method(
+        'crop-calibrated',
+        'crop',
+        'calibrated',
+        'as crop, at the layers that were measured on the calibration split',
+        crops=True,
+        measured=True,
+    )
+)
+add_method(Method('crop-late', 'crop', 'late', 'a crop by late attention alone', crops=True))
+add_method(Method('crop-read', 'crop', 'read', 'a crop by attention at the fusion layers', crops=True))
+add_method(
+    Method('crop-focus', 'crop', 'focus', 'a window of one size, centred on attention at the fusion layers', crops=True)
+)
+add_method(Method('crop-random', 'crop', 'random', 'control: a box as large as that of crop, at random', crops=True))
+add_method(
+    Method('crop-centre', 'crop', 'centre', 'control: a box as large as that of crop, in the middle', crops=True)
+)
 add_method(Method('crop-oracle', 'crop', 'oracle', 'bound: the evidence box itself', crops=True, needs_box=True))
+
+# %% ../../nbs/00_core/03_catalog.ipynb #signed_method
+add_method(
+    Method(
+        'crop-signed',
+        'crop',
+        'signed',
+        'a crop by attention from the first fusion layer on, less attention before it, over all layers',
+        crops=True,
+    )
+)
 
 # %% ../../nbs/00_core/03_catalog.ipynb #baseline_methods
 def _baseline(name, sentence, source, **kw):
@@ -268,6 +327,21 @@ _baseline(
     'Huang et al., CVPR 2024, arXiv 2311.17911',
     passes=3,
     label='OPERA',
+)
+
+# %% ../../nbs/00_core/03_catalog.ipynb #noise_rivals
+_baseline(
+    'var',
+    'attention that visual sinks draw is given back to the other visual tokens',
+    'Kang et al., ICLR 2025, arXiv 2503.03321',
+    first_pass=False,
+)
+_baseline(
+    'pai',
+    'attention to the picture is raised, and what is said without the picture subtracted',
+    'Liu et al., ECCV 2024, arXiv 2407.21771',
+    passes=2,
+    first_pass=False,
 )
 
 # %% ../../nbs/00_core/03_catalog.ipynb #catalog_table

@@ -25,5 +25,7 @@ def attempt(
     "Call what may raise anything. An interrupt goes through."
     try:
         return do(*args, **kw), None
-    except Exception as e:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as e:  # a panic of a library in Rust is no `Exception`
         return None, e

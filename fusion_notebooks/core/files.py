@@ -36,12 +36,18 @@ def read_json(
     file,  # path
     folder=None,  # in which it has to lie; None: anywhere
     most: int = 100_000_000,  # bytes
+    kind: type = dict,  # or list
 ):  # what it holds
-    "A JSON file that can be read without surprise. Raises as `regular`."
+    "A JSON object or list from a file that can be read without surprise. Raises as `regular`."
+    file = regular(file, folder, most)
     try:
-        return json.loads(regular(file, folder, most).read_text('utf-8-sig'))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        found = json.loads(file.read_text('utf-8-sig'))
+    except (ValueError, RecursionError) as e:  # not text, not JSON, or numbers and lists without end
         raise BadInput(f'{file} is not JSON ({str(e)[:80]}): write it again.') from None
+    if not isinstance(found, kind):
+        wanted = 'object' if kind is dict else 'list'
+        raise BadInput(f'{file} holds no JSON {wanted}: write it again.')
+    return found
 
 # %% ../../nbs/00_core/01_files.ipynb #plain_cell
 def _plain_cell(value):

@@ -13,6 +13,7 @@ import io
 import numpy as np
 import urllib.request
 import warnings
+from contextlib import nullcontext
 from PIL import Image, ImageOps, UnidentifiedImageError
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,22 @@ def _existing_file(file):
         raise BadInput(f'{file} is not a regular file: give a picture file.')
     return file
 
+# %% ../../nbs/00_core/02_images.ipynb #check_netpbm
+def _check_netpbm(file, name):
+    "Refuse a PPM whose header, comments included, is longer than 10 kB, or whose pixels are text of more than 50 MB"
+    if not isinstance(file, Path) and not getattr(file, 'seekable', bool)():
+        return  # an open stream of the caller's own
+    with open(file, 'rb') if isinstance(file, Path) else nullcontext(file) as data:
+        head, size = data.read(10_000), data.seek(0, 2)
+        data.seek(0)
+    if head[:1] != b'P' or head[1:2] not in (b'1', b'2', b'3', b'4', b'5', b'6'):
+        return
+    _, error = attempt(Image.open, io.BytesIO(head), formats=['PPM'])
+    if error and not isinstance(error, Image.DecompressionBombError):  # which `_open_file` says
+        raise _damaged(name, error)
+    if head[1:2] in b'123' and size > 50_000_000:
+        raise BadInput(f'{name} has its pixels as text, {size:,} bytes of it: save it as PNG.')
+
 # %% ../../nbs/00_core/02_images.ipynb #open_file
 def _open_file(
     file,  # path, or open file of bytes
@@ -160,6 +177,7 @@ def _open_file(
         file = _existing_file(file)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # `_check_size` refuses these
+        _check_netpbm(file, name)
         image, error = attempt(Image.open, file, formats=FORMATS)
     if isinstance(error, UnidentifiedImageError):
         raise BadInput(f'{name} is not a picture that Pillow can read: give a PNG or JPEG.')
@@ -180,19 +198,19 @@ def _check_size(image, name):
 
 # %% ../../nbs/00_core/02_images.ipynb #load
 def _load(image):
-    "Decode the pixels: the number of frames"
-    frames = getattr(image, 'n_frames', 1)
+    "Decode the pixels: are there more frames? They are not counted: there may be a million"
+    several = getattr(image, 'is_animated', False)
     image.load()
-    return frames
+    return several
 
 # %% ../../nbs/00_core/02_images.ipynb #decoded
 def _decoded(image, name):
     "The first frame with its pixels, upright. Raises `BadInput` for a damaged file; warns of what is left out."
-    frames, error = attempt(_load, image)
+    several, error = attempt(_load, image)
     if error:
         raise _damaged(name, error)
-    if frames > 1 and image.format != 'MPO':  # a phone's MPO is one photograph with a preview
-        warnings.warn(f'{name} has {frames} frames: the first is used.', stacklevel=5)
+    if several and image.format != 'MPO':  # a phone's MPO is one photograph with a preview
+        warnings.warn(f'{name} has several frames: the first is used.', stacklevel=5)
     upright, error = attempt(ImageOps.exif_transpose, image)
     if error:
         warnings.warn(f'{name} has damaged EXIF data: it is read as it is stored.', stacklevel=4)

@@ -11,6 +11,7 @@ from .trainer import *
 from .lessons import *
 from .stages import *
 from .evaluation import *
+from .tuning import *
 from .shipped import *
 from .fetching import *
 

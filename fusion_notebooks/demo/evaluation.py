@@ -82,7 +82,7 @@ def _evidence_ratio(mllm, s):
         mllm.model(**p.inputs, use_cache=False, logits_to_keep=1)
     grid = p.grids[0]
     share = evidence_share(grid.boxes, s.box)
-    maps = grid.of(cache.attention[0, :, 0].double().cpu().numpy())
+    maps = grid.of(cache.attention[0, :, 0].cpu().double().numpy())
     with np.errstate(invalid='ignore'):
         return evidence_mass(maps, share) / share.mean()
 

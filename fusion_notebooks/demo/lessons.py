@@ -114,6 +114,8 @@ def _of_rows(per_question, block):
 def _set_reads(gate, questions, block, hops):
     "At a hop that a question does not need, its rows read another scene"
     gate.reads = {}
+    if len(hops) < 2:
+        return  # every question needs it
     for hop in hops:
         needed = []
         for some in questions:

@@ -7,7 +7,7 @@ __all__ = ['FROM_SCRATCH', 'FROM_BASE', 'STAGES', 'Recipe', 'stages_of', 'reads_
 
 # %% ../../nbs/11_demo/06_recipes.ipynb #imports
 import numpy as np
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from .scenes import PATCH, PICTURE, VIEW
 
 # %% ../../nbs/11_demo/06_recipes.ipynb #c019
@@ -33,12 +33,17 @@ class Recipe:
     tile: int = 0  # LLaVA-NeXT: steps of everything but its tower
     hops: tuple = ()  # planted: decoder layers at which text reads the picture; with several, see `reads_at`
     decoys: tuple = ()  # planted: layers at which text reads another scene
+    decoy_heads: dict = field(default_factory=dict)  # planted: of these layers, the heads that do; default: all
+    closed_heads: dict = field(default_factory=dict)  # planted: layer → heads that see nothing of the picture
     plant: int = 0  # planted: steps
+    tune: int = 0  # easy-VQA: steps on its training half
     shares: tuple = (0.34, 0.33, 0.33, 0)  # planted: of `LESSONS`
+    second: float = 0.3  # planted: share of steps with a second picture
+    sinks: float = 0  # planted: the largest share of the text's attention that sinks draw; 0: there are none
 
 # %% ../../nbs/11_demo/06_recipes.ipynb #STAGES
 FROM_SCRATCH = ('see', 'sharpen', 'align', 'look', 'join')  # stages of a model without a base, in order
-FROM_BASE = ('plant', 'copy', 'speak', 'tile')  # stages of one that starts from another
+FROM_BASE = ('plant', 'copy', 'speak', 'tile', 'tune')  # stages of one that starts from another
 STAGES = FROM_SCRATCH + FROM_BASE
 
 # %% ../../nbs/11_demo/06_recipes.ipynb #stages_of

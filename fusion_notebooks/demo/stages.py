@@ -186,12 +186,18 @@ def plant(self: Trainer) -> None:
     others = r.decoys  # layers that may read another scene; a hop that is not needed does, too
     if len(r.hops) > 1:
         others = r.decoys + r.hops
-    gate = Gate(self.model, self.tok.image_token_id, closed, dict.fromkeys(others))
+    shown = dict.fromkeys(others)
+    gate = Gate(self.model, self.tok.image_token_id, closed, shown, r.closed_heads, r.decoy_heads)
     self.freeze(self.core.vision_tower, self.model.get_input_embeddings())
-    plan = Plan(r.shares, (0, 0.03), (1.0,), 0.3)
-    loss = partial(self.asked, 'plant', plan=plan, gate=gate)
+    plan = Plan(r.shares, (0, 0.03), (1.0,), r.second)
+
+    def loss(step):
+        if r.sinks:
+            gate.sinks = self.draw_sinks(step)
+        return self.asked('plant', step, plan, gate)
+
     fit('plant', [self.core.multi_modal_projector, self.lm], loss, r.plant, [3e-4, 1.2e-3], self.folder)
-    gate.reads = {}  # they belonged to the last batch
+    gate.reads, gate.sinks = {}, None  # they belonged to the last batch
 
 # %% ../../nbs/11_demo/09_stages.ipynb #base_features
 @patch
@@ -263,6 +269,7 @@ def tile(self: Trainer) -> None:
 @patch
 def run(self: Trainer) -> None:
     "Every stage in turn; those that are done are loaded"
-    self.prepare()
+    if not self.recipe.tune:  # easy-VQA has its own pictures
+        self.prepare()
     for stage in stages_of(self.recipe):
         getattr(self, stage)()

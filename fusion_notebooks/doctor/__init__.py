@@ -1,5 +1,6 @@
 """Whether a model can be trusted here."""
 
+from .layer_kinds import *
 from .shrinking import *
 from .twins import *
 from .references import *

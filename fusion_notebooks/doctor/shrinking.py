@@ -12,6 +12,7 @@ import inspect
 import re
 import torch
 from dataclasses import dataclass
+from .layer_kinds import _ints, _kept_layers, _listed_layers, _read_layer_fields
 
 # %% ../../nbs/15_doctor/00_shrinking.ipynb #sizes
 WIDTH = 128  # of every twin
@@ -132,11 +133,6 @@ def _first(x):
     "The first of a list or tuple; anything else as it is"
     return x[0] if isinstance(x, (list, tuple)) else x
 
-# %% ../../nbs/15_doctor/00_shrinking.ipynb #ints
-def _ints(v):
-    "Is it a list of whole numbers, and not an empty one?"
-    return isinstance(v, list) and len(v) > 0 and all(isinstance(x, int) for x in v)
-
 # %% ../../nbs/15_doctor/00_shrinking.ipynb #integers
 def _integers(d):
     "The fields of a config dict that are whole numbers"
@@ -146,52 +142,6 @@ def _integers(d):
 def _depths(d):
     "The fields of a config dict that are numbers of layers"
     return {k: v for k, v in _integers(d).items() if re.fullmatch(DEPTHS, k) and v > 0}
-
-# %% ../../nbs/15_doctor/00_shrinking.ipynb #layer_fields
-@dataclass
-class _LayerFields:
-    "The fields of a config that tell its layers apart"
-
-    numbers: dict  # field → numbers of the layers that have something, such as cross-attention
-    per_layer: dict  # field → list with one entry per layer
-    own: dict  # number of a layer → its own fields, as text
-
-    def kind(self, i):
-        "What all fields say of layer i; equal for layers of one kind"
-        entries = [str(v[i]) for v in self.per_layer.values()]
-        listed = [i in v for v in self.numbers.values()]
-        return (*entries, *listed, self.own.get(i))
-
-# %% ../../nbs/15_doctor/00_shrinking.ipynb #numbers_layers
-def _numbers_layers(k, v, n):
-    "Does the list v under the name k hold numbers of some of n layers?"
-    named = re.search(r'layers$|ind(ex|ic)es|idxs', k)
-    return bool(named) and _ints(v) and max(v) < n and len(set(v)) == len(v)
-
-# %% ../../nbs/15_doctor/00_shrinking.ipynb #read_layer_fields
-def _read_layer_fields(d, n):
-    "`_LayerFields` of a config dict with n layers"
-    lists = {k: v for k, v in d.items() if isinstance(v, list) and v and not isinstance(v[0], (list, dict))}
-    numbers = {k: v for k, v in lists.items() if _numbers_layers(k, v, n)}
-    per_layer = {k: v for k, v in lists.items() if len(v) == n and k not in numbers}
-    own = {int(i): str(v) for i, v in (d.get('per_layer_config') or {}).items()}
-    return _LayerFields(numbers, per_layer, own)
-
-# %% ../../nbs/15_doctor/00_shrinking.ipynb #keep
-def _keep(fields, n, want):
-    "Numbers, in order, of the layers that stay of n: one of every kind, and `want` of them at least"
-    first = {}  # kind → its first layer
-    for i in range(n):
-        first.setdefault(fields.kind(i), i)
-    keep = set(first.values())
-    for listed in fields.numbers.values():
-        if len(listed) <= 5:
-            keep.update(listed)
-    changes = [i for i in range(n) if i == 0 or fields.kind(i) != fields.kind(i - 1)]
-    for i in [*changes, *range(n)]:
-        if len(keep) < want:
-            keep.add(i)
-    return sorted(keep)
 
 # %% ../../nbs/15_doctor/00_shrinking.ipynb #whole
 @dataclass(frozen=True)
@@ -225,15 +175,6 @@ def _own_fields(d, x, whole):
             new[k] = small[k]
     return new
 
-# %% ../../nbs/15_doctor/00_shrinking.ipynb #listed_layers
-def _listed_layers(fields, keep):
-    "Fields that list layers, for those layers that stay (`keep`, in order), under their new numbers"
-    place = {i: new for new, i in enumerate(keep)}
-    new = {k: [v[i] for i in keep] for k, v in fields.per_layer.items()}
-    for k, v in fields.numbers.items():
-        new[k] = [place[i] for i in v if i in place]
-    return new
-
 # %% ../../nbs/15_doctor/00_shrinking.ipynb #layers_own_fields
 def _layers_own_fields(d, keep, whole):
     "`per_layer_config` of a config dict, for those layers that stay, under their new numbers, made small"
@@ -252,7 +193,7 @@ def _fewer_layers(d, whole, seeing):
         return {k: min(v, 2) for k, v in depths.items() if k != main}
     n = depths[main]
     fields = _read_layer_fields(d, n)
-    keep = _keep(fields, n, whole.tower if seeing else LAYERS)
+    keep = _kept_layers(fields, n, whole.tower if seeing else LAYERS)
     new = {k: len(keep) if v == n else min(v, 2) for k, v in depths.items()}
     new |= _listed_layers(fields, keep)
     if d.get('per_layer_config'):

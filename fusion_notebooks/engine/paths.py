@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 from ..core.catalog import semantic
 from ..mllm.memory import digest
+from ..mllm.key_value_caches import cache_of, with_cache
 from ..mllm.handle import MLLM, Prompt
 from ..mllm.batching import in_batches
 from ..mllm.state import holding
 from ..hooks.edits import edit
 from ..hooks.states import visual_states
 from .prefix import _key, fitting, head_of, slides, PrefixCache, prefixes
-from .branches import BranchedBatch, decode_branches, Branch
+from .branches import BranchedBatch, Branch
+from .decoding import decode_branches
 from .probes import capabilities
 
 # %% ../../nbs/04_engine/06_paths.ipynb #Variant
@@ -40,7 +42,7 @@ class Variant:
 
     @property
     def factor(self):
-        "On states or on attention weights"
+        "What states or attention weights are multiplied by"
         return self.semantic.factor(self.strength)
 
     @property
@@ -102,7 +104,7 @@ def path_of(
 
 # %% ../../nbs/04_engine/06_paths.ipynb #bank_key
 def _bank_key(mllm, p, n, values):
-    "What the bank hangs on: the model, the prompt's head without its pixels, and what is written at which layer"
+    "What a bank depends on: the model, the prompt's head without its pixels, and what is written at which layer"
     head = head_of(p, n).inputs
     numbers = [head[k] for k in sorted(head) if not head[k].is_floating_point()]
     written = [x for i in sorted(values) for x in (i, values[i])]
@@ -194,11 +196,12 @@ def _resume(mllm, variants, limit):
 def _forced(mllm, p, ids):
     "Log-probability of an answer; it is fed over the prompt's cache, since a prefix-LM would let the prompt see an answer appended to it"
     out, ids = mllm.model(**p.inputs, use_cache=True, logits_to_keep=1), torch.tensor([ids], device=mllm.device)
-    if getattr(out, 'past_key_values', None) is None:
+    cache = cache_of(out)
+    if cache is None:
         return mllm.answer_logits(p, ids[0].tolist())[0].gather(1, ids[0][:, None]).sum().item()
     logits = [out.logits]
     if ids.shape[1] > 1:
-        logits.append(mllm.model(input_ids=ids[:, :-1], past_key_values=out.past_key_values, use_cache=True).logits)
+        logits.append(mllm.model(input_ids=ids[:, :-1], **with_cache(mllm.model, cache), use_cache=True).logits)
     return torch.cat(logits, 1).float().log_softmax(-1).gather(2, ids[..., None]).sum().item()
 
 # %% ../../nbs/04_engine/06_paths.ipynb #naive
@@ -269,7 +272,7 @@ def run_variants(
     exact: str = 'auto',  # auto, resume or naive
     limit: int = 32,  # tokens of an answer
 ) -> list:  # of (plain `Answer`, text under the edit, log-probability of the plain answer under it, path)
-    "What becomes of the answer under each edit"
+    "The answer under each edit, and how likely the plain answer is under it"
     paths = _chosen_paths(mllm, variants, exact)
     banks = _filled_banks(mllm, variants, paths)
     paths = ['resume' if path == 'bank' and banks[id(v)] is None else path for v, path in zip(variants, paths)]

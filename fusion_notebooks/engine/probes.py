@@ -27,18 +27,18 @@ class Capabilities:
 
 # %% ../../nbs/04_engine/03_probes.ipynb #near
 def _near(a, b, tolerance):
-    "Is every number of a that of b, but for a share of it and of the spread of them all?"
+    "Does each number of a differ from that of b by at most `tolerance` times (its size + the spread of b)?"
     return bool(((a - b).abs() <= tolerance * (b.abs() + b.std())).all())
 
 # %% ../../nbs/04_engine/03_probes.ipynb #alike
 def _alike(a, b, tolerance):
-    "Do all numbers together deviate little, by their norm?"
+    "Is the norm of a − b at most `tolerance` times the norm of b around its mean?"
     return bool((a - b).norm() <= tolerance * (b - b.mean()).norm())
 
 # %% ../../nbs/04_engine/03_probes.ipynb #last_states
 def _last_states(mllm, inputs, n):
     "(states of the first n rows before the last layer, layers after which something was added to states, last logits)"
-    found = dict(layer=0)  # how many have computed
+    found = dict(layer=0)  # layers that have computed
     added = []
 
     def enter(layer, args, kw):
@@ -61,7 +61,7 @@ def _last_states(mllm, inputs, n):
 
 # %% ../../nbs/04_engine/03_probes.ipynb #another_question
 def _another_question(inputs, n):
-    "The inputs of a prompt with the tokens behind its first n rows turned round"
+    "The inputs of a prompt with the tokens behind its first n rows in reverse order"
     ids = inputs['input_ids']
     return inputs | dict(input_ids=torch.cat([ids[:, :n], ids[:, n:].flip(1)], 1))
 
@@ -80,7 +80,7 @@ def _one_row(mllm, p, n, closed):
 
 # %% ../../nbs/04_engine/03_probes.ipynb #one_row_works
 def _one_row_works(mllm, p, n, closed, logits, tolerance):
-    "Does a branched batch of one row give these logits? An unknown cache raises anything where its keys are looked for"
+    "Does a branched batch of one row give these logits? An unknown kind of cache may raise any error"
     found, error = attempt(_one_row, mllm, p, n, closed)
     if error:
         return False

@@ -3,6 +3,7 @@
 from .session import *
 from .payload import *
 from .jobs import *
+from .canvas import *
 from .widget import *
 from .recorded import *
 

@@ -5,5 +5,7 @@ from .evidence import *
 from .bands import *
 from .layers import *
 from .known_answers import *
+from .noise import *
+from .measured import *
 
 __all__ = [name for name in dir() if not name.startswith('_')]

@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from ..core.errors import BadInput
 from ..mllm.handle import MLLM
+from ..mllm.key_value_caches import cache_of
 
 # %% ../../nbs/02_hooks/00_attaching.ipynb #check_layers
 def check_layers(
@@ -39,7 +40,7 @@ def _hidden(args, kw):
 # %% ../../nbs/02_hooks/00_attaching.ipynb #past
 def _past(kw, i):
     "Rows in the cache of layer i before this forward; of a layer of linear attention, which counts none, 1 or 0"
-    cache = kw.get('past_key_values')
+    cache = cache_of(kw)
     if cache is None:
         return 0
     layers = getattr(cache, 'layers', ())
@@ -53,7 +54,7 @@ def _past(kw, i):
 # %% ../../nbs/02_hooks/00_attaching.ipynb #removing
 @contextmanager
 def _removing(handles):
-    "Remove hooks afterwards, those that the block adds to the list, too"
+    "Remove hooks after the block, also those that it adds to the list"
     try:
         yield
     finally:

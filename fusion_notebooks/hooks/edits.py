@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ..core.catalog import Semantic, semantic
 from ..core.errors import BadInput, NotSupported
 from ..mllm.handle import MLLM
+from ..mllm.key_value_caches import cache_of
 from ..mllm.state import reader
 from .attaching import _hidden, _past, _removing, attending, check_layers, running_eagerly
 
@@ -163,7 +164,7 @@ def _as_float_mask(mask, h, past, keys=None):
 # %% ../../nbs/02_hooks/03_edits.ipynb #static_keys
 def _static_keys(kw, i):
     "Keys of a cache that has its full length from the start; None for one that grows"
-    layers = getattr(kw.get('past_key_values'), 'layers', ())
+    layers = getattr(cache_of(kw), 'layers', ())
     if i < len(layers) and isinstance(layers[i], StaticLayer):
         return layers[i].max_cache_len
     return None
@@ -225,7 +226,7 @@ def _n_keys(kw, samples, i):
     "Keys of the cross-attention of layer i, from what it is called with"
     keys = kw.get('cross_attention_states')
     if keys is None:
-        return kw['past_key_values'].layers[i].keys.shape[2]
+        return cache_of(kw).layers[i].keys.shape[2]
     return keys.numel() // keys.shape[-1] // samples
 
 # %% ../../nbs/02_hooks/03_edits.ipynb #close_cross

@@ -17,7 +17,7 @@ def lens(
     mllm: MLLM,  # the model
     states: torch.Tensor,  # (…, width) states that leave a layer, before the final norm
 ) -> torch.Tensor:  # (…, vocabulary) logits, float32
-    "Early output: final norm and head on inner states, with whatever scale or soft cap the model itself puts behind its head (paper, section 1)"
+    "Early output: final norm and head on inner states, with any scale or soft cap that the model applies to its logits (paper, section 1)"
     if mllm.norm is None:
         raise NotSupported(
             f'{mllm.name} has no norm between its layers and its head, so inner states cannot be read as answers.'
@@ -25,16 +25,16 @@ def lens(
     w = mllm.head.weight
     normed = mllm.norm(states.to(w.device, w.dtype)).reshape(1, -1, states.shape[-1])
 
-    def say(decoder, args, out):
+    def put_states(decoder, args, out):
         out.last_hidden_state = normed
 
     rows = torch.ones(1, normed.shape[1], dtype=torch.long, device=mllm.device)
     with torch.inference_mode():
         try:
-            with _removing([mllm.decoder.register_forward_hook(say)]):
+            with _removing([mllm.decoder.register_forward_hook(put_states)]):
                 out = mllm.model(input_ids=rows, attention_mask=rows, use_cache=False).logits
         except (TypeError, ValueError, AttributeError):
-            out = mllm.head(normed)  # no forward without a picture: nothing but a head
+            out = mllm.head(normed)  # it has no forward without a picture: the head alone
     return out.float().reshape(*states.shape[:-1], -1)
 
 # %% ../../nbs/02_hooks/02_logit_lens.ipynb #early_exit
@@ -43,7 +43,7 @@ def early_exit(
     mllm: MLLM,  # the model
     layer: int,  # the last decoder layer that still computes
 ):
-    "Turn every later layer into the identity, so that the model answers, first token to last, from this layer"
+    "Turn every later layer into the identity, so that every token of the answer is read from this layer"
     check_layers(mllm, layer)
 
     def identity(l, args, kw, out):

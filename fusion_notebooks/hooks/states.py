@@ -7,6 +7,7 @@ __all__ = ['visual_states', 'mean_states']
 
 # %% ../../nbs/02_hooks/04_states.ipynb #imports
 import torch
+from ..mllm.devices import in_double
 from ..mllm.handle import visual_embeddings, MLLM, Prompt
 from .attaching import _hidden, _removing
 
@@ -38,5 +39,5 @@ def mean_states(
     total = n = 0
     for s in samples:
         h = visual_states(mllm, mllm.prompt(s.image, s.question))
-        total, n = total + h.double().sum(1), n + h.shape[1]
+        total, n = total + in_double(h).sum(1), n + h.shape[1]
     return (total / n).float()

@@ -18,6 +18,7 @@ from ..mllm.handle import MLLM
 from ..mllm.state import _home, CHANGERS, foreign
 from ..hooks.attaching import check_layers
 from ..hooks.edits import _check_heads, n_heads
+from ..engine.prefix import samples_at_once
 from ..engine.paths import run_variants, Variant
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #Step
@@ -26,10 +27,10 @@ class _Step:
     "One edit of a sweep"
 
     how: str  # semantic
-    layer: int  # that names it
+    layer: int  # in whose row of the table it stands
     scope: str  # single, from or window
-    layers: tuple  # that it touches
-    heads: tuple | None = None  # query heads that it touches; None: all
+    layers: tuple  # decoder layers that are edited
+    heads: tuple | None = None  # query heads that are edited; None: all
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #c028
 def scoped(
@@ -38,7 +39,7 @@ def scoped(
     scope: str,  # single, from or window
     width: int = 3,  # layers in a window
 ) -> list:  # decoder layers to edit
-    "The layers that an edit named by layer `i` touches. Raises `BadInput` for another scope."
+    "The layers that are edited for row `i` of a sweep. Raises `BadInput` for another scope."
     if scope == 'single':
         first, end = i, i + 1
     elif scope == 'from':
@@ -52,7 +53,7 @@ def scoped(
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #touched
 def _touched(mllm, how, i, scope, width):
-    "The layers of a scope; for an edit of attention those of them that have softmax attention"
+    "The layers of a scope; for an edit of attention only those with softmax attention"
     layers = scoped(mllm, i, scope, width)
     if semantic(how).cumulative or mllm.cross or scope == 'single':
         return tuple(layers)
@@ -60,7 +61,7 @@ def _touched(mllm, how, i, scope, width):
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #head_sets
 def _head_sets(mllm, i, heads):
-    "Which heads each edit named by layer i touches: all, some together, or each in an edit of its own"
+    "The heads of each edit at layer i: all, some together, or each in an edit of its own"
     if heads is None:
         return [None]
     if isinstance(heads, str):
@@ -69,7 +70,7 @@ def _head_sets(mllm, i, heads):
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #steps
 def _steps(mllm, hows, layers, scope, width, heads=None):
-    "Every edit of a sweep, in the order of its rows; layers None: all that the semantic can act on"
+    "Every edit of a sweep, in the order of its rows; layers None: all layers that the semantic can act on"
     checked, steps = check_layers(mllm, layers), []
     for how in hows:
         attention = not semantic(how).cumulative
@@ -92,7 +93,7 @@ def _donor(samples, k):
 # %% ../../nbs/05_masking/00_sweeps.ipynb #donor_prompt
 def _donor_prompt(mllm, p, donor, name):
     "The prompt of a donor's picture under the sample's question. Raises `BadInput` where it has another size"
-    other = mllm.prompt(donor.image, p.question)
+    other = mllm.again(p, donor.image)
     if not torch.equal(other.inputs['input_ids'], p.inputs['input_ids']):
         raise BadInput(
             f'Sample {name}: the donor picture has {len(other.visual)} visual tokens, the sample {len(p.visual)}; '
@@ -107,7 +108,7 @@ def _is_edit(hook):
 
 # %% ../../nbs/05_masking/00_sweeps.ipynb #ids
 def _ids(samples):
-    "Names of samples, their numbers where they have none. Raises `BadInput` for one that is there twice"
+    "The ids of samples; their numbers where they have none. Raises `BadInput` for an id that two samples have"
     ids = [s.id or str(k) for k, s in enumerate(samples)]
     seen = set()
     for name in ids:
@@ -158,9 +159,9 @@ def sweep(
     mean: torch.Tensor | None = None,  # (n_layers, width), from `mean_states`; needed for mean
     donors: list | None = None,  # one sample per sample for swap; default: the next one with another picture
     width: int = 3,  # layers in a window
-    heads=None,  # query heads, for edits of attention: None for all, 'each' for an edit per head, or those of every edit
+    heads=None,  # query heads, for edits of attention: None for all, 'each' for an edit per head, or the heads that every edit closes together
     limit: int = 32,  # tokens of an answer
-    batch: int = 16,  # samples at a time
+    batch: int | None = None,  # samples at a time; None: 16 on a CPU, elsewhere as many as memory holds, up to 64
     progress: bool = False,  # show a bar
 ) -> pd.DataFrame:  # sample, layer (-1: plain), how, scope, prediction, logp (of the plain answer), path; for edits of one head: head (-1: plain)
     "Edit the visual tokens at each layer in turn (paper, sections 1 and 4). Raises `BadInput`, `NotSupported`."
@@ -170,7 +171,9 @@ def sweep(
     ids, rows = _ids(samples), []
     swaps = any(semantic(h).needs == 'donor' for h in hows)
     bar = tqdm(total=len(samples), desc='sweep', disable=not progress, mininterval=2)
-    for first in range(0, len(samples), batch):
+    if batch is None and samples:
+        batch = samples_at_once(mllm, mllm.prompt(samples[0].image, samples[0].question).length)
+    for first in range(0, len(samples), batch or 1):
         some = range(first, min(first + batch, len(samples)))
         variants = []
         for k in some:

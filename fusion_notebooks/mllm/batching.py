@@ -11,6 +11,7 @@ import torch
 from collections.abc import Callable
 from dataclasses import replace
 from fastcore.basics import patch
+from .devices import accelerator, empty_cache
 from .processor import _is_row, flat, image_features
 from .handle import MLLM, Prompt
 
@@ -133,7 +134,8 @@ def stack(
 # %% ../../nbs/01_mllm/07_batching.ipynb #out_of_memory
 def _is_out_of_memory(e):
     "Some allocators raise a plain RuntimeError"
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in str(e)
+    named = isinstance(e, (torch.OutOfMemoryError, MemoryError))
+    return named or 'allocate memory' in str(e) or 'out of memory' in str(e)
 
 # %% ../../nbs/01_mllm/07_batching.ipynb #in_batches
 def in_batches(
@@ -150,6 +152,5 @@ def in_batches(
             if batch == 1 or not _is_out_of_memory(e):
                 raise
             batch //= 2
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            empty_cache(accelerator())
     return out

@@ -26,7 +26,7 @@ def _ramp(size, k, n):
 # %% ../../nbs/01_mllm/05_coordinate_ramps.ipynb #pixels
 def _pixels(mllm, p, images):
     "What the processor makes of pictures: (tiles, 3, height, width), or (patches, values) where it hands out patches"
-    inputs = _process(mllm, images, p.question, torch.float32)[0]
+    inputs = _process(mllm, images, p.question, torch.float32, p.system, p.history)[0]
     values = next(v for k, v in inputs.items() if k.startswith('pixel_values')).cpu()
     kept = 2 if values.ndim < 4 else 4  # axes of the result; all before are flattened into the first
     return values.flatten(0, -kept).numpy()

@@ -6,6 +6,7 @@
 __all__ = ['Gate']
 
 # %% ../../nbs/01_mllm/03_gate.ipynb #imports
+import json
 import sys
 import torch
 from pathlib import Path
@@ -13,6 +14,9 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from types import MethodType
 from ..core.errors import BadInput
+from .key_value_caches import cache_of, without_cache
+from .memory import digest
+from .sinks import _draw, _sink_channels, check_sinks, Sinks
 
 # %% ../../nbs/01_mllm/03_gate.ipynb #Gate
 class Gate:
@@ -24,32 +28,100 @@ class Gate:
         image_token_id: int,  # placeholder of the visual tokens
         closed=(),  # decoder layers
         decoys=None,  # layer → (visual, width) entering its attention at another scene's visual tokens; None: the next sample's
+        closed_heads=None,  # layer → query heads that are closed there, where the layer is not closed whole
+        decoy_heads=None,  # layer of `decoys` → query heads that read the decoy; default: all
+        schedules=None,  # name → `Sinks`; the first is in force
     ):
-        layers = model.get_decoder().layers
-        self.n = len(layers)
+        self.attentions = [layer.self_attn for layer in model.get_decoder().layers]
+        self.n = len(self.attentions)
+        self.heads = model.config.get_text_config().num_attention_heads
         self.closed = tuple(sorted(closed))
         self.decoys = dict(decoys or {})
+        self.closed_heads = {i: tuple(sorted(heads)) for i, heads in (closed_heads or {}).items()}
+        self.decoy_heads = {i: tuple(sorted(heads)) for i, heads in (decoy_heads or {}).items()}
         self.seen = None  # (batch, N) visual tokens of the prompt in hand
         self.reads = {}  # layer → (batch, N) rows that may read the picture there all the same
-        for i in (*self.closed, *self.decoys):
-            if not 0 <= i < self.n:
-                raise BadInput(f'The gate names layer {i} of a model with decoder layers 0 to {self.n - 1}.')
+        gated = {*self.closed, *self.decoys, *self.closed_heads}
+        _check_places(gated, self.closed_heads, self.decoy_heads, self.n, self.heads)
+        vision = model.config.vision_config
+        self.visual = (vision.image_size // vision.patch_size) ** 2  # tokens of a picture
+        self.width = model.config.get_text_config().hidden_size
 
         def note(embedding, args):
             self.seen = args[0] == image_token_id
 
         model.get_input_embeddings().register_forward_pre_hook(note)
-        for i in {*self.closed, *self.decoys}:
-            layers[i].self_attn.forward = MethodType(_gated(self, i), layers[i].self_attn)
+        self.guarded = set()  # layers that run with the gate
+        self._guard(gated)
+        self.schedules = dict(schedules or {})
+        self.sinks = next(iter(self.schedules), None)
         model.gate = self
+
+    def _guard(self, layers):
+        "Let these layers run with the gate"
+        for i in {*layers} - self.guarded:
+            attention = self.attentions[i]
+            attention.forward = MethodType(_gated(self, i, attention.forward), attention)
+            self.guarded.add(i)
+
+    @property
+    def sinks(self):
+        "`Sinks` in force, or None; set by a name in `schedules`, or as a record of one's own"
+        return self._sinks
+
+    @sinks.setter
+    def sinks(self, sinks):
+        if isinstance(sinks, str):
+            if sinks not in self.schedules:
+                raise BadInput(f"This gate has no sinks '{sinks}': give None, or one of {', '.join(self.schedules)}.")
+            sinks = self.schedules[sinks]
+        if sinks is not None:
+            check_sinks(sinks, self.n, self.visual, self.width)
+            self._guard(i for i, share in enumerate(sinks.shares) if share)
+        self._sinks = sinks
+
+    def touches(self, i):
+        "Is a layer closed or on a decoy, in some head at least?"
+        return i in self.closed or i in self.decoys or i in self.closed_heads
+
+    def share(self, i):
+        "What sinks draw at a layer"
+        return self.sinks.shares[i] if self.sinks else 0
+
+    def heads_at(self, i):
+        "What each query head of layer i reads: open (the picture), decoy or closed"
+        if i in self.closed:
+            return ['closed'] * self.heads
+        kinds = ['open'] * self.heads
+        if i in self.decoys:
+            for h in self.decoy_heads.get(i, range(self.heads)):
+                kinds[h] = 'decoy'
+        for h in self.closed_heads.get(i, ()):
+            kinds[h] = 'closed'
+        return kinds
 
     @property
     def open(self):
-        "Decoder layers at which text reads its own picture"
-        return tuple(i for i in range(self.n) if i not in self.closed and i not in self.decoys)
+        "Decoder layers at which text reads its own picture, with some head at least"
+        return tuple(i for i in range(self.n) if 'open' in self.heads_at(i))
+
+    @property
+    def decoy_layers(self):
+        "Decoder layers at which text reads another scene and not its own picture"
+        return tuple(i for i in self.decoys if i not in self.open)
+
+    @property
+    def content(self):
+        "All that what it lets through depends on, beside the input; `repr` is shorter"
+        tensors = [(i, digest(v)) for kept in (self.decoys, self.reads) for i, v in sorted(kept.items())]
+        heads = [self.heads_at(i) for i in range(self.n)]
+        return self.closed, heads, tensors, self.sinks and self.sinks.content
 
     def __repr__(self):
-        return f'Gate(open={self.open}, decoys={tuple(self.decoys)}, closed={self.closed})'
+        told = f'open={self.open}, decoys={self.decoy_layers}, closed={self.closed}'
+        for i in {**self.closed_heads, **self.decoy_heads}:
+            told += f', heads at {i}: {" ".join(self.heads_at(i))}'
+        return f'Gate({told}, sinks={self.sinks})' if self.sinks else f'Gate({told})'
 
     def other(self, i, h, seen):
         "What enters the attention of layer i, with another scene in place of the picture"
@@ -60,11 +132,46 @@ class Gate:
             new[at] = self.decoys[i].to(h).repeat(int(at.sum()) // len(self.decoys[i]), 1)
         return new
 
+    def marked(self, h, seen):
+        "(batch, N) True at sinks, of states h that enter an attention; one that was zeroed is none"
+        return self.sinks.mark(seen, self.visual) & (h.square().mean(-1) > 1e-6)
+
+    def shown(self, i, h, seen):
+        "States of another scene at harmful sinks of layer i, nothing elsewhere"
+        at, new = self.sinks.mark(seen, self.visual).expand(len(h), -1), torch.zeros_like(h)
+        if at.any():
+            scene = self.sinks.scene[i].to(h)
+            new[at] = scene.repeat(int(at.sum()) // len(scene), 1)
+        return new
+
     def save(self, folder):
         "Write it beside the model's weights"
-        decoys = {f'decoy.{i}': v.contiguous() for i, v in self.decoys.items()}
-        closed = ' '.join(map(str, self.closed))
-        save_file(decoys, Path(folder) / 'gate.safetensors', dict(closed=closed))
+        tensors = {f'decoy.{i}': v.contiguous() for i, v in self.decoys.items()}
+        metadata = dict(closed=' '.join(map(str, self.closed)))
+        for name in ('closed_heads', 'decoy_heads'):
+            if getattr(self, name):
+                metadata[name] = json.dumps(getattr(self, name))
+        if self.schedules:
+            metadata['sinks'] = json.dumps({k: dict(cells=s.cells, shares=s.shares) for k, s in self.schedules.items()})
+        for name, sinks in self.schedules.items():
+            tensors |= {f'scene.{name}.{i}': v.contiguous() for i, v in (sinks.scene or {}).items()}
+        save_file(tensors, Path(folder) / 'gate.safetensors', metadata)
+
+# %% ../../nbs/01_mllm/03_gate.ipynb #check_places
+def _check_places(layers, closed_heads, decoy_heads, n, n_heads):
+    "Raises `BadInput` for layers and heads that a model of `n` layers and `n_heads` heads does not have"
+    for i in layers:
+        if not 0 <= i < n:
+            raise BadInput(f'The gate names layer {i} of a model with decoder layers 0 to {n - 1}.')
+    for where in (closed_heads, decoy_heads):
+        for i, heads in where.items():
+            if i not in layers:
+                raise BadInput(f'The gate names heads of layer {i}, which is no decoy.')
+            for h in heads:
+                if not 0 <= h < n_heads:
+                    raise BadInput(f'The gate names head {h} of layer {i}, which has heads 0 to {n_heads - 1}.')
+            if set(closed_heads.get(i, ())) & set(decoy_heads.get(i, ())):
+                raise BadInput(f'The gate has a head of layer {i} closed and on a decoy at once.')
 
 # %% ../../nbs/01_mllm/03_gate.ipynb #projected
 def _projected(attention, h, position_embeddings):
@@ -78,36 +185,86 @@ def _projected(attention, h, position_embeddings):
     return q, k, heads(attention.v_proj)
 
 # %% ../../nbs/01_mllm/03_gate.ipynb #closed_channels
-def _closed_channels(q, k, at, scaling):
-    "Queries and keys with one more channel, in which text · picture gives −10,000 and everything else 0"
+def _closed_channels(q, k, at, scaling, closed=None):
+    "Queries and keys with one more channel, in which text · picture gives −10,000 at closed heads, and else 0"
     mark = at.to(q).expand(len(q), q.shape[1], -1, -1)
-    return torch.cat([q, 1e4 * (mark - 1) / scaling], -1), torch.cat([k, mark[:, : k.shape[1]]], -1)
+    wall = 1e4 * (mark - 1) / scaling
+    if closed is not None:
+        wall = wall * closed  # (heads, 1, 1)
+    return torch.cat([q, wall], -1), torch.cat([k, mark[:, : k.shape[1]]], -1)
+
+# %% ../../nbs/01_mllm/03_gate.ipynb #marked
+def _marked(gate, i, sort, like):
+    "(heads, 1, 1) True at the query heads of layer i that are of a sort"
+    return torch.tensor([kind == sort for kind in gate.heads_at(i)], device=like.device)[:, None, None]
+
+# %% ../../nbs/01_mllm/03_gate.ipynb #decoy_channels
+def _decoy_channels(gate, i, q, kv, other_kv, at):
+    "Queries, keys and values whose first half is of the own picture, and whose second half of the other scene; own rows"
+    k, v = (torch.cat([mine, torch.where(at, other, mine)], -1) for mine, other in zip(kv, other_kv, strict=True))
+    reads = at | gate.reads[i][:, None, :, None] if i in gate.reads else at
+    if i in gate.decoy_heads:
+        reads = reads | ~_marked(gate, i, 'decoy', q)
+    return torch.cat([q * reads, q * ~reads], -1), k, v, reads
+
+# %% ../../nbs/01_mllm/03_gate.ipynb #closed_or_decoy
+def _closed_or_decoy(gate, i, attention, h, position_embeddings, at):
+    "(q, k, v) behind the gate, the plain (q, k, v), and which rows read the own picture"
+    own = q, k, v = _projected(attention, h, position_embeddings)
+    reads = at
+    if i in gate.decoys:
+        _, *other = _projected(attention, gate.other(i, h, at[:, 0, :, 0]), position_embeddings)
+        q, k, v, reads = _decoy_channels(gate, i, q, (k, v), other, at)
+    if i in gate.closed:
+        q, k = _closed_channels(q, k, at, attention.scaling)
+    elif i in gate.closed_heads:
+        q, k = _closed_channels(q, k, at, attention.scaling, _marked(gate, i, 'closed', q).to(q))
+    return (q, k, v), own, reads
+
+# %% ../../nbs/01_mllm/03_gate.ipynb #sunk
+def _sunk(gate, i, attention, h, found, own, at):
+    "(q, k, v) with the sinks of layer i, harmful ones with what they show"
+    mark = gate.marked(h, at[:, 0, :, 0])[:, None, :, None]
+    q, k, v = _sink_channels(found, own, mark, at)
+    if i in (gate.sinks.scene or ()):
+        shown = (
+            attention.v_proj(gate.shown(i, h, at[:, 0, :, 0])).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        )
+        halves = found[2].shape[-1] // attention.head_dim
+        v = v + torch.nn.functional.pad(shown.repeat(1, 1, 1, halves), (0, attention.head_dim)) * mark
+    return q, k, v
 
 # %% ../../nbs/01_mllm/03_gate.ipynb #gated
-def _gated(gate, i):
+def _gated(gate, i, plain):
     "The forward of layer i's attention, with the gate in extra channels of queries and keys, which the cache carries along"
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kw):
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kw):
+        share = gate.share(i)
+        if not share and not gate.touches(i):
+            return plain(hidden_states, position_embeddings, attention_mask, **kw)
         library = sys.modules[type(self).__module__]
-        q, k, v = _projected(self, hidden_states, position_embeddings)
         seen = gate.seen if gate.seen.any() else gate.seen[:1]  # rows of a branched batch share a picture, or have none
         at = seen[:, None, :, None]
-        if i in gate.closed:
-            q, k = _closed_channels(q, k, at, self.scaling)
-        else:  # first half: the own picture; second half: the other scene
-            _, other_k, other_v = _projected(self, gate.other(i, hidden_states, seen), position_embeddings)
-            k = torch.cat([k, torch.where(at, other_k, k)], -1)
-            v = torch.cat([v, torch.where(at, other_v, v)], -1)
-            own = at | gate.reads[i][:, None, :, None] if i in gate.reads else at
-            q = torch.cat([q * own, q * ~own], -1)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        (q, k, v), own, reads = _closed_or_decoy(gate, i, self, hidden_states, position_embeddings, at)
+        if share:
+            q, k, v = _sunk(gate, i, self, hidden_states, (q, k, v), own, at)
+        cache = cache_of(kw)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        if share:
+            q = _draw(q, k, at, share, attention_mask, self.scaling)
         attend = library.ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, library.eager_attention_forward
         )
+        kw = without_cache(kw)
         out, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kw)
+        own_out = out[..., -self.head_dim :]  # with sinks, what the picture reads
         if i in gate.decoys:
-            out = torch.where(own.transpose(1, 2), out[..., : self.head_dim], out[..., self.head_dim :])
+            out = torch.where(
+                reads.transpose(1, 2), out[..., : self.head_dim], out[..., self.head_dim : 2 * self.head_dim]
+            )
+        if share:
+            out = torch.where(at.transpose(1, 2), own_out, out[..., : self.head_dim])
         return self.o_proj(out.flatten(2)), weights
 
     return forward
@@ -125,30 +282,62 @@ def _check_decoys(closed, decoys):
         if not torch.isfinite(v).all():
             raise BadInput(f'decoy.{i} holds numbers that are not finite')
 
+# %% ../../nbs/01_mllm/03_gate.ipynb #schedules
+def _schedules(text, tensors):
+    "name → `Sinks`, from the metadata of a gate file and its scenes. Raises `ValueError` for what is none"
+    schedules = json.loads(text)
+    if not isinstance(schedules, dict):
+        raise BadInput('its sinks are no schedules by name')
+    found = {}
+    for name, said in schedules.items():
+        lists = isinstance(said, dict) and all(isinstance(said.get(k), list) for k in ('cells', 'shares'))
+        if not lists or not all(type(s) in (int, float) for s in said['shares']):
+            raise BadInput(f'its sinks {name!r} have no lists of cells and shares')
+        begin = f'scene.{name}.'
+        scene = {int(k.removeprefix(begin)): tensors.pop(k) for k in [*tensors] if k.startswith(begin)}
+        found[name] = Sinks(tuple(said['cells']), tuple(said['shares']), scene or None)
+    if tensors:
+        raise BadInput(f'{", ".join(sorted(tensors))} belong to no sinks')
+    return found
+
+# %% ../../nbs/01_mllm/03_gate.ipynb #heads_in
+def _heads_in(metadata, name):
+    "layer → heads of a gate file. Raises `BadInput` for what is none"
+    found = json.loads(metadata.get(name, '{}'))
+    whole = isinstance(found, dict) and all(isinstance(heads, list) for heads in found.values())
+    if not whole or not all(type(h) is int for heads in found.values() for h in heads):
+        raise BadInput(f'{name} is no table of heads by layer')
+    return {int(i): heads for i, heads in found.items()}
+
 # %% ../../nbs/01_mllm/03_gate.ipynb #gate_parts
 def _gate_parts(path):
-    "(closed layers, decoys by layer) of a gate file. Raises `ValueError` for one that is damaged"
+    "What a gate file holds, in the order of `Gate`: closed layers, decoys, heads, sinks. Raises `ValueError` for damage"
     with safe_open(path, 'pt') as f:
         metadata = f.metadata() or {}
         tensors = {k: f.get_tensor(k) for k in f.keys()}
     if 'closed' not in metadata:
         raise BadInput('it names no closed layers')
     closed = [int(x) for x in metadata['closed'].split()]
+    scenes = {k: tensors.pop(k) for k in [*tensors] if k.startswith('scene.')}
+    schedules = _schedules(metadata.get('sinks', '{}'), scenes)
     decoys = {int(k.removeprefix('decoy.')): v for k, v in tensors.items()}
-    return closed, decoys
+    return closed, decoys, _heads_in(metadata, 'closed_heads'), _heads_in(metadata, 'decoy_heads'), schedules
 
 # %% ../../nbs/01_mllm/03_gate.ipynb #read_gate
 def _read_gate(model, folder):
     "Put the gate of a saved model in place. Raises `BadInput` for a file that is none"
     path = folder / 'gate.safetensors'
     try:
-        closed, decoys = _gate_parts(path)
+        closed, decoys, *heads, schedules = _gate_parts(path)
         _check_decoys(closed, decoys)
         width = model.config.get_text_config().hidden_size
         if any(v.shape[1] != width for v in decoys.values()):
             raise BadInput(f'decoys are states of another width than {width}')
-        Gate(model, model.config.image_token_id, closed, decoys)
+        gate = Gate(model, model.config.image_token_id, closed, decoys, *heads, schedules)
+        for sinks in schedules.values():
+            check_sinks(sinks, gate.n, gate.visual, gate.width)
     except (ValueError, SafetensorError) as e:
         raise BadInput(
-            f'{path} is not a gate ({e}): it holds decoy.<layer> tensors, and `closed` layers in its metadata.'
+            f'{path} is not a gate ({e}): it holds decoy.<layer> and scene.<sinks>.<layer> '
+            'tensors, and `closed` layers and `sinks` in its metadata.'
         ) from e

@@ -15,7 +15,9 @@ from fastcore.basics import patch
 from functools import lru_cache
 from importlib.metadata import version
 from ..core.errors import BadInput
+from ..core.model_words import words_text
 from ..core.resources import resource
+from .devices import accelerator
 from .handle import Answer, MLLM, Prompt
 from .batching import in_batches
 
@@ -25,15 +27,6 @@ def ends(self: MLLM) -> set:  # of token ids
     "Tokens that end an answer"
     end = self.model.generation_config.eos_token_id
     return set(end if isinstance(end, list) else [end])
-
-# %% ../../nbs/01_mllm/07_generation.ipynb #decode
-@patch
-def decode(
-    self: MLLM,
-    ids: list,  # token ids
-) -> str:  # stripped text
-    "Token ids as text, without special tokens"
-    return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 # %% ../../nbs/01_mllm/07_generation.ipynb #no_number
 @patch
@@ -54,7 +47,8 @@ def as_answer(
     "Token ids as an answer. Raises `BadInput` where the model returned no number."
     if math.isnan(logp):
         raise self.no_number()
-    return Answer(self.decode(ids), ids, logp, bool(ids) and ids[-1] in self.ends)
+    thought, text = self.parted(ids)
+    return Answer(text, ids, logp, bool(ids) and ids[-1] in self.ends, thought)
 
 # %% ../../nbs/01_mllm/07_generation.ipynb #until_end
 def _until_end(mllm, ids):
@@ -98,8 +92,8 @@ def _sampling(mllm, temperature, seed):
     if not temperature:
         yield dict(do_sample=False)
         return
-    devices = [mllm.device] if mllm.device.type == 'cuda' else []
-    with torch.random.fork_rng(devices):
+    devices = range(torch.accelerator.device_count())
+    with torch.random.fork_rng(devices, device_type=accelerator().type):
         torch.manual_seed(seed)
         yield dict(do_sample=True, temperature=temperature, top_k=50, top_p=1.0)
 
@@ -139,9 +133,10 @@ def answer(
     images,  # picture, list of pictures, or a `Prompt`
     question: str | None = None,  # not needed with a `Prompt`
     max_new_tokens: int = 32,  # answers are short
+    **talk,  # system and history, as `prompt` takes them
 ) -> Answer:  # greedy
     "The model's greedy answer and its log-probability"
-    p = images if isinstance(images, Prompt) else self.prompt(images, question)
+    p = images if isinstance(images, Prompt) else self.prompt(images, question, **talk)
     return self.generate(p, 1, max_new_tokens)[0]
 
 # %% ../../nbs/01_mllm/07_generation.ipynb #answer_logits
@@ -242,9 +237,10 @@ def _commit():
 # %% ../../nbs/01_mllm/07_generation.ipynb #provenance
 @patch
 def provenance(self: MLLM) -> dict:  # of strings and numbers
-    "Versions, precision, attention implementation, pixels and device behind a number"
+    "Versions, precision, attention implementation, pixels and device that a number comes from"
     size = getattr(self.processor.image_processor, 'size', None)
-    return dict(
+    loaded = dict(loading=words_text(self.words)) if self.words else {}
+    return loaded | dict(
         model=self.name,
         revision=self.revision or '',
         package=version('fusion_notebooks'),

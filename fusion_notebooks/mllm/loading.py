@@ -6,8 +6,10 @@
 __all__ = ['find_folder']
 
 # %% ../../nbs/01_mllm/10_loading.ipynb #imports
-import difflib
+import json
+import math
 import os
+import re
 import torch
 import warnings
 from contextlib import contextmanager
@@ -15,8 +17,11 @@ from fastcore.basics import patch
 from pathlib import Path
 from ..core.errors import attempt, BadInput, NotSupported
 from ..core.files import read_json, regular
-from ..core.resources import demo_folders
+from ..core.model_words import check_words, MODEL_WORDS
+from ..core.resources import demo_folders, name_hint
+from .devices import device_named
 from .processor import PlainProcessor
+from .options import _dtype, _has_limit, _quantization, _sides, _template
 from .gate import _read_gate
 from .handle import _said, MLLM
 
@@ -35,31 +40,45 @@ def find_folder(
     if str(name).startswith(('.', '/', '~')):
         raise FileNotFoundError(f'No model folder at {name}.')
     if '/' not in str(name):
-        known = demo_folders()
-        near = difflib.get_close_matches(str(name), known, 1)
-        hint = f'did you mean {near[0]}?' if near else f"demo models: {', '.join(known)}."
+        hint = name_hint(str(name)) or f"demo models: {', '.join(demo_folders())}."
         raise FileNotFoundError(f"No model '{name}' here, and a Hub id has the form ORG/NAME; {hint}")
     return None
 
 # %% ../../nbs/01_mllm/10_loading.ipynb #weight_files
 def _check_index(index, folder):
     "Every shard that an index names is a .safetensors file of the folder"
-    shards = read_json(index, folder).get('weight_map', {})
+    shards = read_json(index, folder).get('weight_map')
+    if not isinstance(shards, dict):
+        raise BadInput(f'{index} holds no weight_map: write it again.')
     for shard in sorted(set(map(str, shards.values()))):
-        if Path(shard).name != shard or not shard.endswith('.safetensors'):
-            raise BadInput(f'{index} takes weights from {shard!r}: only .safetensors files beside it are read.')
+        is_name = Path(shard).name == shard and len(shard) < 256
+        if not is_name or not shard.endswith('.safetensors'):
+            raise BadInput(f'{index} takes weights from {shard[:60]!r}: only .safetensors files beside it are read.')
         regular(folder / shard, folder, most=1 << 50)
 
 # %% ../../nbs/01_mllm/10_loading.ipynb #no_kernels
-def _check_config(config, where):
-    "Refuse an attention that would be fetched as code"
-    for key, value in config.items():
+def _entries(config):
+    "Yield (name, value) of all that stands in a config, at any depth"
+    todo = [('', config)]
+    while todo:
+        name, value = todo.pop()
         if isinstance(value, dict):
-            _check_config(value, where)
-        elif str(key).strip('_') == 'attn_implementation' and '/' in str(value):
+            todo += value.items()
+        elif isinstance(value, (list, tuple)):
+            todo += [(name, x) for x in value]
+        else:
+            yield str(name), value
+
+# %% ../../nbs/01_mllm/10_loading.ipynb #check_config
+def _check_config(config, where, trusted):
+    "Refuse an attention that would be fetched as code, and more layers than a model has"
+    for name, value in _entries(config):
+        if not trusted and name.strip('_') == 'attn_implementation' and '/' in str(value):
             raise BadInput(
                 f"{where} wants the attention '{value}', which is code from the Hub: pass trust_remote_code=True to run it."
             )
+        if re.search('(layers?|depths?|blocks)$', name) and isinstance(value, int) and value > 1000:
+            raise BadInput(f'{where}: {name} = {value} is more than the 1,000 layers that a model may have.')
 
 # %% ../../nbs/01_mllm/10_loading.ipynb #check_folder
 def _check_folder(folder, trust_remote_code):
@@ -80,8 +99,7 @@ def _check_folder(folder, trust_remote_code):
         )
     for index in folder.glob('*.safetensors.index.json'):
         _check_index(index, folder)
-    if not trust_remote_code:
-        _check_config(read_json(folder / 'config.json', folder), folder)
+    _check_config(read_json(folder / 'config.json', folder), folder, trust_remote_code)
 
 # %% ../../nbs/01_mllm/10_loading.ipynb #quiet
 @contextmanager
@@ -131,7 +149,7 @@ def _check_quantized(name, packed, model):
         )
 
 # %% ../../nbs/01_mllm/10_loading.ipynb #processor
-def _processor(src, model, common):
+def _whole_processor(src, model, common):
     "The family's processor, or a plain one where a library for it is missing"
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
@@ -144,23 +162,72 @@ def _processor(src, model, common):
     image_processor = AutoImageProcessor.from_pretrained(src, **common)
     return PlainProcessor(image_processor, AutoTokenizer.from_pretrained(src, **common), model)
 
+# %% ../../nbs/01_mllm/10_loading.ipynb #processor_with
+def _processor(src, model, common, template=None, **pixels):
+    "The processor with a chat template and limits on the pixels of a picture. Raises `BadInput` for one without limits."
+    processor = _whole_processor(src, model, common | pixels)
+    if template:
+        processor.chat_template = template
+    for word, value in pixels.items():
+        if not _has_limit(processor.image_processor, word, value):
+            raise BadInput(
+                f'{type(processor.image_processor).__name__} has no {word}: every picture gets the size '
+                f'{_sides(processor.image_processor)}; leave it out.'
+            )
+    return processor
+
+# %% ../../nbs/01_mllm/10_loading.ipynb #MOST
+_MOST = {  # numbers of a processor, by the end of their names: more would be pictures and prompts without end
+    '(height|width|size|pinpoints)': 10_000,
+    '(edge|pixels)': 100_000_000,
+    '(tokens|seq_length|seq_len)': 100_000,
+    '(tiles|dynamic_patch|crops|splits|frames)': 1000,
+}
+
+# %% ../../nbs/01_mllm/10_loading.ipynb #check_processor
+def _check_processor(processor, where):
+    "Refuse numbers that make more pixels or tokens of a picture than a model takes"
+    image = processor.image_processor
+    edges_are_pixels = hasattr(image, 'merge_size')  # there an edge is a number of pixels of the whole picture
+    for name, value in _entries([image.to_dict(), vars(processor)]):
+        most = next((most for end, most in _MOST.items() if re.search(f'{end}$', name)), math.inf)
+        if name.endswith('edge') and not edges_are_pixels:
+            most = 10_000
+        if isinstance(value, (int, float)) and value > most:
+            raise BadInput(f'{where}: {name} = {value} of its processor is more than the {most:,} allowed.')
+
+# %% ../../nbs/01_mllm/10_loading.ipynb #check_tokenizer
+def _check_tokenizer(tokenizer, where):
+    "Refuse rules that make a long text of a short one, again and again"
+    fast, growth = getattr(tokenizer, 'backend_tokenizer', None), 1
+    for kind in ('normalizer', 'pre_tokenizer', 'post_processor', 'decoder'):
+        rule = getattr(fast, kind, None)
+        for name, value in _entries(json.loads(rule.__getstate__()) if rule else {}):
+            if name in ('content', 'prepend') and isinstance(value, str):
+                growth *= max(1, len(value))
+    if growth > 1000:
+        raise BadInput(f'{where}: the rules of its tokenizer make a text {growth:,} times as long; 1,000 are allowed.')
+
 # %% ../../nbs/01_mllm/10_loading.ipynb #read
-def _read(name, src, common, dtype, kw):
-    "(model, processor) from files, complete"
+def _read(name, src, common, dtype, look, kw):
+    "(model, processor) from files, complete; `look` is what the processor is given beside"
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     config = AutoConfig.from_pretrained(src, **common)
     if type(config) not in AutoModelForImageTextToText._model_mapping.keys() and not common['trust_remote_code']:
         raise BadInput(f"{name} is a '{config.model_type}' model without an image tower: give an image-text model.")
-    if not common['trust_remote_code']:
-        _check_config(config.to_dict() | dict(attn_implementation=kw.get('attn_implementation') or ''), name)
+    said = config.to_dict() | dict(attn_implementation=kw.get('attn_implementation') or '')
+    _check_config(said, name, common['trust_remote_code'])
     packed = getattr(config, 'quantization_config', None)  # the model's own config may lose it
     model, info = AutoModelForImageTextToText.from_pretrained(
         src, dtype=dtype, use_safetensors=True, output_loading_info=True, **common, **kw
     )
     _check_complete(name, info)
     _check_quantized(name, packed, model)
-    return model, _processor(src, model, common)
+    processor = _processor(src, model, common, **look)
+    _check_processor(processor, name)
+    _check_tokenizer(processor.tokenizer, name)
+    return model, processor
 
 # %% ../../nbs/01_mllm/10_loading.ipynb #adapter
 def _with_adapter(model, folder):
@@ -200,19 +267,6 @@ def _refuse(name, error):
         f'{name} could not be loaded ({_said(error)}): give a demo name, a folder or a Hub id that can be reached.'
     ) from error
 
-# %% ../../nbs/01_mllm/10_loading.ipynb #device
-def _device(name):
-    "The device of a name, or the best there is. Raises `BadInput` for no name, `NotSupported` for what is not here"
-    if name is None:
-        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    device, error = attempt(torch.device, name)
-    if error or device.type == 'meta':
-        raise BadInput(f"'{name}' is no device that a model can run on: give cpu, cuda or cuda:0.")
-    _, error = attempt(torch.empty, 0, device=device)
-    if error:
-        raise NotSupported(f"The device '{name}' is not there, or this PyTorch has no support for it: give cpu.")
-    return device
-
 # %% ../../nbs/01_mllm/10_loading.ipynb #is_adapter
 def _is_adapter(path):
     "Does a folder hold an adapter without its model?"
@@ -224,21 +278,62 @@ def _base_model(path):
     base = str(read_json(path / 'adapter_config.json', path).get('base_model_name_or_path') or '')
     if not base:
         raise BadInput(f'{path}: its adapter_config.json names no base model: load that one, and wrap it with peft.')
+    if _is_adapter(find_folder(base)):
+        raise BadInput(f'{path}: its base {base} is an adapter, too: merge that one into its model first.')
     return base
+
+# %% ../../nbs/01_mllm/10_loading.ipynb #adapter_folder
+def _adapter_folder(adapter):
+    "The folder of an adapter, fetched where it is a Hub id. Raises `BadInput` for a folder that holds none."
+    folder = Path(os.path.expanduser(str(adapter)))
+    if not folder.is_dir() and '/' in str(adapter) and not str(adapter).startswith(('.', '/', '~')):
+        from huggingface_hub import snapshot_download
+
+        files = ['adapter_config.json', 'adapter_model.safetensors']
+        fetched, error = attempt(snapshot_download, str(adapter), allow_patterns=files)
+        if error:
+            _refuse(adapter, error)
+        folder = Path(fetched)
+    if not (folder / 'adapter_config.json').exists():
+        raise BadInput(
+            f'No adapter at {adapter}: give a folder with adapter_config.json and adapter_model.safetensors.'
+        )
+    return folder
+
+# %% ../../nbs/01_mllm/10_loading.ipynb #whole
+def _whole_model(cls, name, path, words, trust_remote_code, kw):
+    "The handle of a model that is no adapter"
+    if path:
+        _check_folder(path, trust_remote_code)
+    common = dict(trust_remote_code=trust_remote_code, local_files_only=path is not None)
+    common['revision'] = words['revision'] or 'main'
+    look = dict(template=_template(words['chat_template']))
+    look |= {k: int(words[k]) for k in ('min_pixels', 'max_pixels') if words[k]}
+    if words['attention']:
+        kw = kw | dict(attn_implementation=words['attention'])
+    if words['quantization']:
+        kw = kw | dict(quantization_config=_quantization(words['quantization']))
+    device = device_named(words['device'])
+    model, processor = _read_model(name, path, device, words['dtype'], common, look, kw)
+    mllm, error = attempt(cls, model, processor, path.name if path else str(name))
+    if error:  # a config can say anything
+        _refuse(name, error)
+    return mllm
 
 # %% ../../nbs/01_mllm/10_loading.ipynb #read_quietly
 def _read_model(
     name,  # as the user gave it
     path,  # its folder; None: on the Hub
     device,  # where it goes
-    dtype,  # None: bfloat16 on CUDA, float32 elsewhere
+    dtype,  # see `_dtype`
     common,  # arguments of every `from_pretrained`
+    look,  # chat template and pixel limits of the processor
     kw,  # further arguments of the model's
 ):
     "(model on its device, processor), the gate of a planted model in place. Raises `BadInput` and `OSError`."
-    dtype = dtype or (torch.bfloat16 if device.type == 'cuda' else torch.float32)
+    dtype = _dtype(dtype, device)
     with _quiet():
-        read, error = attempt(_read, name, str(path or name), common, dtype, kw)
+        read, error = attempt(_read, name, str(path or name), common, dtype, look, kw)
     if error:
         _refuse(name, error)
     model, processor = read
@@ -248,35 +343,55 @@ def _read_model(
         _read_gate(model, path)
     return model, processor
 
+# %% ../../nbs/01_mllm/10_loading.ipynb #set_sinks
+def _set_sinks(mllm, sinks):
+    "Let a schedule of a planted model draw attention, or none. Raises `BadInput` for a model without, and for an unknown one"
+    if not mllm.gate or not mllm.gate.schedules:
+        raise BadInput(f'{mllm.name} has no planted noise, so there are no sinks to choose: leave sinks out.')
+    mllm.gate.sinks = None if sinks == 'none' else sinks
+
 # %% ../../nbs/01_mllm/10_loading.ipynb #load
 @patch(cls_method=True)
 def load(
     cls: MLLM,
     name_or_path: str,  # demo name, local folder (of a model or of an adapter) or Hub id
-    device=None,  # default: CUDA where there is one
-    dtype=None,  # default: bfloat16 on CUDA, float32 elsewhere; torch_dtype= is understood, too
+    device=None,  # default: the accelerator where there is one
+    dtype=None,  # default: bfloat16 on an accelerator that has it, else float32; torch_dtype= is understood, too
     trust_remote_code: bool = False,  # run code that comes with the model
     revision: str | None = None,  # of the Hub
-    **kw,  # further arguments of `from_pretrained`
+    name: str = '',  # how tables and figures call it; default: that of its folder, or the Hub id
+    attention: str | None = None,  # sdpa, eager …; attn_implementation= is understood, too
+    quantization=None,  # one of `core.QUANTIZATIONS`, or a quantization config of transformers
+    adapter: str | None = None,  # folder or Hub id of an adapter to put on the model
+    chat_template: str | None = None,  # a Jinja template or its file, instead of the processor's
+    system: str = '',  # what every prompt begins with
+    min_pixels: int | None = None,  # of a picture, where the family scales pictures between limits
+    max_pixels: int | None = None,  # likewise
+    sinks: str | None = None,  # of a planted model: which of its schedules draws attention, or none
+    **kw,  # further arguments of `from_pretrained`, such as device_map
 ):  # MLLM
     "Load a model whose weights are complete, safetensors only. Raises `BadInput` and `OSError` with what is missing."
-    device, path = _device(device), find_folder(name_or_path)
     torch_dtype = kw.pop('torch_dtype', None)
-    dtype = torch_dtype if dtype is None else dtype
+    words = dict(device=device, dtype=torch_dtype if dtype is None else dtype, revision=revision, attention=attention)
+    words |= dict(quantization=quantization, chat_template=chat_template, system=system)
+    words |= dict(min_pixels=min_pixels, max_pixels=max_pixels, sinks=sinks)
+    given = {k: v for k, v in (words | kw | dict(adapter=adapter)).items() if k in MODEL_WORDS and v}
+    check_words(given, str(name_or_path))
+    path = find_folder(name_or_path)
     if _is_adapter(path):
-        base = cls.load(_base_model(path), device, dtype, trust_remote_code, revision, **kw)
-        _with_adapter(base.model, path)
-        mllm = cls(base.model, base.processor, path.name)
-    else:
-        if path:
-            _check_folder(path, trust_remote_code)
-        common = dict(
-            trust_remote_code=trust_remote_code, revision=revision or 'main', local_files_only=path is not None
+        if adapter:
+            raise BadInput(f'{path} is an adapter itself: give the model that it belongs to, or one adapter.')
+        mllm = cls.load(
+            _base_model(path), trust_remote_code=trust_remote_code, name=name or path.name, adapter=path, **words, **kw
         )
-        model, processor = _read_model(name_or_path, path, device, dtype, common, kw)
-        mllm, error = attempt(cls, model, processor, path.name if path else str(name_or_path))
-        if error:  # a config can say anything
-            _refuse(name_or_path, error)
-    mllm.path = path
-    mllm.revision = revision
+        mllm.path = path
+        return mllm
+    folder = adapter and _adapter_folder(adapter)  # refused before the model is read
+    mllm = _whole_model(cls, name_or_path, path, words, trust_remote_code, kw)
+    if folder:
+        mllm = cls(_with_adapter(mllm.model, folder), mllm.processor, mllm.name)
+    mllm.name, mllm.path, mllm.revision, mllm.words = name or mllm.name, path, revision, given
+    mllm.system = system
+    if sinks:
+        _set_sinks(mllm, sinks)
     return mllm

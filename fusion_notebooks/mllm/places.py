@@ -113,7 +113,7 @@ def _coded(boxes, width):
 # %% ../../nbs/01_mllm/05_places.ipynb #decoded
 def _decoded(features):
     "((n, 4) boxes, (n,) which tokens have one) from features that may have been scaled on the way"
-    f = features.double().cpu()
+    f = features.cpu().double()
     mark, rest = f[:, 0], f[:, 2 + 4 * _PARTS :]
     marked = (mark.abs() > 1e-6) & ((f[:, 1] - 2 * mark).abs() < 0.02 * mark.abs())
     valid = marked & (rest.abs().max(1).values < 1e-6)
@@ -317,7 +317,7 @@ def _query_grids(mllm, p):
         size = p.images[image].size
         boxes = _boxes_of_tile(tile, h, w, size)
         kept = float(np.prod(boxes[:, 2:] - boxes[:, :2], 1).sum() / (size[0] * size[1]))
-        mix = weights[i, -n:, skip:].double().cpu().numpy()
+        mix = weights[i, -n:, skip:].cpu().double().numpy()
         grids.append(Grid(np.arange(i * n, (i + 1) * n), h, w, boxes, size, kept, image, mix))
     return grids
 
@@ -333,7 +333,7 @@ def _disturbed(image, box, rng):
 # %% ../../nbs/01_mllm/05_places.ipynb #embedded
 def _embedded(mllm, p, images):
     "(visual, width) float32: what the decoder gets of other pictures in a prompt"
-    inputs = _process(mllm, images, p.question)[0]
+    inputs = _process(mllm, images, p.question, system=p.system, history=p.history)[0]
     return visual_embeddings(mllm, replace(p, inputs=inputs)).float()
 
 # %% ../../nbs/01_mllm/05_places.ipynb #rank

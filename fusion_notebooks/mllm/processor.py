@@ -112,12 +112,6 @@ class PlainProcessor:
         self.chat_template = chat_template or tokenizer.chat_template or PLAIN.replace('<image>', self.image_token)
         self._counts = {}  # size of a picture, or shape of what the tower gets → visual tokens
 
-    def apply_chat_template(self, messages, add_generation_prompt=True, tokenize=False):
-        "The prompt as text, each picture one placeholder"
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
-
     def _pixels(self, images):
         "What the tower gets, as tensors on the CPU"
         return _as_tensors(self.image_processor(images=images, return_tensors='pt'))

@@ -7,9 +7,11 @@ __all__ = []
 
 # %% ../../nbs/01_mllm/06_prompts.ipynb #imports
 import torch
+from contextlib import contextmanager
 from fastcore.basics import patch
 from ..core.errors import attempt, BadInput
 from ..core.images import open_image
+from .conversations import chat_messages, texts_of
 from .handle import _process, visual_embeddings, MLLM, Prompt
 from .places import find_views
 
@@ -48,23 +50,35 @@ def _check_length(mllm, inputs):
             'ask a shorter question, or give fewer or smaller pictures.'
         )
 
+# %% ../../nbs/01_mllm/06_prompts.ipynb #check_holder
+def _check_holder(mllm, texts):
+    "Refuse a text that holds the placeholder of a picture"
+    holder = getattr(mllm.processor, 'image_token', None)
+    holder = str(holder or mllm.processor.tokenizer.convert_ids_to_tokens(mllm.image_token_id))
+    if any(holder in text for text in texts):
+        raise BadInput(f'The question holds the placeholder {holder}: pictures are given as images, leave it out.')
+
 # %% ../../nbs/01_mllm/06_prompts.ipynb #prompt
 @patch
 def prompt(
     self: MLLM,
     images,  # picture or list of pictures: paths or PIL images
     question: str,  # a non-empty question
+    system: str | None = None,  # what the conversation begins with; default: that of the model, `mllm.system`
+    history=None,  # earlier turns, see `chat_messages`; default: `mllm.history`
 ) -> Prompt:  # on the model's device
-    "Put pictures and a question into the model's chat template. Raises `BadInput` where the question is empty, the prompt is longer than the model's positions, or the processor makes no visual tokens."
+    """Put pictures and a question into the model's chat template.
+
+    Raises `BadInput` where the question is empty, the prompt is longer than the model's positions, or the processor
+    makes no visual tokens."""
+    system = self.system if system is None else system
+    history = tuple(self.history if history is None else history)
     _check_text(question)
-    holder = getattr(self.processor, 'image_token', None)
-    holder = holder or self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
-    if str(holder) in question:
-        raise BadInput(f'The question holds the placeholder {holder}: pictures are given as images, leave it out.')
     images = [open_image(i) for i in _no_repeat(images)]
     if not images:
         raise BadInput('No picture given: a prompt needs at least one.')
-    inputs, path = _process(self, images, question)
+    _check_holder(self, texts_of(chat_messages(len(images), question, system, history)))
+    inputs, path = _process(self, images, question, system=system, history=history)
     _check_length(self, inputs)
     visual = (inputs['input_ids'][0] == self.image_token_id).nonzero()[:, 0]
     if not len(visual):
@@ -72,11 +86,38 @@ def prompt(
             f'The processor of {self.name} put no visual token {self.image_token_id} into the prompt: '
             f'{_why_no_visual_token(self)}.'
         )
-    p = Prompt(inputs, visual, images, question, path=path)
+    p = Prompt(inputs, visual, images, question, system=system, history=history, path=path)
     if self.cross:
         p.visual = torch.arange(len(visual_embeddings(self, p)), device=visual.device)
     p.find_views = lambda: find_views(self, p)
     return p
+
+# %% ../../nbs/01_mllm/06_prompts.ipynb #again
+@patch
+def again(
+    self: MLLM,
+    p: Prompt,  # a prompt
+    images,  # other pictures
+    question: str | None = None,  # another question; default: the same
+) -> Prompt:
+    "A prompt in the same conversation"
+    return self.prompt(images, question or p.question, p.system, p.history)
+
+# %% ../../nbs/01_mllm/06_prompts.ipynb #talking
+@patch
+@contextmanager
+def talking(
+    self: MLLM,
+    system: str = '',  # what every prompt begins with
+    history=(),  # earlier turns, see `chat_messages`
+):
+    "Whatever makes prompts in the block, sweeps and methods included, makes them in this conversation"
+    before = self.system, self.history
+    self.system, self.history = system, tuple(history)
+    try:
+        yield
+    finally:
+        self.system, self.history = before
 
 # %% ../../nbs/01_mllm/06_prompts.ipynb #has_template
 @patch(as_prop=True)

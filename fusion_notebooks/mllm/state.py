@@ -105,12 +105,20 @@ def _mark(t, whole):
         t = t[:: max(1, len(t) // SOME)]
     return t.float() @ _random(1 << len(t).bit_length(), t.device)[: len(t)]
 
+# %% ../../nbs/01_mllm/08_state.ipynb #parts
+def _parts(t):
+    "The tensors that a tensor consists of: numbers and scales of a quantized one, itself of any other"
+    if not hasattr(t, '__tensor_flatten__'):
+        return [t]
+    names, _ = t.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(t, name))]
+
 # %% ../../nbs/01_mllm/08_state.ipynb #parameters
 @torch.no_grad()
 def _content(modules):
     "Place, version and content of parameters; content of buffers"
-    parameters = [p for m in modules for p in m._parameters.values() if p is not None]
-    buffers = [b for m in modules for b in m._buffers.values() if b is not None]
+    parameters = [t for m in modules for p in m._parameters.values() if p is not None for t in _parts(p)]
+    buffers = [t for m in modules for b in m._buffers.values() if b is not None for t in _parts(b)]
     out = [(id(p), p.data_ptr() if p.device.type != 'meta' else 0, p._version) for p in parameters]
     there = [t for t in (*parameters, *buffers) if t.device.type != 'meta' and t.numel()]  # others lie with accelerate
     whole = sum(t.nbytes for t in there) < WHOLE
@@ -136,8 +144,9 @@ def _read_state(self, decoder):
         modules = [m for m in modules if m not in inner]
     if foreign(modules):
         return None
+    gate = self.gate and self.gate.content
     kernel = _kernel(self.model.config.get_text_config()) if decoder else ''
-    return hashlib.sha1(repr((kernel, self.gate, _settings(modules), _content(modules))).encode()).digest()
+    return hashlib.sha1(repr((kernel, gate, _settings(modules), _content(modules))).encode()).digest()
 
 # %% ../../nbs/01_mllm/08_state.ipynb #state
 def state(

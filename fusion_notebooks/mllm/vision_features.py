@@ -34,11 +34,18 @@ def forget(self: MLLM):
 # %% ../../nbs/01_mllm/09_vision_features.ipynb #FEATURES
 FEATURES = ('pooler_output', 'deepstack_features')  # what a forward reads of the tower's output
 
+# %% ../../nbs/01_mllm/09_vision_features.ipynb #Features
+class _Features(SimpleNamespace):
+    "Features of pictures, as far as the tower gives them; from transformers 5.24 on a model's output asks for a tuple of them"
+
+    def to_tuple(self):
+        return tuple(vars(self).values())
+
 # %% ../../nbs/01_mllm/09_vision_features.ipynb #tower_output
 def _tower_output(mllm, p):
     "The tower's output, as `mm_encoder_outputs` takes it"
     out = image_features(mllm.model, p.inputs)
-    found = SimpleNamespace()
+    found = _Features()
     for name in FEATURES:
         value = getattr(out, name, None)
         if value is not None:
@@ -67,7 +74,7 @@ def _joined(values):
 def _with_features(mllm, prompts, pictures=None):
     "The tensors of some prompts, with the tower's output in place of the pixels; grids and sizes stay, they place the tokens"
     some = [mllm.features(p) for p in pictures or prompts]
-    image = SimpleNamespace(pooler_output=_joined([f.pooler_output for f in some]))
+    image = _Features(pooler_output=_joined([f.pooler_output for f in some]))
     if hasattr(some[0], 'deepstack_features'):
         image.deepstack_features = [list(layer) for layer in zip(*(f.deepstack_features for f in some))]
     inputs = dict(mm_encoder_outputs=dict(image=image))

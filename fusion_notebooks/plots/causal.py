@@ -13,9 +13,9 @@ from .style import _figure, _heading, _legend, _text, _title, LARGE, SMALL
 
 # %% ../../nbs/12_plots/06_causal.ipynb #causal_heads
 def causal_heads(
-    table: pd.DataFrame,  # of `analyses.head_table`: layer, head, effect
+    table: pd.DataFrame,  # of `results.head_table`: layer, head, effect
     rows: pd.DataFrame,  # of the analysis, for model and n
-    found: pd.DataFrame | None = None,  # heads to mark, of `analyses.carrying_heads`
+    found: pd.DataFrame | None = None,  # heads to mark, of `results.carrying_heads`
 ) -> plt.Figure:
     "What answers lose without each head of each layer; marked are those that carry most of it"
     grid = table.pivot(index='head', columns='layer', values='effect')
@@ -23,7 +23,7 @@ def causal_heads(
     ax, most = axes[0, 0], np.nanmax(abs(grid.to_numpy())) or 1
     shown = ax.pcolormesh(grid.columns, grid.index, grid.to_numpy(), cmap='RdBu_r', vmin=-most, vmax=most)
     if found is not None and len(found):
-        ax.plot(found.layer, found['head'], 'o', ms=5, mfc='none', mec='.1')
+        ax.plot(found.layer, found['head'], 'o', ms=5, mfc='white', mec='.1')
     ax.grid(False)
     ax.set(xlabel='decoder layer (0-based)', ylabel='head', xticks=grid.columns[:: -(-len(grid.columns) // 12)])
     bar = fig.colorbar(shown, ax=ax)
@@ -47,15 +47,16 @@ def causal_exact(
     "The integral before it is completed, and first order alone, against each knockout as run; a point per question, layer"
     fig, axes = _figure(1, 2, 3.4, 3.2, sharey=True)
     ends = [rows.exact.min(), rows.exact.max()]
+    limits = 1.3 * min(ends[0], -1), 1.3 * ends[1]
     for ax, column, name in zip(axes[0], ('first', 'integral'), ('first order', 'integral along the closing')):
         ax.plot(ends, ends, color='.6', lw=1)
         ax.plot(rows.exact, rows[column], '.', ms=3, alpha=0.5)
-        ax.set(xlabel='loss by the exact knockout (nats)', ylim=(1.3 * min(ends[0], -1), 1.3 * ends[1]))
-        ax.set_title(f'{name}\nr = {_correlation(rows, column):.3f} per question', fontsize=LARGE)
+        ax.set(xlabel='loss by the exact knockout (nats)', ylim=limits)
+        beyond = int((~rows[column].between(*limits)).sum())
+        note = f'; {beyond} points lie beyond' if beyond else ''
+        ax.set_title(f'{name}\nr = {_correlation(rows, column):.3f} per question{note}', fontsize=LARGE)
     axes[0, 0].set_ylabel('loss by the map (nats)')
-    beyond = int((~rows['first'].between(1.3 * min(ends[0], -1), 1.3 * ends[1])).sum())
-    note = f' ({beyond} points of first order lie beyond)' if beyond else ''
-    fig.suptitle(_heading(rows, 'effect of closing a layer' + note, 90), fontsize=LARGE)
+    fig.suptitle(_heading(rows, 'effect of closing a layer', 90), fontsize=LARGE)
     return fig
 
 # %% ../../nbs/12_plots/06_causal.ipynb #sufficiency
@@ -69,8 +70,10 @@ def sufficiency(
         for order, style in (('ranked', '-'), ('random', '--')):
             part = table[(table.curve == curve) & (table.order == order)].groupby('count').odds
             mean, error = part.mean(), 1.96 * part.sem()
-            ax.errorbar(mean.index, mean, error, ls=style, marker='o', ms=3, lw=1.4, capsize=2, label=order)
+            (line,) = ax.plot(mean.index, mean, ls=style, marker='o', ms=3, lw=1.4, label=order)
+            ax.fill_between(mean.index, mean - error, mean + error, color=line.get_color(), alpha=0.2, lw=0)
         ax.set_xscale('symlog', base=2, linthresh=1)
+        ax.set_xticks(mean.index, mean.index)
         ax.set(xlabel=f'{parts} (first of the order)')
         ax.set_title(name, fontsize=LARGE)
     axes[0, 0].set_ylabel('log-odds of the answer (nats)')

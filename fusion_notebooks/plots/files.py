@@ -22,8 +22,11 @@ def _write(path, data):
     if path.exists() and path.read_bytes() == data:
         return
     part = path.with_name(path.name + '.part')
-    part.write_bytes(data)
-    os.replace(part, path)
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # half of it, on a full disk
 
 # %% ../../nbs/12_plots/05_files.ipynb #pixels
 def _pixels(data):

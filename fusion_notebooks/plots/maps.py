@@ -98,7 +98,7 @@ def _multiples(maps):
     return np.divide(maps, total, out=np.zeros_like(maps), where=total > 0) * maps.shape[1]
 
 # %% ../../nbs/12_plots/02_maps.ipynb #place_of
-def _place(image, extent, boxes):
+def _extent_of(image, extent, boxes):
     "Pixels that a map lies over: as given, the union of token boxes, or the whole picture"
     if extent is not None:
         return extent
@@ -123,7 +123,7 @@ def attention_maps(
             f'attention_maps: maps of shape {maps.shape} do not fit a grid of {tuple(grid_shape)}; pass (layers, h*w)'
         )
     layers, share = _shown_layers(layers, len(maps)), _multiples(maps)
-    extent, most = _place(image, extent, boxes), np.quantile(share[layers], 0.995) or 1
+    extent, most = _extent_of(image, extent, boxes), np.quantile(share[layers], 0.995) or 1
     columns = min(4, len(layers))
     fig, axes = _figure(-(-len(layers) // columns), columns, 1.9, 1.9 * image.height / image.width + 0.3)
     for ax in axes.flat[len(layers) :]:
@@ -134,7 +134,7 @@ def attention_maps(
         shown = _overlay(ax, share[i].reshape(grid_shape), extent, cmap=HEAT, vmin=0, vmax=most)
         _outline(ax, box, EVIDENCE)
     bar = fig.colorbar(shown, ax=axes, shrink=0.8, pad=0.01, extend='max')
-    bar.set_label(f'{what} (multiples of uniform)', fontsize=SMALL)
+    bar.set_label(f'{what}\n(multiples of uniform)', fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
     heading = _text(title or 'attention of the last prompt token', 24 * columns)
     if box is not None:

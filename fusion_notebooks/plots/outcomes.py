@@ -16,7 +16,7 @@ from ..core.errors import BadInput
 from ..core.images import open_image
 from .style import _band, _colour, _figure, _flat, _inner, _layers, _legend, _model
 from .style import _percent, _text, _title
-from .style import CHOSEN, FAMILIES, LARGE, REACH, reach_of, SMALL, style_of
+from .style import CHOSEN, FAMILIES, LARGE, REACH, reach_of, SAME, SMALL, style_of
 from .maps import _cut, _outline, _overlay, _picture, HEAT, SIGNED
 
 # %% ../../nbs/12_plots/03_outcomes.ipynb #c022
@@ -85,10 +85,11 @@ def known_answers(
     return fig
 
 # %% ../../nbs/12_plots/03_outcomes.ipynb #order_of
-def _order(method):
-    "Families in the order of their colours, each method before its controls"
-    family = method.split('-')[0]
-    return list(FAMILIES).index(family) if family in FAMILIES else 9, '-' in method
+def _by_gain(table):
+    "The base, then the other methods by their mean gain over it, the largest first"
+    wide = table.pivot_table(index='sample', columns='method', values='score')
+    gain = wide.sub(wide.base, axis=0).mean()
+    return ['base', *gain.drop('base').sort_values(ascending=False, kind='stable').index]
 
 # %% ../../nbs/12_plots/03_outcomes.ipynb #draw_methods
 def _draw_methods(ax, methods, rows, title):
@@ -98,15 +99,25 @@ def _draw_methods(ax, methods, rows, title):
     base = wide.base.mean()
     ax.axvline(100 * base, color=FAMILIES['base'], ls=':', lw=1.4)
     for y, method in enumerate(methods):
-        colour = _colour(method)
         if method == 'base':
-            ax.plot(100 * base, y, 's', color=colour, ms=5)
+            ax.plot(100 * base, y, 's', color=_colour(method), ms=5)
             continue
         difference, low, high, _ = metrics.paired(wide[method], wide.base, image)
+        colour = _colour(method) if low > 0 or high < 0 else SAME
         ax.plot([100 * (base + low), 100 * (base + high)], [y, y], color=colour, lw=1.6)
-        ax.plot(100 * (base + difference), y, 'o', mec=colour, mfc=_inner(method), ms=5.5, zorder=3)
+        ax.plot(
+            100 * (base + difference),
+            y,
+            'o',
+            mec=colour,
+            mfc='white' if _inner(method) == 'white' else colour,
+            ms=5.5,
+            zorder=3,
+        )
     ax.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.5, -0.5))
     ax.set_title(_text(f'{title} (n = {len(wide):,})'), fontsize=SMALL + 0.5)
+    left, right = ax.get_xlim()
+    ax.set_xlim(max(left, -3), min(right, 103))  # intervals of differences may pass what an accuracy can be
     ax.xaxis.set_major_locator(MaxNLocator(4))
     sns.despine(ax=ax)
 
@@ -119,13 +130,16 @@ def refine(
     if kinds is None:
         kinds = sorted(table.kind.dropna().unique()) if 'kind' in table else []
     panels = [('all', table)] + [(k, table[table.kind == k]) for k in kinds]
-    methods = sorted(table.method.unique(), key=_order)
-    if 'base' not in methods:
-        raise BadInput(f"refine: no rows of method 'base'; the table has {', '.join(methods)}")
+    if 'base' not in set(table.method):
+        raise BadInput(f"refine: no rows of method 'base'; the table has {', '.join(sorted(table.method.unique()))}")
+    methods = _by_gain(table)
     fig, axes = _figure(1, len(panels), max(2.2, 4.2 / len(panels)), 0.9 + 0.27 * len(methods), sharey=True)
     for ax, (kind, rows) in zip(axes[0], panels):
         _draw_methods(ax, methods, rows, kind)
-    fig.supxlabel('accuracy (%), bar: 95 % interval of the paired difference to the base', fontsize=SMALL)
+    fig.supxlabel(
+        'accuracy (%), bar: 95 % interval of the paired difference to the base; grey: no difference found; hollow: a control',
+        fontsize=SMALL,
+    )
     fig.suptitle(_text(f'{_model(table)}answers refined', 28 * len(panels) + 30), fontsize=LARGE)
     return fig
 
@@ -246,9 +260,50 @@ def refine_examples(
     return fig
 
 # %% ../../nbs/12_plots/03_outcomes.ipynb #before_after
-def _before_after(before, after):
-    "The answers in words"
-    return f'before: {before}' if after is None else f'before: {before}   →   after: {after}'
+def _before_after(
+    before: str,  # answer
+    after,  # answer; None: not refined
+    p: tuple,  # probabilities of both, where they are known
+) -> str:
+    "What happened, in words"
+    sure = [f' (p = {value:.2f})' for value in p] or ['', '']
+    if after is None:
+        return f'The model says “{before}”{sure[0]}.'
+    if after == before:
+        return f'It says “{before}”{sure[0]}, and looking again, still “{after}”{sure[1]}.'
+    return f'It says “{before}”{sure[0]}; looking again, “{after}”{sure[1]} instead.'
+
+# %% ../../nbs/12_plots/03_outcomes.ipynb #bars
+def _sureness(ax, before, after, p):
+    "The probability of the answer before and after, as bars"
+    colours = FAMILIES['base'], FAMILIES['crop']
+    ax.barh([0, 1], p, color=colours, height=0.5)
+    for y, (value, words) in enumerate(zip(p, (f'before: {before}', f'after: {after}'))):
+        ax.text(0, y - 0.33, _text(words)[:30], fontsize=SMALL, va='bottom')
+        ax.text(value, y, f' {value:.2f}', fontsize=SMALL, va='center')
+    ax.set(xlim=(0, 1.25), ylim=(1.6, -0.8), xticks=[0, 0.5, 1], yticks=[])
+    ax.set_title('probability of the answer', fontsize=SMALL)
+    ax.tick_params(labelsize=SMALL)
+    sns.despine(ax=ax, left=True)
+
+# %% ../../nbs/12_plots/03_outcomes.ipynb #maps_of
+def _maps_of(early, late, contrast, layers, read=None):
+    "(values, title, colours) of each map: attention on one scale, the difference around 0"
+    early, late, contrast = (np.asarray(m, float) for m in (early, late, contrast))
+    names = ['pre-fusion', 'post-fusion']
+    if len(layers) == 2:
+        names = [f'layer {i} ({name})' for i, name in zip(layers, names)]
+    heat = dict(cmap=HEAT, vmin=0, vmax=max(early.max(), late.max()) or 1)
+    most = np.abs(contrast).max() or 1
+    signed = dict(cmap=SIGNED, vmin=-most, vmax=most)
+    maps = [(early, names[0], heat), (late, names[1], heat), (contrast, 'contrast: late − early', signed)]
+    if len(layers) == 2 and layers[0] < 0:
+        maps = [(late, f'layer {layers[1]}, nothing subtracted', heat)]
+    if read is not None:
+        maps.append(
+            (np.asarray(read, float), 'mean of candidate layers', dict(cmap=HEAT, vmin=0, vmax=np.max(read) or 1))
+        )
+    return maps
 
 # %% ../../nbs/12_plots/03_outcomes.ipynb #ask
 def ask(
@@ -262,29 +317,30 @@ def ask(
     question: str = '',
     before: str = '',  # answer of the model as it is
     after: str = None,  # refined answer; None: not refined
-    layers: tuple = (),  # (pre-fusion, post-fusion) layer, for the titles
+    layers: tuple = (),  # (pre-fusion, post-fusion) layer, for the titles; pre-fusion −1: nothing was subtracted
     evidence=None,  # evidence box where known, pixels
+    p: tuple = (),  # probabilities of the answers before and after, drawn as bars
+    read=None,  # (h, w) mean attention at the candidate layers, where the crop was chosen by it
 ) -> plt.Figure:
-    "One question in one row: the picture, early and late attention, their contrast, the crop"
+    "One question in one row: the picture, early and late attention, their contrast, the crop, how sure the answers are"
     image = open_image(image)
     extent = (0, 0, *image.size) if extent is None else extent
-    early, late, contrast = (np.asarray(m, float) for m in (early, late, contrast))
     if crop is None and box is not None:
         crop = _cut(image, box)
-    names = ['pre-fusion', 'post-fusion']
-    if len(layers) == 2:
-        names = [f'layer {i} ({name})' for i, name in zip(layers, names)]
-    heat = dict(cmap=HEAT, vmin=0, vmax=max(early.max(), late.max()) or 1)
-    most = np.abs(contrast).max() or 1
-    signed = dict(cmap=SIGNED, vmin=-most, vmax=most)
-    maps = [(early, names[0], heat), (late, names[1], heat), (contrast, 'contrast: late − early', signed)]
-    fig, axes = _figure(1, 4 if crop is None else 5, 2.05, 2.05 * min(1.5, image.height / image.width) + 0.75)
+    maps = _maps_of(early, late, contrast, layers, read)
+    bars = after is not None and len(p) == 2
+    columns = 1 + len(maps) + (crop is not None) + bars
+    fig, axes = _figure(1, columns, 2.05, 2.05 * min(1.5, image.height / image.width) + 0.75)
     _picture(axes[0, 0], image, 'picture', evidence, box)
     for ax, (values, name, colours) in zip(axes[0, 1:], maps):
         _picture(ax, image, name)
         _overlay(ax, values, extent, **colours)
         _outline(ax, box, CHOSEN)
     if crop is not None:
-        _picture(axes[0, 4], open_image(crop), 'what the model sees again', ratio=image.height / image.width)
-    fig.suptitle(_text(question, 110) + '\n' + _text(_before_after(before, after), 110), fontsize=LARGE)
+        _picture(
+            axes[0, 1 + len(maps)], open_image(crop), 'what the model sees again', ratio=image.height / image.width
+        )
+    if bars:
+        _sureness(axes[0, -1], before, after, p)
+    fig.suptitle(_text(question, 110) + '\n' + _text(_before_after(before, after, p), 110), fontsize=LARGE)
     return fig

@@ -42,7 +42,7 @@ def claim(
     path = self.path(key).with_suffix('.lock')
     try:
         self.folder.mkdir(parents=True, exist_ok=True)
-        f = open(path, 'a+')
+        f = open(path, 'a+', errors='replace')
     except OSError as e:
         raise _cannot(self.folder, e) from e
     with f:
@@ -51,12 +51,12 @@ def claim(
             yield None
             return
         f.seek(0)
-        lines = f.readlines()
+        lines = f.readlines()  # whatever stands there counts
         stopped = sum(line.startswith('stopped ') for line in lines)
         _held.append(f)
         _sign(f, '')
         try:
-            yield len(lines) - 2 * stopped
+            yield max(0, len(lines) - 2 * stopped)
         finally:
             _held.remove(f)
             with suppress(OSError):
@@ -79,7 +79,8 @@ def tidy(self: Store):
     "Remove the locks and half-written files of processes that were killed; what is in use stays"
     for p in [*self.folder.glob('*.tmp'), *self.folder.glob('*.lock')]:
         with suppress(OSError), open(p, 'rb') as f:
-            if _lock(f) is not False:
+            # one that its owner removed after it was opened here may have a successor of that name
+            if _lock(f) is not False and os.fstat(f.fileno()).st_nlink:
                 p.unlink()
 
 # %% ../../nbs/10_results/02_claims.ipynb #fail
@@ -95,26 +96,31 @@ def fail(
     write_atomic(self.path(key).with_suffix('.failed'), lambda f: f.write(record.encode()))
 
 # %% ../../nbs/10_results/02_claims.ipynb #failure
+def _read_failure(path):
+    "A record of `fail`; empty where there is none, or none that can be understood"
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    is_record = isinstance(found, dict) and isinstance(found.get('key'), dict)
+    is_said = is_record and all(isinstance(found.get(k), str) for k in ('cause', 'id'))
+    return found if is_said and isinstance(found.get('input'), bool) else {}
+
+# %% ../../nbs/10_results/02_claims.ipynb #failure_of
 @patch
 def failure(
     self: Store,
     key: dict,  # of one unit of work
 ) -> dict:  # key, cause, input, id; empty where there is no record
     "Why a unit could not be done"
-    try:
-        return json.loads(self.path(key).with_suffix('.failed').read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
+    return _read_failure(self.path(key).with_suffix('.failed'))
 
 # %% ../../nbs/10_results/02_claims.ipynb #failures
 @patch
 def failures(self: Store) -> dict:  # digest → as `failure`
     "What could not be done, and why"
-    found = {}
-    for p in sorted(self.folder.glob('*.failed')):
-        with suppress(FileNotFoundError, ValueError):
-            found[p.stem] = json.loads(p.read_text())
-    return found
+    found = {p.stem: _read_failure(p) for p in sorted(self.folder.glob('*.failed'))}
+    return {name: record for name, record in found.items() if record}
 
 # %% ../../nbs/10_results/02_claims.ipynb #memo_text
 def _memo_text(key, value):

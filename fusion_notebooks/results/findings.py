@@ -4,7 +4,11 @@
 
 # %% auto #0
 __all__ = ['QUANTITIES', 'COMPARE', 'FINDINGS', 'finding_text', 'masking_findings', 'attention_findings', 'early_exit_findings',
-           'refine_findings', 'percent']
+           'refine_findings', 'head_table', 'carrying_heads', 'heads_sentence', 'causal_findings', 'percent']
+
+# %% ../../nbs/10_results/04_findings.ipynb #imports
+import numpy as np
+import pandas as pd
 
 # %% ../../nbs/10_results/04_findings.ipynb #QUANTITIES
 # quantity → its words; {method} and {reference} are filled in
@@ -18,8 +22,13 @@ QUANTITIES = dict(
     most_attention='most attention on the evidence',
     chance='chance',
     bright_tokens='bright tokens without evidence',
+    sinks_late='attention on sinks at the late layer',
+    sinks_early='attention on sinks at the subtracted layer',
+    evidence_late='evidence in the late map',
+    evidence_added='evidence that subtraction adds',
     first_exit='first exit with 90 % of the last',
     last_exit='last exit',
+    carrying_heads='what {method} carry',
 )
 
 # %% ../../nbs/10_results/04_findings.ipynb #in_words
@@ -60,6 +69,11 @@ def _numbers(layers):
     "Layers as text, divided by blanks"
     return ' '.join(map(str, layers)) or 'none'
 
+# %% ../../nbs/10_results/04_findings.ipynb #at_layers
+def _at_layers(layers):
+    "Where a finding lies, in words; layers as text"
+    return f'at layer{"s" if " " in str(layers) else ""} {layers}'
+
 # %% ../../nbs/10_results/04_findings.ipynb #wide
 def _wide(rows, columns='method'):
     "(scores with a row per sample and a column per method, picture of each sample)"
@@ -81,15 +95,53 @@ def masking_findings(
                 out.append(_found(quantity, kind=how, layers=_numbers(found.layers), n=c.n))
     return out
 
+# %% ../../nbs/10_results/04_findings.ipynb #sink_shares
+def _sink_shares(rows, most=256):
+    "(samples, layers) share of the attention on sinks, of the first samples whose maps have one shape; empty for fewer than 20"
+    from fusion_notebooks import fusion
+
+    shape = rows.groupby(['h', 'w']).size().idxmax()
+    rows = rows[(rows.h == shape[0]) & (rows.w == shape[1])]
+    some = rows[rows['sample'].isin(rows['sample'].unique()[:most])].sort_values(['sample', 'layer'], kind='stable')
+    n = some['sample'].nunique()
+    if n < 20:
+        return pd.DataFrame()
+    maps = np.nan_to_num(np.stack(some['map'].to_numpy()).reshape(n, -1, shape[0] * shape[1]))
+    found = fusion.sinks(maps, shape)
+    at = np.zeros(maps.shape[1:], bool)
+    at[found.layer.astype(int), found.token.astype(int)] = True
+    return pd.DataFrame((maps * at).sum(-1), index=some['sample'].unique())
+
+# %% ../../nbs/10_results/04_findings.ipynb #trust_findings
+def _trust_findings(rows, layers):
+    "Attention on sinks at the layers that were measured, and what subtraction adds to the evidence; none where nothing was measured"
+    shares = _sink_shares(rows) if layers is not None and {'map', 'held'} <= {*rows} else pd.DataFrame()
+    if shares.empty:
+        return []
+    pair = dict(late=layers.late) | ({} if layers.early is None else dict(early=layers.early))
+    out = []
+    for which, layer in pair.items():
+        on = pd.DataFrame(dict(sample=shares.index, share=shares[layer].to_numpy()))
+        out.append(_found(f'sinks_{which}', kind='all', layers=str(layer), **_mean(on, 'share')))
+    late = rows[(rows.layer == layers.late) & rows.evidence.notna()]
+    if late.empty:
+        return out
+    out.append(_found('evidence_late', kind='all', layers=str(layers.late), **_mean(late, 'evidence')))
+    if layers.early is not None:
+        added = late.assign(added=late.held.str[layers.early] - late.evidence)
+        out.append(_found('evidence_added', kind='all', layers=str(layers.early), **_mean(added, 'added')))
+    return out
+
 # %% ../../nbs/10_results/04_findings.ipynb #attention_findings
 def attention_findings(
     rows,  # attention rows
-    c,  # not used
-) -> list:  # of rows of findings; empty where no question's evidence is known
+    c,  # `fusion.MeasuredLayers`, or None
+) -> list:  # of rows of findings; those about the evidence only where it is known
     "Where the last prompt token looks"
+    trust = _trust_findings(rows, c)
     rows = rows[rows.evidence.notna()]
     if rows.empty:
-        return []
+        return trust
     per = [dict(layers=str(l), chance=g.chance.mean(), **_mean(g, 'evidence')) for l, g in rows.groupby('layer')]
     best = max(per, key=lambda r: r['value'])
     above = _numbers(r['layers'] for r in per if r['low'] > 2 * r['chance'])
@@ -99,6 +151,7 @@ def attention_findings(
         _found('most_attention', kind='all', **best),
         _found('chance', kind='all', value=best['chance'], n=n),
         _found('bright_tokens', kind='all', **_mean(rows[rows.layer == 0], 'noise')),
+        *trust,
     ]
 
 # %% ../../nbs/10_results/04_findings.ipynb #early_exit_findings
@@ -130,6 +183,11 @@ COMPARE = [
     ('crop', 'crop-oracle'),
     ('crop-focus', 'crop'),
     ('crop-focus', 'crop-read'),
+    ('mask-calibrated', 'mask-late'),
+    ('mask-calibrated', 'mask-random'),
+    ('crop-calibrated', 'crop-late'),
+    ('crop-calibrated', 'crop-read'),
+    ('crop-calibrated', 'crop-focus'),
 ]  # beside every method against base
 
 # %% ../../nbs/10_results/04_findings.ipynb #pairs
@@ -169,10 +227,68 @@ def refine_findings(
         out.append(_found('evidence_inside', method, kind=kind, **_mean(some, 'hit')))
     return out
 
+# %% ../../nbs/10_results/04_findings.ipynb #head_table
+def head_table(
+    rows: pd.DataFrame,  # of `causal_rows`
+) -> pd.DataFrame:  # layer, head, effect (mean, nats), low, high (95 % over questions); the largest first
+    "The heads of a model, ranked by what answers lose without them"
+    from fusion_notebooks import metrics
+
+    out = []
+    for layer, part in rows.groupby('layer'):
+        heads = np.stack(part.heads.to_numpy())
+        for head in range(heads.shape[1]):
+            mean, low, high = metrics.interval(heads[:, head], part['sample'])
+            out.append(dict(layer=int(layer), head=head, effect=float(mean), low=float(low), high=float(high)))
+    return pd.DataFrame(out).dropna().sort_values('effect', ascending=False, ignore_index=True)
+
+# %% ../../nbs/10_results/04_findings.ipynb #carrying_heads
+def carrying_heads(
+    table: pd.DataFrame,  # of `head_table`
+    share: float = 0.8,  # of all that heads give to answers
+) -> pd.DataFrame:  # the first rows of the table
+    "The fewest heads that carry a share of the effect, as far as their intervals lie above 0"
+    given = table.effect.clip(lower=0)
+    before = given.cumsum().shift(fill_value=0) / given.sum()
+    return table[(before < share) & (table.low > 0)]
+
+# %% ../../nbs/10_results/04_findings.ipynb #heads_sentence
+def heads_sentence(
+    table: pd.DataFrame,  # of `head_table`
+    share: float = 0.8,  # as in `carrying_heads`
+) -> str:
+    "For the card: how many heads, at which layers, carry how much"
+    found = carrying_heads(table, share)
+    if found.empty:
+        return 'No head carries an effect whose interval lies above 0.'
+    carried = found.effect.sum() / table.effect.clip(lower=0).sum()
+    where = _at_layers(_numbers(sorted(set(found.layer))))
+    return f'{len(found)} of {len(table)} heads, {where}, carry {carried:.0%} of the effect.'
+
+# %% ../../nbs/10_results/04_findings.ipynb #causal_findings
+def causal_findings(
+    rows,  # causal rows
+    c,  # not used
+) -> list:  # of rows of findings
+    "How many heads, at which layers, carry 80 % of what answers lose without their heads"
+    from fusion_notebooks import metrics
+
+    table = head_table(rows)
+    found = carrying_heads(table)
+    by_sample = rows.pivot(index='sample', columns='layer', values='heads')
+    carried = sum((by_sample[r.layer].str[r.head] for r in found.itertuples()), pd.Series(0.0, by_sample.index))
+    share, low, high = metrics.interval(carried / table.effect.clip(lower=0).sum(), by_sample.index)
+    said = dict(layers=_numbers(sorted(set(found.layer))), value=share, low=low, high=high, n=len(by_sample))
+    return [_found('carrying_heads', f'{len(found)} of {len(table)} heads', kind='all', **said)]
+
 # %% ../../nbs/10_results/04_findings.ipynb #FINDINGS
 # analysis → (its rows, calibration) → rows of findings
 FINDINGS = dict(
-    masking=masking_findings, attention=attention_findings, early_exit=early_exit_findings, refine=refine_findings
+    masking=masking_findings,
+    attention=attention_findings,
+    early_exit=early_exit_findings,
+    refine=refine_findings,
+    causal=causal_findings,
 )
 
 # %% ../../nbs/10_results/04_findings.ipynb #c024

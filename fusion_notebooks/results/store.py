@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import warnings
 from contextlib import suppress
 from fastcore.basics import patch
-from functools import lru_cache
+from functools import cache, partial
 from pathlib import Path
 from ..core.errors import attempt, BadInput
 from .files import _damaged, _older, _parquet, _read, _whole, canonical, digest, write_atomic
 
 # %% ../../nbs/10_results/01_store.ipynb #packed
-@lru_cache(maxsize=None)
+@cache
 def _packed(path, *identity):
     "Key texts of the units in a pack, in order; `identity` changes when the file does"
     checked = dict(partitioning=None, page_checksum_verification=True)
@@ -144,7 +144,8 @@ def keys(self: Store) -> list:  # one dict per unit
     "The keys of all units that can be read"
     found = [_part_key(path) for path in self.parts()]
     found += [text for texts in self.packs().values() for text in texts]
-    return [json.loads(text) for text in dict.fromkeys(found) if text is not None]
+    keys = [attempt(json.loads, text)[0] for text in dict.fromkeys(found) if text is not None]
+    return [key for key in keys if isinstance(key, dict)]  # what else a footer says is no key
 
 # %% ../../nbs/10_results/01_store.ipynb #tables
 @patch
@@ -180,5 +181,5 @@ def read(
     rows = pa.concat_tables(parts, promote_options='permissive').to_pandas()
     for c, v in where.items():
         if c in rows:
-            rows = rows[rows[c].map(lambda x: _fits(x, v))]
+            rows = rows[rows[c].map(partial(_fits, wanted=v))]
     return rows.reset_index(drop=True)

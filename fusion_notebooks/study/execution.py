@@ -22,7 +22,7 @@ from unittest.mock import patch
 from ..core.errors import BadInput
 from ..results.store import canonical, digest, write_atomic
 from .settings import notebooks, read_settings, Settings
-from .samples import code_of
+from .samples import as_loaded, code_of
 from .work_units import jobs, units
 
 # %% ../../nbs/13_study/06_execution.ipynb #is_json
@@ -93,11 +93,13 @@ def _stands(analysis, where, name, s, **more):
     try:
         before = json.loads(out.with_suffix('.json').read_text())
         now = _outputs(analysis, name, s)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False, inputs  # no record, or none that can be read
-    if not s.compute or not out.exists() or before['inputs'] != inputs:
+    before = before if isinstance(before, dict) else {}
+    outputs = before.get('outputs')
+    if not s.compute or not out.exists() or before.get('inputs') != inputs or not isinstance(outputs, dict):
         return False, inputs
-    return all(now.get(k) == v for k, v in before['outputs'].items()), inputs
+    return all(now.get(k) == v for k, v in outputs.items()), inputs
 
 # %% ../../nbs/13_study/06_execution.ipynb #write_record
 def _write_record(file, inputs, analysis, name, s):
@@ -113,7 +115,7 @@ def _write_record(file, inputs, analysis, name, s):
 def _different(s):
     "The entries of the settings that differ from the file, as JSON values"
     plain = read_settings(s.source, s.quick)
-    entries = {k: getattr(s, k) for k in ('calibration', 'evaluation', 'compute', 'benchmarks')}
+    entries = {k: getattr(s, k) for k in ('calibration', 'evaluation', 'compute', 'benchmarks', 'code')}
     entries |= {k: str(getattr(s, k)) for k in ('runs', 'figures')}
     changed = {k: v for k, v in entries.items() if str(v) != str(getattr(plain, k))}
     if s.own != plain.own:
@@ -131,12 +133,13 @@ def _given(where, s):
     return {'settings': source, 'quick': s.quick, model: where}
 
 # %% ../../nbs/13_study/06_execution.ipynb #environment
-def _environment(where):
+def _environment(where, s):
     "Environment of a notebook: for models in folders the Hub is not asked"
     # waiting threads that spin make a small model ten times slower on a busy machine (measured on 2 cores)
     quiet = dict(OMP_WAIT_POLICY='passive', TOKENIZERS_PARALLELISM='false', PYTHONWARNINGS='ignore:IProgress')
     models = [where] if isinstance(where, str) else where
-    if all(Path(model).is_dir() for model in models):
+    found = [as_loaded(model, s) for model in models]
+    if all(Path(own.path).is_dir() and Path(own.words.get('adapter', own.path)).is_dir() for own in found):
         quiet |= dict(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1')
     return quiet
 
@@ -187,7 +190,7 @@ def execute(
     out.parent.mkdir(parents=True, exist_ok=True)
     for old in (record, s.figures / name / 'summary.csv'):
         old.unlink(missing_ok=True)  # who dies from here on leaves nothing that looks finished
-    with patch.dict(os.environ, _environment(where)):
+    with patch.dict(os.environ, _environment(where, s)):
         _run_notebook(
             pm.execute_notebook,
             _unformatted(nb),

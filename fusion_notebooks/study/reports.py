@@ -11,7 +11,19 @@ from pathlib import Path
 from ..core.errors import BadInput
 from ..results.findings import FINDINGS
 from .settings import read_settings, Settings
-from .work_units import ANALYSES, calibrate, require
+from .work_units import ANALYSES, calibrate, measured_layers, require
+
+# %% ../../nbs/13_study/04_reports.ipynb #calibrated_for
+def _calibrated_for(analysis, model, benchmark, s, compute):
+    "What the findings of an analysis read of the calibration split: layers of masking, the measured pair of attention, else None"
+    if analysis == 'masking':
+        return calibrate(model, benchmark, s, compute)
+    if analysis == 'attention':
+        try:
+            return measured_layers(model, benchmark, s)
+        except BadInput:  # it cannot be measured with this model
+            return None
+    return None
 
 # %% ../../nbs/13_study/04_reports.ipynb #findings
 def findings(
@@ -28,8 +40,8 @@ def findings(
         rows = require(analysis, model, benchmark, settings=s, compute=compute)
         if not len(rows):
             continue
-        calibration = calibrate(model, benchmark, s, compute) if analysis == 'masking' else None
-        out += [dict(analysis=analysis) | finding for finding in FINDINGS[analysis](rows, calibration)]
+        found = FINDINGS[analysis](rows, _calibrated_for(analysis, model, benchmark, s, compute))
+        out += [dict(analysis=analysis) | finding for finding in found]
     return pd.DataFrame(out, columns=['analysis', 'finding', 'kind', 'value', 'low', 'high', 'p', 'layers', 'n'])
 
 # %% ../../nbs/13_study/04_reports.ipynb #place
@@ -51,8 +63,10 @@ def provenance(
 ) -> dict:  # name → value, several values joined
     "What produced the rows: goes into the figure's files"
     software = 'package transformers torch code settings'
-    known = f'model revision dataset split seed {software} dtype attention pixels device commit'
+    known = f'model revision dataset split seed {software} dtype attention pixels loading device commit'
     said = {c: ', '.join(map(str, rows[c].unique())) for c in known.split() if c in rows}
+    if not said.get('loading'):
+        said.pop('loading', None)  # nothing was said of how the model is loaded
     return said | dict(n=int(rows['sample'].nunique()))
 
 # %% ../../nbs/13_study/04_reports.ipynb #card

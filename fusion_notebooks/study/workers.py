@@ -21,8 +21,8 @@ from ..analyses.records import ANALYSES
 from ..core.errors import BadInput, NotSupported
 from ..results.store import Store
 from .settings import Settings
-from .work_units import _cause, compute_missing, finish_unit_on_signal
-from .work_units import jobs, STOP, progress_reporter, units
+from .progress import finish_unit_on_signal, progress_reporter, STOP
+from .work_units import _cause, compute_missing, jobs, units
 
 # %% ../../nbs/13_study/05_workers.ipynb #failed_before
 def _failed_before(s):

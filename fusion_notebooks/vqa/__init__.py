@@ -3,6 +3,7 @@
 from ..core.images import Sample
 from .benchmarks import *
 from .files import *
+from .own_tables import *
 from .hub import *
 from .samples import *
 

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/08_vqa/02_hub.ipynb #imports
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from ..core.errors import BadInput
 from .files import _keep
@@ -39,9 +40,16 @@ def _need_datasets(hub):
         install = "pip install 'fusion_notebooks[benchmarks]'"
         raise BadInput(
             f'Reading {hub} from the Hub needs the package datasets: {install}, '
-            'or give the folder of the official files as root=.'
+            'or give its files (root=, or a table of your own).'
         ) from None
     return datasets
+
+# %% ../../nbs/08_vqa/02_hub.ipynb #unreachable
+def _unreachable(hub, error):
+    "The error of a data set that cannot be read from the Hub"
+    cause = ' '.join(str(error).split())[:160]
+    mend = 'check the connection, or give its files (root=, or a table of your own)'
+    return OSError(f'{hub} could not be read from the Hub ({cause}): {mend}.')
 
 # %% ../../nbs/08_vqa/02_hub.ipynb #continued
 def _continued(hub, config, split, revision, known, complete, images):
@@ -62,11 +70,7 @@ def _continued(hub, config, split, revision, known, complete, images):
                 yield row
         complete.touch()
     except Exception as e:  # datasets, huggingface_hub, fsspec, pyarrow and the HTTP client each have their own errors
-        cause = ' '.join(str(e).split())[:160]
-        raise OSError(
-            f'{hub} could not be read from the Hub ({cause}): check the connection, '
-            'or give the folder of the official files as root=.'
-        ) from e
+        raise _unreachable(hub, e) from e
 
 # %% ../../nbs/08_vqa/02_hub.ipynb #dataset_folder
 def _dataset_folder(cache, hub):
@@ -100,10 +104,41 @@ def _picture_of(row, pictures, seen, missing):
         seen[p['id']] = p['image']
     return seen[row['imageId']]
 
+# %% ../../nbs/08_vqa/02_hub.ipynb #only_split
+def _only_split(hub, splits, there):
+    "(split,) that is meant, of those that are there. Raises `BadInput` where it is not clear."
+    if splits and splits[0] not in there:
+        hint = f'before a split its configuration may stand, hf:{hub}:CONFIG:SPLIT'
+        raise BadInput(f"{hub} has no split '{splits[0]}' but {', '.join(there)}; {hint}.")
+    if not splits and len(there) > 1:
+        raise BadInput(f'{hub} has the splits {", ".join(there)}: say which one, as in hf:{hub}:{there[0]}.')
+    return splits or tuple(there)
+
+# %% ../../nbs/08_vqa/02_hub.ipynb #pinned
+def _pinned(b, cache):
+    "A record with its commit and its split. Raises `OSError` where the Hub has to be asked and fails, `BadInput`."
+    known = _dataset_folder(cache, b.hub) / f'{b.revision or "newest"}-{b.config or "default"}-{"".join(b.splits)}.json'
+    if not known.exists():
+        datasets = _need_datasets(b.hub)
+        try:
+            from huggingface_hub import dataset_info
+
+            commit = b.revision or dataset_info(b.hub).sha
+            there = datasets.get_dataset_split_names(b.hub, b.config, revision=commit)
+        except Exception as e:  # as in `_continued`
+            raise _unreachable(b.hub, e) from e
+        found = dict(revision=commit, splits=_only_split(b.hub, b.splits, there))
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text(json.dumps(found))
+    found = json.loads(known.read_text())
+    return replace(b, revision=found['revision'], splits=tuple(found['splits']))
+
 # %% ../../nbs/08_vqa/02_hub.ipynb #hub_rows
 def _hub_rows(b, cache):
     "Yield (place, split, row, folder of the pictures) from the Hub"
     cache = Path(cache or _default_cache())
+    if b.own:
+        b = _pinned(b, cache)
     images = _dataset_folder(cache, b.hub) / 'images'
     pictures = _stream(b.hub, b.pictures, b.splits[0], b.revision, cache) if b.pictures else None
     seen = {}

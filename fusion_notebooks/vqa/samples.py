@@ -7,15 +7,15 @@ __all__ = ['part', 'load']
 
 # %% ../../nbs/08_vqa/03_samples.ipynb #imports
 import hashlib
-import math
 import re
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from ..core.errors import attempt, BadInput
 from ..core.images import picture_size
-from .benchmarks import benchmark, PROMPTS, Sample
+from .benchmarks import PROMPTS, Sample
 from .files import _file_rows, _inside
+from .own_tables import benchmark, table_file, table_name
 from .hub import _hub_rows
 
 # %% ../../nbs/08_vqa/03_samples.ipynb #fields
@@ -53,6 +53,13 @@ def _check_answers(b, f, where):
     if b.metric == 'pope' and a[0] not in ('yes', 'no'):
         raise BadInput(f'{where}: the label is {a[0]!r}; yes or no is needed.')
 
+# %% ../../nbs/08_vqa/03_samples.ipynb #check_characters
+def _check_characters(f, where):
+    "Raise `BadInput` for halves of characters, which neither a file nor a tokenizer takes"
+    words = [f[k] for k in ('key', 'picture', 'question', 'kind', 'group', 'hint')]
+    if re.search('[\ud800-\udfff]', ' '.join(map(str, [*words, *f['answers'], *f['options']]))):
+        raise BadInput(f'{where}: it holds half a character (a lone surrogate): save the file as UTF-8.')
+
 # %% ../../nbs/08_vqa/03_samples.ipynb #check_options
 def _check_options(b, f, where):
     "Raise `BadInput` unless the first answer is the letter of an option, of at least two that differ in CircularEval"
@@ -68,12 +75,12 @@ def _check_options(b, f, where):
 
 # %% ../../nbs/08_vqa/03_samples.ipynb #check_box
 def _check_box(f, where):
-    "Raise `BadInput` unless there is no box, or it is four finite numbers"
+    "Raise `BadInput` unless there is no box, or it is four numbers of a picture's size"
     box = f['box']
     if box is None:
         return
     four = isinstance(box, (list, tuple)) and len(box) == 4
-    if not four or not all(type(v) in (int, float) and math.isfinite(v) for v in box):
+    if not four or not all(type(v) in (int, float) and abs(v) < 1e9 for v in box):
         raise BadInput(f'{where}: the box is {str(box)[:60]!r}; four numbers (left, top, right, bottom) are needed.')
 
 # %% ../../nbs/08_vqa/03_samples.ipynb #c015
@@ -85,6 +92,7 @@ def _checked(b, where, of, row):
     _check_answers(b, f, where)
     _check_options(b, f, where)
     _check_box(f, where)
+    _check_characters(f, where)
     group = f['key'] if f['group'] is None else f['group']
     return f | dict(where=where, kind=str(f['kind'] or ''), key=str(f['key']), group=str(group))
 
@@ -137,7 +145,7 @@ def _sample(b, name, family, f, folder, picture):
     image = f['image'] if isinstance(f['image'], bytes) else _inside(folder, f['image'], f['where'])
     _check_in_picture(f, image)
     template, question = _asked(b, name, family, f)
-    label = Path(name).stem if b.own else name
+    label = table_name(name) if b.own else name
     return Sample(
         image=image,
         question=question,
@@ -160,8 +168,10 @@ def _check_choice(what, value, known):
 # %% ../../nbs/08_vqa/03_samples.ipynb #rows_of
 def _rows_of(b, name, root, images, cache):
     "The rows of a benchmark from its files or the Hub, or those of a table of one's own; see `load`"
+    if b.own and b.hub:
+        return _hub_rows(b, cache)
     if b.own:
-        folder = Path(name).parent
+        folder = table_file(name).parent
         return _file_rows(b, folder, images or root or folder)
     if root is None:
         if not b.hub:
@@ -208,7 +218,7 @@ def _groups_of_split(groups, split, share):
 
 # %% ../../nbs/08_vqa/03_samples.ipynb #c016
 def load(
-    name: str,  # of `BENCHMARKS`, or a table of your own: columns image, question, answers; where known box, kind, id
+    name,  # of `BENCHMARKS`, or a table of your own: columns image, question, answers; where known box, kind, id
     split: str = 'evaluation',  # calibration, evaluation or all; the first two share no picture
     limit: int | None = None,  # questions at most; the rotations of MMBench count as one
     order: str = 'first',  # first: as in the files; random: by a hash of seed and id

@@ -188,18 +188,18 @@ get = lambda page, css: page.locator(f'{WIDGET} {css}')
 caption = lambda page: get(page, 'p[aria-live]').inner_text()
 
 
+ROWS = f"""() => [...document.querySelectorAll('{WIDGET} tr')].map(r => {{ const of = c => r.querySelector(c)?.textContent ?? ''
+    return {{ label: r.dataset.label, text: of('.fx-text'), p: of('.fx-prob'), note: of('.fx-note'), right: r.querySelector('.fx-right') ? true : r.querySelector('.fx-wrong') ? false : null }} }})"""
+
+
 def rows(page):
-    return {
-        r['label']: (r['text'], r['p'], r['note'])
-        for r in page.evaluate(
-            f"() => [...document.querySelectorAll('{WIDGET} tr')].map(r => ({{ label: r.dataset.label, text: r.cells[1].textContent, p: Number(r.cells[2].textContent), note: r.cells[3].textContent }}))"
-        )
-    }
+    return {r['label']: (r['text'], float(r['p']), r['note']) for r in page.evaluate(ROWS)}
 
 
 def until(page, say):
+    "Nothing is being computed, and `say` holds of label → 'answer probability note'"
     page.wait_for_function(
-        f"say => {{ const w = document.querySelector('{WIDGET}'), s = w.querySelector('p[role=status]').textContent; return !s && eval(say)(Object.fromEntries([...w.querySelectorAll('tr')].map(r => [r.dataset.label, [1, 2, 3].map(i => r.cells[i].textContent).join(' ')]))) }}",
+        f"say => {{ const s = document.querySelector('{WIDGET} p[role=status]').textContent; return !s && eval(say)(Object.fromEntries(({ROWS})().map(r => [r.label, [r.text, r.p, r.note].join(' ')]))) }}",
         arg=say,
     )
 
@@ -221,7 +221,7 @@ def button(page, words):
 def pixels(page):
     return np.array(
         Image.open(
-            io.BytesIO(base64.b64decode(get(page, 'canvas').evaluate("c => c.toDataURL('image/png')").split(',')[1]))
+            io.BytesIO(base64.b64decode(get(page, '.fx-main').evaluate("c => c.toDataURL('image/png')").split(',')[1]))
         ).convert('RGB'),
         float,
     )
@@ -235,27 +235,41 @@ def patches(a):
 
 
 def press(page, i):
-    side = get(page, 'canvas').bounding_box()['width'] / 8
-    get(page, 'canvas').click(
+    side = get(page, '.fx-main').bounding_box()['width'] / 8
+    get(page, '.fx-main').click(
         position=dict(x=(i % 8 + 0.5) * side, y=(i // 8 + 0.5) * side)
     )  # waits until nothing moves
 
 
-def painted(seen, m, palette):
-    "The mean colour of each patch, by hand: the grey picture under the map's colour"
+def bare(page):
+    "The mean colour of each patch without a map; the focus lies on the blending afterwards"
+    blend = get(page, '.fx-blend input')
+    shown = blend.input_value()
+    blend.fill('0')
+    under = patches(pixels(page))
+    blend.fill(shown)
+    return under
+
+
+def painted(under, m, palette):
+    "The mean colour of each patch, by hand: `under`, what the page shows without a map, under the map's colour"
     colours = palette(np.clip((m / abs(m).max() + 1) / 2 if palette is plots.SIGNED else m / m.max(), 0, 1))
-    grey = np.array(seen.first_pass.prompt.images[0], float) @ (0.2126, 0.7152, 0.0722)
-    under = patches(np.repeat(grey[..., None], 3, 2))
-    return under * (1 - colours[:, 3:]) + 255 * colours[:, :3] * colours[:, 3:]
+    over = 0.7 * colours[:, 3:]
+    return under * (1 - over) + 255 * colours[:, :3] * over
 
 
-def shown(page, want):
-    "Largest difference of the shown picture's patches from the wanted ones; frames of crops lie over some"
-    return np.sort(abs(patches(pixels(page)) - want).max(1))[-12]
+def off(page, seen, m, palette, under=None):
+    "Largest difference of the shown picture's patches from those painted by hand; the frame of the crop lies over some"
+    left, top, right, bottom = explore.refined(seen)[1]
+    inner = [left + 8 < b[0] and top + 8 < b[1] and b[2] < right - 8 and b[3] < bottom - 8 for b in seen.grid.boxes]
+    outer = [b[2] < left - 8 or right + 8 < b[0] or b[3] < top - 8 or bottom + 8 < b[1] for b in seen.grid.boxes]
+    free = np.array(inner) | np.array(outer)
+    under = bare(page) if under is None else under
+    return abs(patches(pixels(page)) - painted(under, m, palette)).max(1)[free].max()
 
 
 # from a key to the picture: a listener before every other, an observer after the last draw
-WATCH = f"""() => {{ const c = document.querySelector('{WIDGET} canvas'); window.drawn = []
+WATCH = f"""() => {{ const c = document.querySelector('{WIDGET} .fx-main'); window.drawn = []
     document.addEventListener('keydown', () => {{ window.pressed = performance.now() }}, true)
     new MutationObserver(() => {{ if (window.pressed) drawn.push([performance.now() - window.pressed, Number(c.dataset.ms)]); window.pressed = null }}).observe(c, {{ attributeFilter: ['data-draws'] }}) }}"""
 
@@ -268,7 +282,7 @@ def test_tutorial(browser, server, mllm):
             o['text'] for c in cells for o in c['outputs'] if 'Warning' in o['text']
         ]
         bring(page, 'explore(')
-        get(page, 'canvas[data-draws]').wait_for()
+        get(page, '.fx-main[data-draws]').wait_for()
         until(page, "a => 'refined by crop' in a")
         s = next(s for s in demo.samples(48) if s.kind == 'fine')
         want = mllm.answer(s.image, s.question)
@@ -285,7 +299,7 @@ def page(request, browser, server):
     with opened(browser, server, request.param, '14_explore/03_widget.ipynb') as page:
         finished(page)
         bring(page, 'explore(')
-        get(page, 'canvas[data-draws]').wait_for()
+        get(page, '.fx-main[data-draws]').wait_for()
         until(page, "a => 'refined by crop' in a")
         yield page
         page.screenshot(path=SHOTS / f'explorer-{page.front}.png')
@@ -293,19 +307,18 @@ def page(request, browser, server):
 
 def test_slider_moves_the_map(page, seen, times):
     page.evaluate(WATCH)
-    attention, pictures = seen.grid.of(seen.first_pass.maps), []
-    handle = control(page, 'Layer').locator('.noUi-handle')
-    handle.focus()
+    attention, pictures, under = seen.grid.of(seen.first_pass.maps), [], bare(page)
+    slider = get(page, '.fx-layer')
+    slider.focus()
+    page.keyboard.press('End')
     for _ in range(7):
         page.keyboard.press('ArrowLeft')
     for layer in range(8):
         if layer:
             page.keyboard.press('ArrowRight')
-        assert caption(page).startswith(f'Layer {layer}') and handle.get_attribute('aria-valuenow') in (
-            f'{layer}',
-            f'{layer}.0',
-        )
-        assert shown(page, painted(seen, attention[layer], plots.HEAT)) < 3
+        moved(page, layer)
+        assert slider.input_value() == f'{layer}'
+        assert off(page, seen, attention[layer], plots.HEAT, under) < 3
         pictures.append(patches(pixels(page)))
     assert all(abs(a - b).max() > 10 for a, b in zip(pictures, pictures[1:]))  # another layer's picture is another one
     both = np.array(page.evaluate('drawn')) / 1000
@@ -315,42 +328,41 @@ def test_slider_moves_the_map(page, seen, times):
 
 
 def test_slider_by_mouse(page, seen):
-    slider = control(page, 'Layer')
+    slider, under = get(page, '.fx-layer'), bare(page)
     slider.scroll_into_view_if_needed()
-    track, handle = (slider.locator(f'.noUi-{part}').bounding_box() for part in ('base', 'handle'))
-    y = track['y'] + track['height'] / 2
-    page.mouse.move(handle['x'] + handle['width'] / 2, y)
+    track = slider.bounding_box()
+    y, at = track['y'] + track['height'] / 2, lambda layer: track['x'] + 8 + (track['width'] - 16) * layer / 7
+    page.mouse.move(at(int(slider.input_value())), y)
     page.mouse.down()
     for layer in (0, 5, 7, 2):
-        page.mouse.move(track['x'] + track['width'] * layer / 7, y, steps=4)
+        page.mouse.move(at(layer), y, steps=4)
         moved(page, layer)
-        assert shown(page, painted(seen, seen.grid.of(seen.first_pass.maps)[layer], plots.HEAT)) < 3
+        assert off(page, seen, seen.grid.of(seen.first_pass.maps)[layer], plots.HEAT, under) < 3
     page.mouse.up()
-    page.mouse.click(track['x'] + track['width'] - 1, y)
+    get(page, '.fx-strip [aria-label^="Layer 7"]').click()
     moved(page, 7)
 
 
 def test_maps_and_heads(page, seen):
-    select = lambda words, what: control(page, words).locator('select').select_option(what)
+    select = lambda words, what: get(page, f'select[aria-label="{words}"]').select_option(what)
     select('Map', 'contrast')
-    assert f'Layer {seen.contrast.pre} (' in caption(page) and 'contrast' in caption(page)
-    assert (
-        shown(
-            page,
-            painted(
-                seen, seen.contrast.map if seen.contrast.map.ndim == 1 else seen.contrast.map.ravel(), plots.SIGNED
-            ),
-        )
-        < 3
-    )
+    assert f'Layer {seen.contrast.pre} (' in caption(page) and 'Contrast' in caption(page)
+    assert off(page, seen, seen.grid.of(seen.contrast.map), plots.SIGNED) < 3
     select('Map', 'relative')
-    assert shown(page, painted(seen, seen.relative[seen.contrast.pre], plots.HEAT)) < 3
+    assert off(page, seen, seen.relative[seen.contrast.pre], plots.HEAT) < 3
     select('Map', 'attention')
     select('Head', 'head 2')
-    assert 'head 2' in caption(page) and shown(page, painted(seen, seen.heads[seen.contrast.pre, 2], plots.HEAT)) < 3
-    select('Head', 'mean')
-    get(page, 'button:has-text("late (layer")').click()
-    assert f'Layer {seen.post} ' in caption(page) and 'post-fusion layer' in caption(page)
+    assert 'head 2' in caption(page) and off(page, seen, seen.heads[seen.contrast.pre, 2], plots.HEAT) < 3
+    select('Head', 'mean over heads')
+    get(page, f'.fx-strip [aria-label^="Layer {seen.post},"]').click()
+    assert f'Layer {seen.post} ' in caption(page) and 'late map of the contrast' in caption(page)
+    page.wait_for_function(f"() => document.querySelector('{WIDGET} select[aria-label=Map] option[value=causal]')")
+    select('Map', 'causal')
+    assert (
+        off(page, seen, seen.causal.sum(1)[seen.post], plots.SIGNED) < 3
+        and 'nats' in get(page, '.fx-ramp').inner_text()
+    )
+    select('Map', 'attention')
 
 
 def test_masked_patches_change_the_answer(page, seen, times):
@@ -369,13 +381,13 @@ def test_masked_patches_change_the_answer(page, seen, times):
     assert (patches(after)[STAR] < patches(before)[STAR] - 20).all() and np.median(
         abs(patches(after) - patches(before))
     ) < 1
-    get(page, 'canvas').screenshot(path=SHOTS / f'masked-{page.front}.png')
+    get(page, '.fx-main').screenshot(path=SHOTS / f'masked-{page.front}.png')
     assert np.median(times['answer with patches masked']) < 1
 
 
 def test_masking_follows_its_controls(page, seen):
     control(page, 'Mask by').locator('select').select_option('zero')
-    until(page, "a => Object.values(a).some(v => v.includes('zero, layers 0 to 7'))")
+    until(page, "a => Object.values(a).some(v => v.includes('(zero, layers 0 to 7'))")
     want = explore.mask_cells(seen, STAR, None, 'zero')
     assert rows(page)['4 tokens masked'][:2] == (want.answer.text, round(want.answer.p, 3))
     get(page, 'svg[aria-label*="(zero)"]').wait_for()  # a job of its own, after the answer
@@ -383,13 +395,13 @@ def test_masking_follows_its_controls(page, seen):
     low.focus()
     for _ in range(6):
         page.keyboard.press('ArrowRight')
-    until(page, "a => Object.values(a).some(v => v.includes('zero, layers 6 to 7'))")
+    until(page, "a => Object.values(a).some(v => v.includes('(zero, layers 6 to 7'))")
     want = explore.mask_cells(seen, STAR, [6, 7], 'zero')
     assert rows(page)['4 tokens masked'][:2] == (want.answer.text, round(want.answer.p, 3))
     for _ in range(6):
         page.keyboard.press('ArrowLeft')
     control(page, 'Mask by').locator('select').select_option('knockout')
-    until(page, "a => Object.values(a).some(v => v.includes('knockout, layers 0 to 7'))")
+    until(page, "a => Object.values(a).some(v => v.includes('(knockout, layers 0 to 7'))")
 
 
 # what a shortcut of the notebook would change
@@ -397,7 +409,7 @@ STATE = "() => { const n = jupyterapp.shell.currentWidget.content; return { cell
 
 
 def test_keys_stay_in_the_canvas(page, seen):
-    get(page, 'canvas').focus()
+    get(page, '.fx-main').focus()
     before = page.evaluate(STATE)
     page.keyboard.press('Escape')
     until(page, "a => !Object.keys(a).some(l => l.includes('masked'))")
@@ -417,22 +429,21 @@ def test_keys_stay_in_the_canvas(page, seen):
 
 def test_keys_stay_in_the_controls(page, seen):
     "Arrows are the slider's and the list's, and letters nobody's: in the notebook they fold sections, move on, add and delete cells"
-    handle, choice = control(page, 'Layer').locator('.noUi-handle'), control(page, 'Map').locator('select')
-    handle.focus()
+    slider, choice = get(page, '.fx-layer'), get(page, 'select[aria-label=Map]')
+    slider.focus()
     before = page.evaluate(STATE)
     for key in ('Home', *['ArrowRight'] * 3, 'ArrowUp', 'ArrowDown', 'ArrowLeft', *'abddmyx'):
         page.keyboard.press(key)
     assert caption(page).startswith('Layer 2') and page.evaluate(STATE) == before
     choice.focus()
-    for _ in range(3):
-        page.keyboard.press('ArrowDown')
+    page.keyboard.press('ArrowDown')
     assert (
         choice.input_value() == 'contrast'
         and caption(page).startswith(f'Layer {seen.contrast.pre} (')
-        and 'contrast' in caption(page)
+        and 'Contrast' in caption(page)
     )
     page.keyboard.press('Home')
-    assert choice.input_value() == 'attention' and ': attention, mean over heads' in caption(page)
+    assert choice.input_value() == 'attention' and ': Attention, mean over heads' in caption(page)
     button(page, 'Refine').focus()
     for key in ('ArrowDown', 'ArrowLeft', 'b'):
         page.keyboard.press(key)
@@ -513,9 +524,9 @@ def test_dark(page):
 def test_the_recorded_page_draws_as_well(browser, server, front):
     with opened(browser, server, front, '14_explore/04_recorded.ipynb') as page:
         finished(page)
-        still = page.locator('.jp-RenderedHTML .fx')
+        still = page.locator('.jp-RenderedHTML .fx').last
         bring(page, 'HTML(page)')
-        still.locator('canvas[data-draws]').wait_for()
-        still.locator('input[type=range]').focus()
+        still.locator('.fx-main[data-draws]').wait_for()
+        still.locator('.fx-layer').focus()
         page.keyboard.press('Home')
         assert still.locator('p[aria-live]').inner_text().startswith('Layer 0')

@@ -355,7 +355,11 @@ def test_refine(mllm, how):
 
 def test_many_crops_and_masks_in_one_batch(mllm, monkeypatch):
     "Each crop is answered as beside the picture alone, whatever its size; each mask as by an edit of its own; and so where memory holds one at a time"
-    seen, wide, high = contrast.first_pass(mllm, PICTURE, ASK), PICTURE.crop((0, 0, 60, 30)), PICTURE.crop((10, 4, 40, 64))
+    seen, wide, high = (
+        contrast.first_pass(mllm, PICTURE, ASK),
+        PICTURE.crop((0, 0, 60, 30)),
+        PICTURE.crop((10, 4, 40, 64)),
+    )
     got = contrast.answer_with_crops(mllm, seen.trace, [wide, high, wide], 6)
     for crop, (a, path, n) in zip((wide, high), got):
         p = mllm.prompt([PICTURE, crop], ASK)
@@ -380,9 +384,9 @@ def test_many_crops_and_masks_in_one_batch(mllm, monkeypatch):
         )
     for module in (contrast, engine):
         replaced(monkeypatch, module, 'fitting', lambda *a: 1)
-    again = [a for a, *_ in contrast.answer_with_crops(mllm, seen.trace, [wide, high, wide], 6)] + contrast.answer_masked(
-        mllm, seen.prompt, some, review, 6
-    )
+    again = [
+        a for a, *_ in contrast.answer_with_crops(mllm, seen.trace, [wide, high, wide], 6)
+    ] + contrast.answer_masked(mllm, seen.prompt, some, review, 6)
     for a, b in zip([a for a, *_ in got] + masked, again):
         assert a.ids == b.ids and abs(a.logp - b.logp) < 1e-4
 
