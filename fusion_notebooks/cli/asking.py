@@ -113,8 +113,8 @@ def _layers_for(way, model, candidates, review):
         return dict(candidates=candidates, review=review)
     from fusion_notebooks import study
 
-    for s, _ in study.calibrations(model):
-        layers = study.measured_layers(model, settings=s, how=way.how)
+    for s, found in study.calibrations(model):
+        layers = study.measured_layers(model, settings=s, how=way.how) if found else None
         if layers:
             return dict(layers=layers, review=review)
     raise BadInput(f'{way.name} reads layers that a study measures: run `fusion study` for {model} first.')
