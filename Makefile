@@ -12,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 demo: .venv/installed
-	$(BIN)/fusion study --quick
+	$(BIN)/fusion study --quick --workers 2
 
 study: .venv/installed
 	$(BIN)/fusion study --workers 2

@@ -56,6 +56,14 @@ def _ask_figure(r, image, question, grid, read=None):
         read=read,
     )
 
+# %% ../../nbs/16_cli/04_asking.ipynb #save_figure
+def _save_figure(fig, out, image, way, about):
+    "Save the figure as `out`, without one under data/runs/ask with the names of picture and way, with what it is about; returns its path"
+    from fusion_notebooks import plots
+
+    file = Path(out or f'data/runs/ask/{Path(image).stem}-{way.name}.png')
+    return plots.save(fig, file.parent, file.stem, about)
+
 # %% ../../nbs/16_cli/04_asking.ipynb #print_answers
 def _print_answers(r, way, known):
     "The answer before and after, with their probabilities"
@@ -80,9 +88,20 @@ def _check_question(image, question):
     if not on_web and not Path(os.path.expanduser(image)).is_file():
         raise BadInput(f'No picture at {image}: check the path.')
 
+# %% ../../nbs/16_cli/04_asking.ipynb #pictures
+def _pictures(files, question, allow_download):
+    "The opened pictures. Raises `BadInput` as `_check_question` does, before the first of them is fetched"
+    from fusion_notebooks import core
+
+    for file in files:
+        _check_question(file, question)
+    return [core.open_image(file, allow_download) for file in files]
+
 # %% ../../nbs/16_cli/04_asking.ipynb #messages
 def _messages(file):
-    "Earlier turns from a JSON file. Raises `BadInput` where it cannot be read."
+    "Earlier turns from a JSON file, None without one. Raises `BadInput` where it cannot be read."
+    if not file:
+        return None
     from fusion_notebooks.core import read_json
 
     path = Path(os.path.expanduser(file))
@@ -96,8 +115,9 @@ def _ways():
     return {name: m for name, m in catalog.METHODS.items() if m.how in ('crop', 'mask') and not m.needs_box}
 
 # %% ../../nbs/16_cli/04_asking.ipynb #way
-def _way(name):
-    "The record of a way to refine, among those of the package and of the settings here"
+def _way(name, n_pictures=1):
+    "The record of a way to refine, among those of the package and of the settings here; where none is named crop, of several pictures mask"
+    name = name or ('crop' if n_pictures == 1 else 'mask')
     if name not in _ways():
         from fusion_notebooks import study
 
@@ -159,14 +179,12 @@ def ask(
 ) -> int:
     "Ask one question about one picture, plainly and refined"
     images = [image, *(more or ())]
-    way = _way(refine or ('crop' if len(images) == 1 else 'mask'))
-    for one in images:
-        _check_question(one, question)
+    way = _way(refine, len(images))
     s = _known(model)
-    from fusion_notebooks import contrast, core, plots, study
+    pictures = _pictures(images, question, allow_download)
+    from fusion_notebooks import contrast, study
 
-    pictures = [core.open_image(one, allow_download) for one in images]
-    talk = dict(system=system, history=_messages(history) if history else None)
+    talk = dict(system=system, history=_messages(history))
     candidates, review, known = calibrated(model)
     layers = _layers_for(way, model, candidates, review)
     mllm = study.load(model, s)
@@ -174,6 +192,5 @@ def ask(
     r = contrast.refine(mllm, first, how=way.how, by=way.by, **layers)
     _print_answers(r, way, known)
     fig = _ask_figure(r, pictures[0], question, first.prompt.grids[0], _attention_read(mllm, r, first, candidates))
-    file = Path(out or f'data/runs/ask/{Path(image).stem}-{way.name}.png')
-    print('figure ', plots.save(fig, file.parent, file.stem, mllm.provenance() | dict(question=question)))
+    print('figure ', _save_figure(fig, out, image, way, mllm.provenance() | dict(question=question)))
     return 0
