@@ -16,11 +16,11 @@ from fusion_notebooks import fusion
 from fusion_notebooks.contrast import (
     answer_masked,
     answer_with_crops,
-    box_around,
     contrastive_attention,
     crop_box,
     first_pass,
     lowest,
+    propose,
 )
 from fusion_notebooks.demo import stream
 from fusion_notebooks.mllm import MLLM, Sinks, schedule
@@ -111,12 +111,6 @@ def foreseen(mllm, samples, cells):
     return pd.DataFrame(rows)
 
 
-def oracle_box(s):
-    "One and a half times the evidence box, as crop-oracle has it"
-    left, top, right, bottom = s.box
-    return box_around(((left + right) / 2, (top + bottom) / 2), 1.5 * max(right - left, bottom - top), s.image.size)
-
-
 def measured(mllm, n):
     "The pair that boxes name on calibration scenes, under the sinks in force"
     maps, shares = [], []
@@ -143,7 +137,7 @@ def calibrated(mllm, samples, chosen=100):
                 calibrated=crop_box(left, grid, 96),
                 read=crop_box(read, grid, 96),
                 focus=crop_box(read, grid, 96, 'focus'),
-                oracle=oracle_box(s),
+                oracle=propose(mllm, first, by='oracle', box=s.box).box,
             )
             answers = answer_with_crops(mllm, first.trace, [s.image.crop(box) for box in boxes.values()], 6)
             row = {name: int(answer.text == s.answers[0]) for name, (answer, _, _) in zip(boxes, answers)}
