@@ -19,7 +19,7 @@ def samples_of(seconds):
     from fusion_notebooks import demo, study
 
     mllm, some = study.load(str(ROOT / 'data/models/glyph-llava')), demo.samples(16)
-    work = lambda n: study.known_answers_rows(mllm, some[:n], 'gqa', ['from', 'window'], study.SOFT)
+    work = lambda n: study.known_answers_rows(mllm, some[:n], 'gqa', ['from', 'window'])
     work(4)
     start = time.perf_counter()
     work(16)
@@ -30,7 +30,7 @@ BARE = '''
 import sys, time
 from fusion_notebooks import demo, study
 mllm, some = study.load(sys.argv[1]), demo.samples(int(sys.argv[2]))
-work = lambda n: study.known_answers_rows(mllm, some[:n], 'gqa', ['from', 'window'], study.SOFT)
+work = lambda n: study.known_answers_rows(mllm, some[:n], 'gqa', ['from', 'window'])
 work(4); print('ready', flush=True); input()
 start = time.perf_counter(); work(len(some)); work(len(some)); print(time.perf_counter() - start)
 '''

@@ -102,7 +102,7 @@ def add_benchmark():
     def fields(row, part):
         return dict(key=row['n'], image=row['picture'], question=row['words'], answers=[row['right']])
 
-    vqa.BENCHMARKS['toy'] = vqa.Benchmark('gqa', '{question}', fields, ('toy.json',))
+    vqa.BENCHMARKS['toy'] = vqa.Benchmark(metric='gqa', prompt='{question}', fields=fields, files=('toy.json',))
 
 
 def add_analysis():
@@ -222,13 +222,18 @@ def test_an_analysis_and_a_figure_reach_a_study(tmp_path):
     add_analysis()
     notebooks = tmp_path / 'nbs/analyses'
     notebooks.mkdir(parents=True)
-    cell = nbformat.v4.new_code_cell("print('length')")
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), notebooks / 'length.ipynb')
+    cell = nbformat.v4.new_code_cell(
+        "model = 'glyph-llava'\nsettings = 'settings.ini'", metadata=dict(tags=['parameters'])
+    )
+    kernel = dict(kernelspec=dict(name='python3', language='python', display_name='Python 3'))
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), notebooks / 'length.ipynb')
     (tmp_path / 'settings.ini').write_text(
         '[study]\nmodels = glyph-llava\nanalyses = length\n[limits]\ncalibration = 1\nevaluation = 1\n'
     )
     s = study.read_settings(tmp_path / 'settings.ini')
     assert [job.analysis for job in study.jobs(s)] == ['length']
+    given = study.parameters(notebooks / 'length.ipynb', dict(model='glyph-llava'))
+    assert given == dict(model='glyph-llava')  # it would be run with the model that a study gives it
     rows = study.require('length', 'glyph-llava', settings=s)
     assert np.array_equal(rows.length, [len(x.question) for x in study.questions('glyph-llava', s)])
     fig = add_figure(rows)
@@ -275,3 +280,48 @@ def test_rows_of_what_was_added_have_keys_of_their_own(tmp_path):
     catalog.SEMANTICS['halve'] = replace(catalog.SEMANTICS['halve'], write=globals_['nowhere'])
     with pytest.raises(ValueError, match="The source of 'semantic halve' cannot be read"):
         study.units(job, s)
+
+
+def test_a_semantic_of_attention_keeps_its_own_strength_in_a_study(tmp_path, tiny):
+    (tmp_path / 'settings.ini').write_text(
+        '[study]\nmodels = glyph-llava\nanalyses = masking\n[limits]\ncalibration = 1\nevaluation = 1\n'
+    )
+    s = study.read_settings(tmp_path / 'settings.ini')
+    job = study.jobs(s)[0]
+    keys = []
+    for strength in (0.5, 0.25):
+        catalog.SEMANTICS['faint'] = catalog.Semantic('faint', 'attention', 'less', strength=strength)
+        keys.append(study.units(job, s)[0]['added'])
+    assert keys[0].keys() == keys[1].keys() == {'semantic faint'} and keys[0] != keys[1]
+    rows = analyses.masking_rows(tiny, demo.samples(2), lambda: demo.samples(2), 'gqa', ['faint', 'soft'])
+    alone = masking.sweep(tiny, demo.samples(2), 'faint', strength=0.25)
+    here, there, soft = (
+        r[r.how == how].logp.to_numpy() for r, how in ((rows, 'faint'), (alone, 'faint'), (rows, 'soft'))
+    )
+    np.testing.assert_allclose(here, there, rtol=1e-6)
+    assert not np.allclose(here, soft, rtol=1e-6)
+    with pytest.raises(ValueError, match='semantic faint is known to this process only'):
+        study.run(str(tmp_path / 'settings.ini'))
+
+
+def test_a_decorator_with_a_sentence_may_stand_in_a_notebook_of_the_package():
+    "The notebook is run beside its export: the same record a second time changes nothing, another one is refused"
+
+    def corner(view):
+        return (0, 0, 1, 1)
+
+    corner.__module__ = 'fusion_notebooks.contrast.crops_and_masks'
+    contrast.crop_by('nook', 'the corner')(corner)
+    contrast.crop_by('nook', 'the corner')(corner)
+    assert catalog.METHODS['crop-nook'].sentence == 'the corner'
+    with pytest.raises(ValueError, match="'crop-nook' already"):
+        contrast.crop_by('nook', 'another corner')(corner)
+
+
+def test_a_baseline_that_gives_a_crop_must_say_so(tiny):
+    @baselines.method('undeclared', 'a crop without a word')
+    def undeclared(mllm, picture, question):
+        return baselines.propose(mllm, picture, question, 'vicrop-rel')
+
+    with pytest.raises(ValueError, match="The method 'undeclared' gave a crop: register it with crops=True"):
+        baselines.answer(tiny, demo.samples(1)[0].image, 'Which digit is on the purple star?', 'undeclared')

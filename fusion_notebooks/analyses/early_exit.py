@@ -8,7 +8,7 @@ __all__ = ['early_exit_rows']
 # %% ../../nbs/13_analyses/03_early_exit.ipynb #imports
 import pandas as pd
 from ..core.errors import BadInput
-from .records import analysis, score
+from .records import analysis, sample_scores
 
 # %% ../../nbs/13_analyses/03_early_exit.ipynb #recorded
 def _traced(mllm, s):
@@ -43,6 +43,6 @@ def early_exit_rows(
             asked.append(s)
     rows = pd.DataFrame(rows)
     return rows.assign(
-        score=score(rows.prediction, asked, metric),
-        first_score=score(rows['first'], asked, metric),
+        score=sample_scores(rows.prediction, asked, metric),
+        first_score=sample_scores(rows['first'], asked, metric),
     )

@@ -89,6 +89,10 @@ def _plain(name, run):
             got = BaselineAnswer(got)
         if not isinstance(got, (BaselineAnswer, CropProposal)):
             raise BadInput(f"The method '{name}' gave a {type(got).__name__}: an answer, as of mllm.answer, is needed.")
+        if isinstance(got, CropProposal) and not catalog.METHODS[name].crops:
+            raise BadInput(
+                f"The method '{name}' gave a crop: register it with crops=True, so that the crop is answered."
+            )
         return got
 
     return answered
@@ -97,7 +101,7 @@ def _plain(name, run):
 def method(
     name: str,  # a baseline of `core.catalog`, or a new one
     sentence: str = '',  # of a new one: what it does
-    **about,  # further fields of its `core.catalog.Method`
+    **about,  # further fields of its `core.catalog.Method`; crops=True where it gives a `CropProposal`
 ):  # decorator; of a new one the function takes (mllm, picture, question) and gives an answer
     "Make a method known to studies, tables and figures under its name. Raises `BadInput` where the name is taken."
     known = catalog.METHODS.get(name)

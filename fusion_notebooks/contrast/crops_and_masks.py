@@ -22,7 +22,7 @@ class View:
     prompt: Prompt  # of the sample
     maps: np.ndarray  # (n_layers, visual) attention of the last prompt token
     contrast: Contrast  # early, late and their difference
-    candidates: list  # pre-fusion layers
+    candidates: list  # candidate layers: of a study the fusion layers, by default all below the late layer
     base: float  # side of the smallest window, pixels
     rule: str  # how a map becomes a box, see `crop_box`
     box: tuple | None  # evidence box, pixels

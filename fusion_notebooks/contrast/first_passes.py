@@ -18,7 +18,7 @@ class FirstPass:
     "A recorded first pass over one sample: what `refine` can start from"
 
     mllm: MLLM  # the model
-    trace: Trace  # of `masking.trace`
+    trace: Trace  # of `engine.trace`
     max_new_tokens: int = 32  # of the plain answer
 
     @property

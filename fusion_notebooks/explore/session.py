@@ -204,7 +204,7 @@ def mask_cells(
     cells,  # of its grid
     layers=None,  # decoder layers; None for all
     how: str = 'knockout',  # semantic
-    strength: float | None = None,  # λ of soft; default .1
+    strength: float | None = None,  # factor of a semantic that has one, as λ of soft; default: its own
 ) -> Masked:
     "Answer with the tokens of some cells masked at some layers. Raises `BadInput` as `tokens_at` and `hooks.edit` do."
     p, tokens = seen.first_pass.prompt, tokens_at(seen, cells)

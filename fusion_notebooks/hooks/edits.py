@@ -364,7 +364,8 @@ def edit(
     layers,  # decoder layers: None for all, one int, or several
     visual: torch.Tensor,  # (n,) positions of the visual tokens, or a mask; (batch, n) where they differ per sample
     how: str = 'zero',  # a semantic of `core.catalog`: zero, mean, swap, knockout, soft (paper, section 4)
-    strength: float | None = None,  # zero: factor on states (0); soft: factor λ on attention weights (0.1)
+    strength: float
+    | None = None,  # zero: factor on states (0); soft: factor λ on attention weights; default: the record's
     states: torch.Tensor | None = None,  # entering each layer; mean: (n_layers, width), swap: (n_layers, n, width)
     batch=slice(None),  # rows of the batch that are edited: slice or list
     text_from: int | None = None,  # first row counted as text after the image; default: after the last of `visual`

@@ -155,7 +155,7 @@ def sweep(
     scope: str = 'single',  # single, from or window; for edits of attention
     layers=None,  # decoder layers; None for all, for edits of attention those with softmax attention
     exact: str = 'auto',  # auto (the fastest exact path), resume or naive
-    strength: float | None = None,  # λ of soft; default .1
+    strength: float | None = None,  # factor of a semantic that has one, as λ of soft; default: its own
     mean: torch.Tensor | None = None,  # (n_layers, width), from `mean_states`; needed for mean
     donors: list | None = None,  # one sample per sample for swap; default: the next one with another picture
     width: int = 3,  # layers in a window

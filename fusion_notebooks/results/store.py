@@ -57,7 +57,7 @@ def _fits(value, wanted):
 
 # %% ../../nbs/10_results/01_store.ipynb #c012
 class Store:
-    "Result rows in a folder: one Parquet part per unit of work, many units in a pack"
+    "Result rows in a folder: one Parquet part per unit of work, many units in a pack. What claims units and what packs them is added in *Claims* and *Packs*."
 
     def __init__(
         self,

@@ -108,7 +108,7 @@ def choose(
     benchmarks=None,  # likewise; tables of one's own: their paths, hf:ORG/NAME, an `Own`, or a dict of name → table in memory
     analyses=None,  # instead of those in the settings
     limit: int | None = None,  # samples per kind (of a benchmark: in all), and no more to calibrate on
-    code=None,  # instead of that in the settings: files that register methods and metrics of one's own
+    code=None,  # instead of that in the settings: files that register semantics, crops, methods, metrics or analyses of one's own
 ) -> Settings:
     "The settings of a run; with a limit, notebooks and figures get a folder. Raises `BadInput` for unknown names."
     s = read_settings(nearest(settings), quick)
@@ -329,6 +329,8 @@ def _only_here(s):
         by_section = name.startswith('metric ') and (':' in name or name not in used)
         if not by_code and not by_section:
             found.append(name)
+    if not named:  # a semantic that edits attention is a record alone, which no file can be told from
+        found += [f'semantic {one.name}' for one in catalog.own_semantics() if not one.write]
     return found
 
 # %% ../../nbs/13_study/07_runs.ipynb #check_everywhere
@@ -387,7 +389,7 @@ def run(
     figures: bool = True,  # run the notebooks; False: for the tasks of an array, each does what the others leave
     benchmarks=None,  # instead of those in the settings, see `choose`
     limit: int | None = None,  # samples per kind, see `choose`
-    code=None,  # files that register methods and metrics of one's own, see `choose`
+    code=None,  # files that register semantics, crops, methods, metrics or analyses of one's own, see `choose`
 ) -> Report:  # with `.findings` and `.rows(analysis)`
     "The whole study, with a summary per model. Raises `BadInput` for settings, `OSError` where rows cannot be kept."
     s = settings

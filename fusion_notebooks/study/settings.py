@@ -44,7 +44,7 @@ class Settings:
     quick: bool = False  # the quick slice
     compute: bool = True  # False: only rows that are there
     own: tuple = ()  # of `Own`: the tables among the benchmarks
-    code: tuple = ()  # files (relative to settings.ini) or modules that register methods and metrics of one's own
+    code: tuple = ()  # files (relative to settings.ini) or modules that register semantics, crops, methods, metrics or analyses
     own_models: tuple = ()  # of `OwnModel`: the sections [model NAME]
     bare: bool = False  # there is no settings.ini: those that come along count
 

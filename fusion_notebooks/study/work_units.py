@@ -109,11 +109,15 @@ def _source_of(name, function):
 
 # %% ../../nbs/13_study/03_work_units.ipynb #added_code2
 def _added_code(metric):
-    "Hashes of what was registered from outside this package; of the metrics only the one that is used"
-    found = {}
+    "Hashes of what was registered from outside this package, of semantics the record, too; of the metrics only the one that is used"
+    read = {}
     for name, function in catalog.added().items():
         if not name.startswith('metric ') or name == f'metric {metric}':
-            found[name] = hashlib.sha256(_source_of(name, function).encode()).hexdigest()[:8]
+            read[name] = _source_of(name, function)
+    for semantic in catalog.own_semantics():
+        name = f'semantic {semantic.name}'
+        read[name] = read.get(name, '') + repr(replace(semantic, write=None))
+    found = {name: hashlib.sha256(source.encode()).hexdigest()[:8] for name, source in read.items()}
     return dict(added=found) if found else {}
 
 # %% ../../nbs/13_study/03_work_units.ipynb #model_key
