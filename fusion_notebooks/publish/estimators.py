@@ -11,7 +11,7 @@ import pandas as pd
 from ..core.resources import resource
 from .challenges import MODELS, questions_of, score, Submission
 
-# %% ../../nbs/14_publish/06_estimators.ipynb #SEMANTICS
+# %% ../../nbs/14_publish/06_estimators.ipynb #hows
 _HOWS = ('zero', 'swap', 'knockout')  # semantics that are swept
 
 # %% ../../nbs/14_publish/06_estimators.ipynb #kept_rows
