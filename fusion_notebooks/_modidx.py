@@ -3904,6 +3904,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fusion_notebooks/study/workers.py'),
                                                 'fusion_notebooks.study.workers._pinned': ( '13_study/workers.html#_pinned',
                                                                                             'fusion_notebooks/study/workers.py'),
+                                                'fusion_notebooks.study.workers._renew': ( '13_study/workers.html#_renew',
+                                                                                           'fusion_notebooks/study/workers.py'),
                                                 'fusion_notebooks.study.workers._stop_with': ( '13_study/workers.html#_stop_with',
                                                                                                'fusion_notebooks/study/workers.py'),
                                                 'fusion_notebooks.study.workers._submit': ( '13_study/workers.html#_submit',

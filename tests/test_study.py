@@ -2,6 +2,7 @@
 
 import json, shutil, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from conftest import replaced
 from fusion_notebooks import analyses, study
@@ -859,3 +860,16 @@ def test_a_card_needs_rows_and_no_torch(shared, model_folder):
 
     with pytest.raises(ValueError, match='No rows of .* on glyph'):
         study.card(str(model_folder), settings=replace(shared, results=shared.root / 'none'))
+
+
+def test_the_parent_counts_units_that_hang_on_the_calibration(tmp_path, monkeypatch):
+    "Their keys are known only when workers have calibrated: what was listed before would never be there"
+    late, done = (study.Job('refine', model, 'glyph', 'evaluation') for model in 'ab')
+    early = study.Job('masking', 'a', 'glyph', 'evaluation')
+    s = SimpleNamespace(results=tmp_path)
+    there = dict(analysis='refine', samples=['x'], n=1)
+    Store(tmp_path).add(pd.DataFrame(dict(sample=['x'], score=[1.0])), there)
+    monkeypatch.setattr(study.workers, 'units', lambda job, s: [dict(new=job.model)])
+    todo = {late: [dict(old=1)], early: [dict(old=2)], done: [there, dict(old=3)]}
+    study.workers._renew(todo, s)
+    assert todo == {late: [dict(new='a')], early: [dict(old=2)], done: [there, dict(old=3)]}

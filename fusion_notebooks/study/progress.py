@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from ..results.claims import excuse_claims
@@ -63,6 +64,7 @@ def _progress_line(n, left, at_first, seconds):
 def progress_reporter(
     todo: dict,  # job → keys; may change
     s: Settings,  # the study
+    renew: Callable | None = None,  # () → None, called before units are counted: it may change `todo`
 ):  # (job) → None
     "What to call after each unit: one line in a terminal that renews itself, a line every half minute in a log"
     store, start = Store(s.results), time.monotonic()
@@ -74,10 +76,14 @@ def progress_reporter(
         if now - last < (1 if terminal else 30):
             return
         last = now
+        if renew:
+            renew()
         n = sum(len(keys) for keys in todo.values())
-        left = sum(len(store.missing(keys)) for keys in todo.values())
+        missing = {job: len(store.missing(keys)) for job, keys in todo.items()}
+        left = sum(missing.values())
         at_first = left if at_first is None else at_first
         text = _progress_line(n, left, at_first, now - start)
+        job = job or next((one for one, some in missing.items() if some), None)
         if job:
             text = f'{_job_name(job)}: {text}'
         if terminal:

@@ -15,6 +15,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from fastcore.basics import patch
+from functools import partial
 from pathlib import Path
 from unittest import mock
 from ..analyses.records import ANALYSES
@@ -34,12 +35,13 @@ def work(
     s: Settings,  # the study
     wait: bool = True,  # stay until the units that other processes claimed are done, too
     old=None,  # ids of failures to try again; default: all there are
+    tells: bool = True,  # say how far it is
 ):
     "Compute all rows of a study in this process, model after model"
     if old is None:
         old = _failed_before(s)
     todo = {job: units(job, s) for job in jobs(s)}
-    tell = progress_reporter(todo, s)
+    tell = progress_reporter(todo, s) if tells else None
     for last in (False, True) if wait else (False,):
         for job in todo:
             try:
@@ -57,12 +59,12 @@ def _stop_with(parent):
 
 # %% ../../nbs/13_study/05_workers.ipynb #worker
 def _worker(s, parent, old):
-    "One local worker: it ends with its parent, and finishes its unit when asked to stop"
+    "One local worker: it ends with its parent, who says how far all are, and finishes its unit when asked to stop"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent passes it on
     threading.Thread(target=_stop_with, args=(parent,), daemon=True).start()
     try:
         with finish_unit_on_signal([signal.SIGTERM]):
-            work(s, old=old)
+            work(s, old=old, tells=False)
     except KeyboardInterrupt:
         pass
     except OSError as e:
@@ -140,6 +142,14 @@ def stop(self: _Workers):
     for p in self.alive.values():
         p.join()
 
+# %% ../../nbs/13_study/05_workers.ipynb #renew
+def _renew(todo, s):
+    "Keys of jobs that hang on the calibration, which workers compute: as long as nothing of a job is there they may change"
+    store = Store(s.results)
+    for job, keys in todo.items():
+        if ANALYSES[job.analysis].calibrated and len(store.missing(keys)) == len(keys):
+            todo[job] = units(job, s)
+
 # %% ../../nbs/13_study/05_workers.ipynb #on_workers
 def on_workers(
     s: Settings,  # the study
@@ -147,7 +157,8 @@ def on_workers(
 ):
     "Compute a study in local processes, each on its own graphics card. Raises `OSError` where they cannot go on."
     workers = _Workers(s, n, _gpus(), _failed_before(s))
-    tell = progress_reporter({job: units(job, s) for job in jobs(s)}, s)
+    todo = {job: units(job, s) for job in jobs(s)}
+    tell = progress_reporter(todo, s, partial(_renew, todo, s))
     try:
         for i in range(n):
             workers.start(i)
