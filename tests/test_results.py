@@ -186,10 +186,10 @@ def test_a_process_that_was_asked_to_stop_has_not_died_over_its_unit(tmp_path):
     code = """
 import sys
 from fusion_notebooks.results import Store
-from fusion_notebooks.results.claims import excuse_claims
+from fusion_notebooks.results.claims import mark_stopped
 with Store(sys.argv[1]).claim(dict(a=1)) as died:
     if sys.argv[2] == 'asked':
-        excuse_claims()
+        mark_stopped()
     print(died, flush=True)
     sys.stdin.read()
 """

@@ -33,7 +33,7 @@ def _completed(
     sums,  # (steps,) the effect of the layer as the gradient at each step has it
     exact,  # the effect of the layer
 ):  # (steps,) weights of sum 1, none negative
-    "The weights nearest to those of the rule with which the integral comes to the exact effect, as far as they can"
+    "The weights nearest to those of the rule for which the integral equals the exact effect, or comes close"
     spread = sums - sums.mean()
     if not spread @ spread > 0:
         return weights

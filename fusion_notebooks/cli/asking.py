@@ -58,7 +58,7 @@ def _ask_figure(r, image, question, grid, read=None):
 
 # %% ../../nbs/16_cli/04_asking.ipynb #save_figure
 def _save_figure(fig, out, image, way, about):
-    "Save the figure as `out`, without one under data/runs/ask with the names of picture and way, with what it is about; returns its path"
+    "Save the figure with its provenance as `out`, by default data/runs/ask/PICTURE-WAY.png; returns its path"
     from fusion_notebooks import plots
 
     file = Path(out or f'data/runs/ask/{Path(image).stem}-{way.name}.png')
@@ -116,7 +116,7 @@ def _ways():
 
 # %% ../../nbs/16_cli/04_asking.ipynb #way
 def _way(name, n_pictures=1):
-    "The record of a way to refine, among those of the package and of the settings here; where none is named crop, of several pictures mask"
+    "The `Method` of a name, of the package or the settings here; default: crop, for several pictures mask"
     name = name or ('crop' if n_pictures == 1 else 'mask')
     if name not in _ways():
         from fusion_notebooks import study

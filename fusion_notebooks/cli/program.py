@@ -78,7 +78,7 @@ def _mendable(e):
 
 # %% ../../nbs/16_cli/00_program.ipynb #in_one_line
 def _in_one_line(e):
-    "What an error says, in one line of a bearable length, without what would steer a terminal"
+    "An error message in one line of limited length, without terminal control characters"
     said = ' '.join(str(e).split())
     said = ''.join(c if c.isprintable() else '?' for c in said)
     return said if len(said) < 500 else f'{said[:300]} … {said[-150:]}'
@@ -86,7 +86,7 @@ def _in_one_line(e):
 # %% ../../nbs/16_cli/00_program.ipynb #written
 @contextmanager
 def _written():
-    "What was printed within has reached its reader at the end, or that is an `OSError` here and not after it"
+    "Flush stdout at the end of the block, so that a failed write raises `OSError` here and not later"
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')  # a terminal may know few characters
     try:

@@ -331,7 +331,7 @@ def write_card(
     folder: Path,  # the model's folder
     name: str,  # of the demo model
     recipe: Recipe,  # how it was trained
-    hours: dict,  # stage → seconds of training
+    spent: dict,  # stage → seconds of training
     hardware: str,  # generic
     scores: dict,  # from `evaluate`
     depth: dict,  # from `reading_depth`
@@ -346,7 +346,7 @@ def write_card(
         name=name,
         story=_story(name, recipe, len(depth['zero'])),
         notes=notes,
-        time=', '.join(f'{stage} {seconds / 60:.0f} min' for stage, seconds in hours.items()),
+        time=', '.join(f'{stage} {seconds / 60:.0f} min' for stage, seconds in spent.items()),
         hardware=hardware,
         recipe=asdict(recipe),
         answers=_answer_table(scores),

@@ -237,7 +237,7 @@ def _draw_part(self: Trainer, rng, mean):
 # %% ../../nbs/11_demo/09_stages.ipynb #copy
 @patch
 def copy(self: Trainer) -> None:
-    "The tower learns to say what the base's tower says, all but the place, on whole views and parts of them"
+    "The tower learns to match the base's features minus their mean per position, on views and parts of them"
     mean = self._base_mean()
 
     def loss(step):

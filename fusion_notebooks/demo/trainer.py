@@ -110,7 +110,7 @@ def draw_sinks(
 # %% ../../nbs/11_demo/07_trainer.ipynb #cast
 @patch
 def cast(self: Trainer) -> torch.autocast:
-    "bfloat16 where a CPU has it: emulated, it is thirty times slower; on a GPU, starting the kernels takes the time"
+    "bfloat16 on CPUs that support it: emulated, it is thirty times slower; on a GPU, kernel launches dominate"
     fast = self.device == 'cpu' and 'AVX512' in torch.backends.cpu.get_cpu_capability()
     return torch.autocast(self.device, torch.bfloat16, enabled=fast)
 

@@ -55,7 +55,7 @@ def _picture(ax, image, title='', box=None, chosen=None, ratio=None):
 
 # %% ../../nbs/12_plots/02_maps.ipynb #glass
 def _glass(name, weight, start=0.0):
-    "A colour map that lets the picture through where there is nothing to say; weight (256,) → opacity, 0…1"
+    "A colour map that is transparent where the map is near zero; weight (256,) → opacity, 0…1"
     colours = plt.get_cmap(name)(np.linspace(start, 1, 256))[:, :3]
     opacity = 0.1 + 0.75 * weight(np.linspace(0, 1, 256))
     return ListedColormap(np.c_[colours, opacity], name=f'{name}-glass')

@@ -145,7 +145,7 @@ def refine(
 
 # %% ../../nbs/12_plots/03_outcomes.ipynb #front
 def _front(order, score):
-    "Of methods by cost, those that beat all cheaper ones; no one has the oracle's boxes"
+    "The Pareto front of methods, in order of cost, without those of the oracle"
     front, best = [], -np.inf
     for method in order:
         if 'oracle' not in method and score[method] > best:

@@ -108,7 +108,7 @@ def head_entries(
 def sink_entries(
     maps: np.ndarray,  # (questions, layers, visual) attention of the last prompt token, not all of it 0
 ) -> dict:  # method → (visual,) map
-    "Where attention is drawn whatever is asked: its mean, the tokens bright in most pictures, those bright through the depth"
+    "Maps of sinks: mean attention, the tokens bright in most pictures, those bright at most layers"
     from fusion_notebooks import fusion
 
     bright = np.zeros(maps.shape[-1])

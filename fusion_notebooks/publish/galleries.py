@@ -269,7 +269,7 @@ _BODY = """<h1>{title}</h1>
 <p>Boxes are layers at which vision meets language, a line per way to take the picture away;
 <i style="background:#e76f51"></i> red ones are a second look, yellow ground is planted. The line above them is the
 share of right answers with the picture zeroed at that layer, dashed with its attention knocked out. Layers are 0-based.
-Intervals are 95 %; * p (Holm) below 0.05; cost is in FLOPs, those of the plain answer times as many.
+Intervals are 95 %; * p (Holm) below 0.05; cost is in FLOPs, relative to the plain answer.
 Numbers of different benchmarks, samples or metrics do not compare.</p>
 <p>{controls}</p>
 <div class="wide"><table><thead><tr>{head}</tr></thead><tbody>

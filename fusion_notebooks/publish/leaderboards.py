@@ -74,7 +74,7 @@ def _score_row(row, source):
 _LEADERBOARD = """<h1>{title}</h1>
 <p>In a planted model it is known by construction which layers and heads read the picture, and which visual tokens draw
 attention and show nothing (its sinks). Each row is what a method named in one of them. Layers and heads: precision is
-the share of what was named that reads the picture, recall the share of the layers that do which was found. Maps, against
+the share of what was named that reads the picture, recall the share of the reading layers that was found. Maps, against
 the evidence of every question, and sinks: pointing game, mass, AUROC; chance is the mass of a map that knows nothing.
 All in percent, maps with 95 % intervals over questions; n is how many things were named, or how many maps. A method that
 names nothing has no precision.</p>

@@ -61,7 +61,7 @@ SHOW_PICTURES = ('attention-maps', 'refine-examples', 'causal-map', 'causal-toke
 def known_names(
     s: Settings,  # the study
 ) -> set:
-    "What the package itself calls things: a user or a host of the same name is not meant by it"
+    "Names that the package uses: they are kept even where a user or host has the same name"
     names = {find_model(m, s)[1] for m in s.models} | {*known_benchmarks(), *catalog.SEMANTICS, *catalog.METHODS}
     return names | {*ANALYSES, 'calibration', 'evaluation'}
 

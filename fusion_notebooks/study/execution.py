@@ -35,7 +35,7 @@ def _is_json(value):
 
 # %% ../../nbs/13_study/06_execution.ipynb #unformatted
 def _unformatted(path):
-    "A path as papermill takes it, which fills in what stands in braces"
+    "A path with its braces doubled, as papermill formats paths"
     return str(path).replace('{', '{{').replace('}', '}}')
 
 # %% ../../nbs/13_study/06_execution.ipynb #parameters
@@ -189,7 +189,7 @@ def execute(
     record = out.with_suffix('.json')
     out.parent.mkdir(parents=True, exist_ok=True)
     for old in (record, s.figures / name / 'summary.csv'):
-        old.unlink(missing_ok=True)  # who dies from here on leaves nothing that looks finished
+        old.unlink(missing_ok=True)  # a run killed after this leaves nothing that looks done
     with patch.dict(os.environ, _environment(where, s)):
         _run_notebook(
             pm.execute_notebook,

@@ -47,7 +47,7 @@ def own_files(
 
 # %% ../../nbs/13_study/00_own_code.ipynb #own_text
 def _own_text(file):
-    "All that a file's functions may hang on beside what is installed, as one text"
+    "All that a file's functions may depend on apart from installed packages, as one text"
     return '\0'.join(f.read_text() for f in own_files(file))
 
 # %% ../../nbs/13_study/00_own_code.ipynb #forget

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from ..results.claims import excuse_claims
+from ..results.claims import mark_stopped
 from ..results.store import Store
 from .settings import Settings
 
@@ -27,7 +27,7 @@ def _asked_to_stop(number, frame):
     if STOP.is_set():
         raise KeyboardInterrupt
     STOP.set()
-    excuse_claims()
+    mark_stopped()
     print('\nThe unit in hand is being finished; a second signal aborts.', file=sys.stderr, flush=True)
 
 # %% ../../nbs/13_study/02_progress.ipynb #finish_unit_on_signal

@@ -329,7 +329,7 @@ def _only_here(s):
         by_section = name.startswith('metric ') and (':' in name or name not in used)
         if not by_code and not by_section:
             found.append(name)
-    if not named:  # a semantic that edits attention is a record alone, which no file can be told from
+    if not named:  # a semantic that edits attention is only a record, so its file is not known
         found += [f'semantic {one.name}' for one in catalog.own_semantics() if not one.write]
     return found
 

@@ -99,7 +99,7 @@ def jobs(
 
 # %% ../../nbs/13_study/03_work_units.ipynb #added_code
 def _source_of(name, function):
-    "The source that a registered function hangs on: all of its file and of what that imports from beside it, where a study names it. Raises `BadInput`"
+    "The source that a registered function depends on: its file and the files beside it that it imports, where a study names it. Raises `BadInput`"
     try:
         return own_source(sys.modules.get(function.__module__)) or inspect.getsource(function)
     except (OSError, TypeError):
@@ -209,7 +209,7 @@ def _array_task():
 
 # %% ../../nbs/13_study/03_work_units.ipynb #turned
 def _turned(todo):
-    "The same keys from another one on: nodes without common locks begin at different ends"
+    "The keys rotated by task number: nodes without shared locks start at different keys"
     turn = _array_task() * 7919 % len(todo)
     return todo[turn:] + todo[:turn]
 
@@ -222,7 +222,7 @@ def _is_open(store, key, old):
 def _do_unit(job, s, store, key, died):
     "Compute a claimed unit, and keep its rows or why there are none"
     if died > 2:
-        text = f'{died} processes died over this unit: a crash, want of memory, or kills from outside without notice.'
+        text = f'{died} processes died over this unit: a crash, too little memory, or kills from outside.'
         rows, wrong = None, RuntimeError(text)
     else:
         rows, wrong = attempt(compute, job, s, key)

@@ -144,7 +144,7 @@ def stop(self: _Workers):
 
 # %% ../../nbs/13_study/05_workers.ipynb #renew
 def _renew(todo, s):
-    "Keys of jobs that hang on the calibration, which workers compute: as long as nothing of a job is there they may change"
+    "Renew the keys of jobs that depend on the calibration: they may change until the first rows of a job are there"
     store = Store(s.results)
     for job, keys in todo.items():
         if ANALYSES[job.analysis].calibrated and len(store.missing(keys)) == len(keys):

@@ -52,7 +52,7 @@ def _own(r, part):
     )
 
 # %% ../../nbs/08_vqa/01_own_tables.ipynb #renamed
-COLUMNS = ('image', 'question', 'answers', 'box', 'kind', 'id')  # of a table of one's own; the last three may lack
+COLUMNS = ('image', 'question', 'answers', 'box', 'kind', 'id')  # of a table of one's own; the last three are optional
 
 
 def _renamed(columns, r, part):

@@ -55,7 +55,7 @@ def _check_answers(b, f, where):
 
 # %% ../../nbs/08_vqa/03_samples.ipynb #check_characters
 def _check_characters(f, where):
-    "Raise `BadInput` for halves of characters, which neither a file nor a tokenizer takes"
+    "Raise `BadInput` for lone surrogates, which neither a file nor a tokenizer takes"
     words = [f[k] for k in ('key', 'picture', 'question', 'kind', 'group', 'hint')]
     if re.search('[\ud800-\udfff]', ' '.join(map(str, [*words, *f['answers'], *f['options']]))):
         raise BadInput(f'{where}: it holds half a character (a lone surrogate): save the file as UTF-8.')
