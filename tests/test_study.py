@@ -178,7 +178,6 @@ def test_the_key_holds_what_is_asked(shared, model_folder):
         'transformers',
         'torch',
         'hows',
-        'strength',
         'seed',
         'metric',
         'settings',

@@ -247,9 +247,9 @@ def test_attention_edits(double, how, scope):
     def change(s):
         for k in some.tolist():
             if mllm.cross:
-                s[..., k] = torch.finfo(s.dtype).min if how == 'knockout' else s[..., k] + math.log(0.1)
+                s[..., k] = torch.finfo(s.dtype).min if how == 'knockout' else s[..., k] + math.log(0.05)
             else:
-                s[..., start:, k] = -torch.inf if how == 'knockout' else s[..., start:, k] + math.log(0.1)
+                s[..., start:, k] = -torch.inf if how == 'knockout' else s[..., start:, k] + math.log(0.05)
         if mllm.cross and how == 'knockout' and len(some) == s.shape[-1]:
             return slice(None)
 
