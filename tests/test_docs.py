@@ -454,3 +454,14 @@ def test_the_readme_counts_what_the_tables_say():
     assert f'`crop` gains {100 * crop.value["all"]:.1f} points, {100 * crop.value["fine"]:.0f} on small details' in said
     focus = planted[(planted.finding == 'crop-focus − base') & (planted.kind == 'all')].iloc[0]
     assert focus.low < 0 < focus.high and crop.low['all'] > 0 and crop.n['all'] == 2000
+
+
+def test_the_readme_shows_the_findings_as_they_are_now():
+    "Its outputs are saved with the notebook, so that new figures alone would leave old numbers in it"
+    rows = pd.read_csv(ROOT / 'figures/glyph-llava/summary.csv').query('analysis == "refine"')
+    said = (ROOT / 'README.md').read_text()
+    shown = re.findall(r'^ +([a-z-]+) +([+-]\d+\.\d) \[([+-]\d+\.\d), ([+-]\d+\.\d)\]', said, re.M)
+    assert len(shown) >= 8
+    for method, *numbers in shown:
+        found = rows[(rows.finding == f'{method} − base') & (rows.kind == 'all')].iloc[0]
+        assert numbers == [f'{100 * x:+.1f}' for x in (found.value, found.low, found.high)], method
