@@ -137,7 +137,7 @@ def refine(
     for ax, (kind, rows) in zip(axes[0], panels):
         _draw_methods(ax, methods, rows, kind)
     fig.supxlabel(
-        'accuracy (%), bar: 95 % interval of the paired difference to the base; grey: no difference found; hollow: a control',
+        'accuracy (%), bar: 95 % interval of the paired difference to the base; grey: it holds 0; hollow: a control',
         fontsize=SMALL,
     )
     fig.suptitle(_text(f'{_model(table)}answers refined', 28 * len(panels) + 30), fontsize=LARGE)
