@@ -211,7 +211,7 @@ def _gains(ax, found):
         ax.plot(100 * r.value, y, 'o', mec=colour, mfc=inner, ms=5, zorder=3)
     ax.axvline(0, color=FAMILIES['base'], ls=':', lw=1.4)
     ax.set(yticks=range(len(rows)), yticklabels=[f.split(' ')[0] for f in rows.finding], ylim=(len(rows) - 0.5, -0.5))
-    ax.set_xlabel('points, 95 % interval of the paired difference; grey: it holds 0', fontsize=SMALL)
+    ax.set_xlabel('points, 95 % interval; grey: it holds 0', fontsize=SMALL)
     ax.set_title(
         'refined answers against the base' + (f' (n = {int(rows.n.max()):,})' if len(rows) else ''),
         fontsize=LARGE - 0.5,
