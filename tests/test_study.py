@@ -7,7 +7,7 @@ import numpy as np, pandas as pd, pytest
 from conftest import replaced
 from fusion_notebooks import analyses, study
 from fusion_notebooks.core import catalog
-from fusion_notebooks.core.errors import NotSupported
+from fusion_notebooks.core.errors import BadInput, NotSupported
 from fusion_notebooks.results import Store
 
 ROOT = Path(__file__).parents[1]
@@ -872,3 +872,10 @@ def test_the_parent_counts_units_that_hang_on_the_calibration(tmp_path, monkeypa
     todo = {late: [dict(old=1)], early: [dict(old=2)], done: [there, dict(old=3)]}
     study.workers._renew(todo, s)
     assert todo == {late: [dict(new='a')], early: [dict(old=2)], done: [there, dict(old=3)]}
+
+    def refused(job, s):
+        raise BadInput('nothing can be found')
+
+    monkeypatch.setattr(study.workers, 'units', refused)
+    study.workers._renew(todo, s)  # the workers say why; the parent goes on
+    assert todo[late] == [dict(new='a')]

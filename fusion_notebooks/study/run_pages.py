@@ -28,7 +28,7 @@ def _link(
 # %% ../../nbs/13_study/02_run_pages.ipynb #figure
 LEADING = dict(  # figures that stand open, and what to see in them
     masking='Answers when the picture is taken away at each layer: where a curve falls, the picture is still needed.',
-    refine='Answers of each method: right of the dotted line is better than the plain answer; grey does not differ.',
+    refine='Answers of each method: right of the dotted line is better than the plain answer; grey: its interval holds 0.',
 )
 
 # %% ../../nbs/13_study/02_run_pages.ipynb #figure_shown

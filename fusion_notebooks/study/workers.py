@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fastcore.basics import patch
 from functools import partial
@@ -148,7 +149,8 @@ def _renew(todo, s):
     store = Store(s.results)
     for job, keys in todo.items():
         if ANALYSES[job.analysis].calibrated and len(store.missing(keys)) == len(keys):
-            todo[job] = units(job, s)
+            with suppress(ValueError):  # no layers can be found, which the workers record; all else goes on
+                todo[job] = units(job, s)
 
 # %% ../../nbs/13_study/05_workers.ipynb #on_workers
 def on_workers(
