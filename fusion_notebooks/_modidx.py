@@ -1675,6 +1675,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                   'fusion_notebooks/engine/shared_attention.py'),
                                                           'fusion_notebooks.engine.shared_attention._over_prefixes': ( '04_engine/shared_attention.html#_over_prefixes',
                                                                                                                        'fusion_notebooks/engine/shared_attention.py'),
+                                                          'fusion_notebooks.engine.shared_attention._over_run': ( '04_engine/shared_attention.html#_over_run',
+                                                                                                                  'fusion_notebooks/engine/shared_attention.py'),
                                                           'fusion_notebooks.engine.shared_attention._over_shared': ( '04_engine/shared_attention.html#_over_shared',
                                                                                                                      'fusion_notebooks/engine/shared_attention.py'),
                                                           'fusion_notebooks.engine.shared_attention._readers': ( '04_engine/shared_attention.html#_readers',

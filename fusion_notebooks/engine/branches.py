@@ -152,10 +152,12 @@ def _bias_of(rows, j, heads):
     "(rows, 1 or heads) what each row adds to its logits of the picture at layer j; None where none adds anything"
     if not any(j in row.bias for row in rows):
         return None
-    width = heads if any(row.heads is not None for row in rows) else 1
-    bias = torch.zeros(len(rows), width)
+    if all(row.heads is None for row in rows):
+        return torch.tensor([[row.bias.get(j, 0.0)] for row in rows])
+    bias = torch.zeros(len(rows), heads)
     for k, row in enumerate(rows):
-        bias[k, slice(None) if row.heads is None else row.heads] = row.bias.get(j, 0.0)
+        if j in row.bias:
+            bias[k, slice(None) if row.heads is None else row.heads] = row.bias[j]
     return bias
 
 # %% ../../nbs/04_engine/02_branches.ipynb #BranchedBatch

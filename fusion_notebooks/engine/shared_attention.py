@@ -170,26 +170,33 @@ def _over_own(query, q, key, value, causal, mask, scaling):
         return out.reshape(*q.shape[:3], -1), weight.reshape(q.shape[:3])
     return attend(q, key, value, mask, causal, scaling)
 
-# %% ../../nbs/04_engine/01_shared_attention.ipynb #over_prefixes
-def _over_prefixes(q, shared, first, end, mask, scaling):
-    "Attention of the rows to some keys of the prefixes that they read, and its log-sum-exp"
-    attention, weight = [], []
-    for run in shared.runs:
-        closed = None if mask is None else run.in_line(mask[..., first:end])
-        keys, values = run.keys[:, :, first:end], run.values[:, :, first:end]
-        out, logsumexp = attend(run.in_line(q), keys, values, closed, scaling=scaling)
-        attention.append(run.apart(out))
-        weight.append(run.apart(logsumexp))
-    if shared.order is None:
-        return attention[0], weight[0]
-    return torch.cat(attention)[shared.order], torch.cat(weight)[shared.order]
-
 # %% ../../nbs/04_engine/01_shared_attention.ipynb #for_queries
-def _for_queries(bias, weight, groups):
-    "A bias (rows, 1 or heads) as it is added to the log-sum-exp (rows, key heads, groups · T) of queries"
+def _for_queries(bias, groups, n):
+    "A bias (rows, 1 or heads) as it is added to the log-sum-exp (rows, 1 or key heads, groups · n) of n queries per head"
     if bias.shape[1] == 1:
-        return bias[..., None]
-    return bias.unflatten(1, (-1, groups)).repeat_interleave(weight.shape[2] // groups, 2)
+        return bias[..., None].expand(-1, -1, groups * n)
+    return bias.unflatten(1, (-1, groups)).repeat_interleave(n, 2)
+
+# %% ../../nbs/04_engine/01_shared_attention.ipynb #over_run
+def _over_run(run, pieces, q, groups, mask, scaling):
+    "Attention of the rows that read a run to its prefixes, piece by piece, and its log-sum-exp; in the order of its rows"
+    asked = run.in_line(q)
+    found = None
+    for first, end, bias in pieces:
+        closed = None if mask is None else run.in_line(mask[..., first:end])
+        out, weight = attend(asked, run.keys[:, :, first:end], run.values[:, :, first:end], closed, scaling=scaling)
+        if bias is not None:
+            weight = weight + run.in_line(_for_queries(bias, groups, q.shape[2] // groups))
+        found = merge(found, (out, weight)) if found else (out, weight)
+    return [run.apart(x) for x in found]
+
+# %% ../../nbs/04_engine/01_shared_attention.ipynb #over_prefixes
+def _over_prefixes(shared, q, groups, mask, scaling):
+    "Attention of the rows to the prefixes that they read, and its log-sum-exp"
+    runs = [_over_run(run, shared.pieces, q, groups, mask, scaling) for run in shared.runs]
+    if shared.order is None:
+        return runs[0]
+    return [torch.cat(parts)[shared.order] for parts in zip(*runs)]
 
 # %% ../../nbs/04_engine/01_shared_attention.ipynb #over_stems
 def _over_shared(module, query, key, value, mask, scaling=None, **kw):
@@ -197,12 +204,10 @@ def _over_shared(module, query, key, value, mask, scaling=None, **kw):
     shared = getattr(key, 'shared', None)
     if shared is None:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kw)
+    groups = query.shape[1] // key.shape[1]
     q = query.reshape(len(key), key.shape[1], -1, query.shape[-1])  # (rows, key heads, groups · T, width)
     causal, closed_own, closed_over = _halves(mask, query, key, shared.length)
-    merged = _over_own(query, q, key, value, causal, closed_own, scaling)
-    for first, end, bias in shared.pieces:
-        out, weight = _over_prefixes(q, shared, first, end, closed_over, scaling)
-        if bias is not None:
-            weight = weight + _for_queries(bias, weight, query.shape[1] // key.shape[1])
-        merged = merge(merged, (out, weight))
-    return merged[0].reshape(*query.shape[:3], -1).transpose(1, 2).contiguous(), None
+    own = _over_own(query, q, key, value, causal, closed_own, scaling)
+    read = _over_prefixes(shared, q, groups, closed_over, scaling)
+    out, _ = merge(own, read)
+    return out.reshape(*query.shape[:3], -1).transpose(1, 2).contiguous(), None
