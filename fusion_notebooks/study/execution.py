@@ -43,10 +43,14 @@ def parameters(
     nb: Path,  # the notebook
     given: dict,  # name → value
 ) -> dict:  # the same
-    "Check what a notebook is given. Raises `BadInput` for names that it does not list and values that are not JSON."
+    "Check what a notebook is given. Raises `BadInput` for unlisted names, values that are not JSON, files that are no notebook."
     import papermill as pm
 
-    known = pm.inspect_notebook(_unformatted(nb))
+    try:
+        known = pm.inspect_notebook(_unformatted(nb))
+    except ValueError as e:  # no JSON, no kernel
+        mend = 'open it in JupyterLab, choose a Python kernel and save it'
+        raise BadInput(f'{nb.name} cannot be run as a notebook ({str(e).rstrip(".")}): {mend}.') from e
     if not known:
         mend = "tag its first code cell 'parameters'"
         raise BadInput(f"{nb.name} has no cell tagged 'parameters', so it would ignore the model it is given: {mend}.")
@@ -58,12 +62,20 @@ def parameters(
             raise BadInput(f'{nb.name}: {what}, which JSON cannot hold: give text, numbers, lists or dicts of them.')
     return given
 
+# %% ../../nbs/13_study/06_execution.ipynb #cells
+def _cells(nb):
+    "The cells of a notebook. Raises `BadInput` for a file that is none"
+    try:
+        return json.loads(nb.read_text())['cells']
+    except (ValueError, KeyError, TypeError) as e:
+        raise BadInput(f'{nb} is not a notebook, though its name says so: mend or remove it.') from e
+
 # %% ../../nbs/13_study/06_execution.ipynb #takes_all_models
 def takes_all_models(
     nb: Path,  # a notebook
 ) -> bool:  # True where its parameter is `models`, not `model`
     "Is a notebook about all models of a study?"
-    for cell in json.loads(nb.read_text())['cells']:
+    for cell in _cells(nb):
         is_tagged = 'parameters' in cell['metadata'].get('tags', ())
         if is_tagged and re.search(r'^models *=', ''.join(cell['source']), re.M):
             return True
@@ -72,7 +84,7 @@ def takes_all_models(
 # %% ../../nbs/13_study/06_execution.ipynb #inputs
 def _inputs(nb, where, s, analysis):
     "A hash of what goes into a notebook: its cells, the model, its rows, the settings, the package and its libraries"
-    cells = [c['source'] for c in json.loads(nb.read_text())['cells']]
+    cells = [c['source'] for c in _cells(nb)]
     about_all = isinstance(where, list)
     mine = jobs(s) if about_all else jobs(replace(s, models=(where,), analyses=(analysis,)))
     rows = [digest(k) for job in mine for k in units(job, s)]

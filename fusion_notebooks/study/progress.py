@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,12 +54,32 @@ def _job_name(job):
     model = Path(job.model).name if Path(job.model).is_absolute() else job.model
     return f'{model} · {job.analysis}, {job.split}'
 
-# %% ../../nbs/13_study/02_progress.ipynb #progress_line
-def _progress_line(n, left, at_first, seconds):
-    "How far it is: n units, of which some are left now and some were left when it began"
-    rate = (at_first - left) / (seconds + 1e-9)
-    time_left = f', about {left / rate / 60:.0f} min left' if rate else ''
-    return f'{n - left} of {n} units{time_left}'
+# %% ../../nbs/13_study/02_progress.ipynb #Pace
+class _Pace:
+    "Seconds per unit of each analysis: units of one take ten times as long as those of another"
+
+    def __init__(self):
+        self.seconds, self.done = Counter(), Counter()  # analysis → seconds, units that they went into
+        self.missing, self.since = None, None  # as of the last count; when units were last seen to be finished
+
+    def count(self, missing, now):
+        "Take in how many units are missing, analysis → number, and the time in seconds"
+        finished = Counter() if self.missing is None else self.missing - missing
+        for analysis, number in finished.items():
+            self.seconds[analysis] += (now - self.since) * number / finished.total()
+            self.done[analysis] += number
+        if finished or self.missing is None:
+            self.since = now
+        self.missing = missing
+
+    def time_left(self):
+        "What the missing units will take, in words; empty where too little is known"
+        todo = {analysis: number for analysis, number in self.missing.items() if number}
+        known = [analysis for analysis in todo if self.done[analysis]]
+        minutes = sum(todo[name] * self.seconds[name] / self.done[name] for name in known) / 60
+        if known and len(known) == len(todo):
+            return f'about {minutes:.0f} min left'
+        return f'more than {minutes:.0f} min left' if minutes >= 1 else ''
 
 # %% ../../nbs/13_study/02_progress.ipynb #progress_reporter
 def progress_reporter(
@@ -67,22 +88,23 @@ def progress_reporter(
     renew: Callable | None = None,  # () → None, called before units are counted: it may change `todo`
 ):  # (job) → None
     "What to call after each unit: one line in a terminal that renews itself, a line every half minute in a log"
-    store, start = Store(s.results), time.monotonic()
-    last, at_first = -math.inf, None
+    store, pace, last = Store(s.results), _Pace(), -math.inf
 
     def tell(job=None):
-        nonlocal last, at_first
+        nonlocal last
         now, terminal = time.monotonic(), sys.stderr.isatty()
         if now - last < (1 if terminal else 30):
             return
         last = now
         if renew:
             renew()
-        n = sum(len(keys) for keys in todo.values())
         missing = {job: len(store.missing(keys)) for job, keys in todo.items()}
-        left = sum(missing.values())
-        at_first = left if at_first is None else at_first
-        text = _progress_line(n, left, at_first, now - start)
+        by_analysis = Counter()
+        for one, number in missing.items():
+            by_analysis[one.analysis] += number
+        pace.count(by_analysis, now)
+        n, left = sum(len(keys) for keys in todo.values()), by_analysis.total()
+        text = ', '.join(filter(None, [f'{n - left} of {n} units', pace.time_left()]))
         job = job or next((one for one, some in missing.items() if some), None)
         if job:
             text = f'{_job_name(job)}: {text}'
