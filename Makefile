@@ -3,7 +3,8 @@
 # make bench  what things cost here, against naive: a quarter of an hour on two free cores
 # make docs   the site, in docs/_build/html/index.html
 # make test-browser   headless Chromium (the system's, or that of `playwright install chromium`): the explorer in JupyterLab and Notebook 7, every page of the site
-.PHONY: demo test study lab docs readme bench test-browser
+# make test-faults   kills, full disks and hostile input, with what was counted: seven minutes
+.PHONY: demo test study lab docs readme bench test-browser test-faults
 .DELETE_ON_ERROR:
 
 SHELL := bash
@@ -21,6 +22,9 @@ test: .venv/installed
 	$(BIN)/ruff check --quiet fusion_notebooks tests benchmarks docs
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-faults: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o addopts= -q -m faults -n 2 --dist loadfile -rP
 
 bench: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py
