@@ -38,6 +38,8 @@ def rows(mllm, samples, seed, **_):
     with open(os.environ['FAKE_LOG'], 'a') as f:
         f.write(f'{samples[0].id} {os.getpid()}\n')
     time.sleep(get('SECONDS', 0.05))
+    if hit('ABORT', samples):
+        os.abort()
     if hit('KILL', samples):
         os.kill(os.getpid(), signal.SIGKILL)
     if hit('KILL_ONCE', samples):

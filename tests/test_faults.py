@@ -146,8 +146,8 @@ def write(seed):
     store, rng = Store(folder), random.Random(seed)
     while True:                                                   # again and again: also over parts that are there
         for i in rng.sample(range(60), 60):
-            with store.claim(keys[i]) as died:
-                if died is not None: store.add(rows(i), keys[i])
+            with store.claim(keys[i]) as deaths:
+                if deaths is not None: store.add(rows(i), keys[i])
         if seed % 3 == 0: store.compact()
 def child(seed):
     if pid := os.fork(): return pid
@@ -460,12 +460,15 @@ def test_a_cluster_loses_a_worker(tmp_path, want):
 # workers and models
 
 
-def test_a_worker_that_always_dies(fake, want):
-    code, out, err = fake.rows('--workers', 2, FAKE_KILL='evaluation-9')
-    assert code == 1 and err.count('another one takes over') == 3
-    one_line(err, 'FAILED model · early_exit, evaluation: 1 of 6 units', '3 processes died over this unit')
+@pytest.mark.parametrize('how, times', [('ABORT', 3), ('KILL', 10)])
+def test_a_worker_that_always_dies(fake, want, how, times):
+    "A crash is the unit's own doing; a kill may come from outside, so it takes more of them to give the unit up"
+    code, out, err = fake.rows('--workers', 2, **{f'FAKE_{how}': 'evaluation-9'})
+    died = err.count('another one takes over')
+    assert code == 1 and times <= died <= times + 1  # the other worker may begin before a crash is recorded
+    one_line(err, 'FAILED model · early_exit, evaluation: 1 of 6 units', f'{died} processes died over this unit')
     code, out, err = fake.run('status', '--settings', fake.ini)
-    assert code == 1 and '3 processes died over this unit' in out and len(fake.store.parts()) == 5
+    assert code == 1 and f'{died} processes died over this unit' in out and len(fake.store.parts()) == 5
     assert fake.rows()[0] == 0  # elsewhere it may have room
     compare(fake.table(), want)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from conftest import replaced
 from fusion_notebooks import results
 from fusion_notebooks.results import Store, canonical, claims, digest
+from fusion_notebooks.study.work_units import _is_given_up
 
 
 def key(i, **kw):
@@ -187,10 +188,10 @@ def test_a_process_that_was_asked_to_stop_has_not_died_over_its_unit(tmp_path):
 import sys
 from fusion_notebooks.results import Store
 from fusion_notebooks.results.claims import mark_stopped
-with Store(sys.argv[1]).claim(dict(a=1)) as died:
+with Store(sys.argv[1]).claim(dict(a=1)) as deaths:
     if sys.argv[2] == 'asked':
         mark_stopped()
-    print(died, flush=True)
+    print(len(deaths), flush=True)
     sys.stdin.read()
 """
     for how, before in (('asked', 0), ('asked', 0), ('killed', 0), ('asked', 1), ('killed', 1)):
@@ -200,12 +201,33 @@ with Store(sys.argv[1]).claim(dict(a=1)) as died:
         assert child.stdout.readline() == f'{before}\n'
         child.kill()
         child.wait()
-    with Store(tmp_path).claim(dict(a=1)) as died:
-        assert died == 2
+    with Store(tmp_path).claim(dict(a=1)) as deaths:
+        assert deaths == ['killed', 'killed']
+
+
+def test_what_is_known_of_deaths_over_a_unit(tmp_path, monkeypatch):
+    "Kills from outside do not give a unit up three times in a row; want of memory and crashes do"
+    store, key = Store(tmp_path), dict(a=1)
+    code = "import os, sys\nfrom fusion_notebooks.results import Store\nwith Store(sys.argv[1]).claim(dict(a=1)): os.abort()"
+
+    def die():
+        child = subprocess.Popen([sys.executable, '-c', code, tmp_path], stderr=subprocess.DEVNULL)
+        child.wait()
+        return child.pid
+
+    for _ in range(3):
+        die()
+    store.record_crash(die())
+    with store.claim(key) as deaths:
+        assert deaths == ['killed', 'killed', 'killed', 'crash'] and not _is_given_up(deaths)
+    die()
+    monkeypatch.setattr(claims, '_memory_kills', lambda: 10**9)  # since then processes were killed for want of memory
+    with store.claim(key) as deaths:
+        assert deaths == ['memory'] and _is_given_up(deaths * 3)
 
 
 def test_a_claim_is_exclusive_and_goes_with_its_owner(store):
-    code = "import sys\nfrom fusion_notebooks.results import Store\nwith Store(sys.argv[1]).claim(dict(a=1)) as died: print(died, flush=True); sys.stdin.read()"
+    code = "import sys\nfrom fusion_notebooks.results import Store\nwith Store(sys.argv[1]).claim(dict(a=1)) as deaths: print(len(deaths), flush=True); sys.stdin.read()"
     for before in (0, 1, 2):
         child = subprocess.Popen(
             [sys.executable, '-c', code, str(store.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -218,9 +240,9 @@ def test_a_claim_is_exclusive_and_goes_with_its_owner(store):
         child.wait()
     assert not store.running()
     with store.claim(dict(a=1)) as mine:
-        assert mine == 3
+        assert mine == ['killed'] * 3
     with store.claim(dict(a=1)) as mine:
-        assert mine == 0  # who ends well leaves nothing behind
+        assert mine == []  # who ends well leaves nothing behind
 
 
 def test_failures_are_kept_until_there_are_rows(store):
@@ -557,19 +579,19 @@ def test_tidy_leaves_a_lock_that_was_just_taken_anew(tmp_path, monkeypatch):
     "Between its look at a lock and its removal the owner may end, and another begin"
     store, key, happened = Store(tmp_path / 'r'), dict(unit=1), []
     owner, next_owner = store.claim(key), store.claim(key)
-    assert owner.__enter__() == 0
+    assert owner.__enter__() == []
 
     def late(f):
         if not happened:
             happened.append(owner.__exit__(None, None, None))
-            assert next_owner.__enter__() == 0
+            assert next_owner.__enter__() == []
         return lock(f)
 
     lock = claims._lock
     monkeypatch.setattr(claims, '_lock', late)
     store.tidy()
     assert happened and store.running() == {digest(key)}
-    with store.claim(key) as died:
-        assert died is None  # nobody else gets the unit
+    with store.claim(key) as deaths:
+        assert deaths is None  # nobody else gets the unit
     next_owner.__exit__(None, None, None)
     assert not list(store.folder.iterdir())

@@ -9,27 +9,61 @@ __all__ = ['mark_stopped']
 import hashlib
 import json
 import os
+import re
 import socket
 import warnings
 from contextlib import contextmanager, suppress
 from fastcore.basics import patch
+from pathlib import Path
 from .files import _cannot, _lock, canonical, write_atomic
 from .store import Store
 
 # %% ../../nbs/10_results/02_claims.ipynb #held
 _held = []  # open files of the claims of this process
 
+# %% ../../nbs/10_results/02_claims.ipynb #oom_kills
+def _memory_kills():
+    "How many processes this machine has killed for want of memory since it was started; None where it does not say"
+    try:
+        counters = Path('/proc/vmstat').read_text()
+    except OSError:
+        return None
+    found = re.search(r'^oom_kill (\d+)$', counters, re.M)
+    return int(found[1]) if found else None
+
 # %% ../../nbs/10_results/02_claims.ipynb #sign
-def _sign(f, how):
-    "Add a line for this process to the file of a claim"
-    f.write(f'{how}{socket.gethostname()} {os.getpid()}\n')
+def _line(what, pid):
+    "A line in the file of a claim: 'began', 'stopped' or 'crashed', which process of this machine, after how many `_memory_kills`"
+    return f'{what} {socket.gethostname()} {pid} {_memory_kills()}\n'
+
+# %% ../../nbs/10_results/02_claims.ipynb #sign_to
+def _sign(f, what):
+    "Add a line about this process to the open file of a claim"
+    f.write(_line(what, os.getpid()))
     f.flush()
 
 # %% ../../nbs/10_results/02_claims.ipynb #excuse
 def mark_stopped() -> None:
     "Record in the claims of this process that it was asked to stop: a kill after that does not count as a crash"
     for f in _held:
-        _sign(f, 'stopped ')
+        _sign(f, 'stopped')
+
+# %% ../../nbs/10_results/02_claims.ipynb #deaths
+def _deaths(lines):
+    "How each owner died that left its line in the file of a claim: 'memory', 'crash' or 'killed'"
+    deaths = []  # (host and pid, how), in order; whatever stands in the file counts
+    here, kills = socket.gethostname(), str(_memory_kills())
+    for line in lines:
+        what, *words = line.split() or ['']
+        owner, of_owner = words[:2], [k for k, (other, _) in enumerate(deaths) if other == words[:2]]
+        if what == 'stopped' and of_owner:
+            del deaths[of_owner[-1]]
+        elif what == 'crashed' and of_owner:
+            deaths[of_owner[-1]] = owner, 'crash'
+        else:
+            is_memory = what == 'began' and words[:1] == [here] and words[-1] != kills
+            deaths.append((owner, 'memory' if is_memory else 'killed'))
+    return [how for _, how in deaths]
 
 # %% ../../nbs/10_results/02_claims.ipynb #c017
 @patch
@@ -37,7 +71,7 @@ def mark_stopped() -> None:
 def claim(
     self: Store,
     key: dict,  # of one unit of work
-):  # how many died over it; None while another process has it
+):  # how those died that had it before: a list of 'memory', 'crash' and 'killed'; None while another process has it
     "Keep a unit of work to this process. Raises `OSError` where the folder cannot be written."
     path = self.path(key).with_suffix('.lock')
     try:
@@ -51,16 +85,29 @@ def claim(
             yield None
             return
         f.seek(0)
-        lines = f.readlines()  # whatever stands there counts
-        stopped = sum(line.startswith('stopped ') for line in lines)
+        deaths = _deaths(f)
         _held.append(f)
-        _sign(f, '')
+        _sign(f, 'began')
         try:
-            yield max(0, len(lines) - 2 * stopped)
+            yield deaths
         finally:
             _held.remove(f)
             with suppress(OSError):
                 path.unlink()
+
+# %% ../../nbs/10_results/02_claims.ipynb #record_crash
+@patch
+def record_crash(
+    self: Store,
+    pid: int,  # of a process of this machine that has ended by itself
+):
+    "Record in the claim that a process left behind that it crashed, also where another one has the unit by now"
+    for path in self.folder.glob('*.lock'):
+        with suppress(OSError):
+            if f'began {socket.gethostname()} {pid} ' in path.read_text(errors='replace'):
+                file = os.open(path, os.O_WRONLY | os.O_APPEND)  # one that is gone by now is not made anew
+                with open(file, 'w') as f:
+                    f.write(_line('crashed', pid))
 
 # %% ../../nbs/10_results/02_claims.ipynb #running
 @patch

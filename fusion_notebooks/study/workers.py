@@ -115,23 +115,25 @@ def start(self: _Workers, i):
 # %% ../../nbs/13_study/05_workers.ipynb #Workers_ended
 @patch
 def ended(self: _Workers):
-    "Remove the processes that have ended: [(number, exit code)] of those that died"
-    gone = [(i, p.exitcode) for i, p in self.alive.items() if not p.is_alive()]
+    "Remove the processes that have ended: [(number, process)] of those that died"
+    gone = [(i, p) for i, p in self.alive.items() if not p.is_alive()]
     for i, _ in gone:
         del self.alive[i]
-    return [(i, code) for i, code in gone if code != 0]
+    return [(i, p) for i, p in gone if p.exitcode != 0]
 
 # %% ../../nbs/13_study/05_workers.ipynb #Workers_count_death
 @patch
-def count_death(self: _Workers, code):
+def count_death(self: _Workers, process):
     "Raises `OSError` where a worker could not go on, or where workers die and finish nothing in between"
+    code, store = process.exitcode, Store(self.s.results)
     if code == 2:
         raise OSError('A worker could not go on; its reason stands above.')
-    store = Store(self.s.results)
+    if code not in (-signal.SIGKILL, -signal.SIGTERM):  # those may come from outside
+        store.record_crash(process.pid)
     now = (len(store.parts()), len(store.failures()))
     self.deaths = self.deaths + 1 if now == self.before else 0
     self.before = now
-    if self.deaths > 3 * self.n:
+    if self.deaths > 10 * self.n:  # by then a unit has been given up
         raise OSError(f'Workers die (exit code {code}) without finishing a unit: try fewer of them, or none.')
 
 # %% ../../nbs/13_study/05_workers.ipynb #Workers_stop
@@ -169,9 +171,9 @@ def on_workers(
             tell()
             if STOP.is_set():
                 raise KeyboardInterrupt
-            for i, code in workers.ended():
-                workers.count_death(code)
-                print(f'worker {i} died (exit code {code}); another one takes over', file=sys.stderr, flush=True)
+            for i, p in workers.ended():
+                workers.count_death(p)
+                print(f'worker {i} died (exit code {p.exitcode}); another one takes over', file=sys.stderr, flush=True)
                 workers.start(i)
     finally:
         workers.stop()
