@@ -206,7 +206,7 @@ with Store(sys.argv[1]).claim(dict(a=1)) as deaths:
 
 
 def test_what_is_known_of_deaths_over_a_unit(tmp_path, monkeypatch):
-    "Kills from outside do not give a unit up three times in a row; want of memory and crashes do"
+    "Three kills from outside do not give a unit up; crashes do, and kills while memory was short"
     store, key = Store(tmp_path), dict(a=1)
     code = "import os, sys\nfrom fusion_notebooks.results import Store\nwith Store(sys.argv[1]).claim(dict(a=1)): os.abort()"
 
@@ -220,10 +220,19 @@ def test_what_is_known_of_deaths_over_a_unit(tmp_path, monkeypatch):
     store.record_crash(die())
     with store.claim(key) as deaths:
         assert deaths == ['killed', 'killed', 'killed', 'crash'] and not _is_given_up(deaths)
-    die()
-    monkeypatch.setattr(claims, '_memory_kills', lambda: 10**9)  # since then processes were killed for want of memory
+        assert _is_given_up(deaths + ['memory', 'crash'])
+
+
+def test_memory_was_short_between_two_owners_of_a_unit(tmp_path, monkeypatch):
+    "A kill for want of memory explains the death before the next owner began, not those long before; a reboot none"
+    store, key, kills = Store(tmp_path), dict(a=1), [5, 5, 6, 0, 0]
+    lines = []
+    for process, number in enumerate(kills):
+        monkeypatch.setattr(claims, '_memory_kills', lambda number=number: number)
+        lines.append(claims._line('began', process))
+    store.path(key).with_suffix('.lock').write_text(''.join(lines))
     with store.claim(key) as deaths:
-        assert deaths == ['memory'] and _is_given_up(deaths * 3)
+        assert deaths == ['killed', 'memory', 'killed', 'killed', 'killed']
 
 
 def test_a_claim_is_exclusive_and_goes_with_its_owner(store):

@@ -81,7 +81,7 @@ def attend(
 # %% ../../nbs/04_engine/01_kernels.ipynb #merge
 def merge(
     one,  # (attention (…, width), log-sum-exp (…))
-    other,  # of other keys; a query may be closed for one of both (-inf)
+    other,  # of other keys; a query may be closed (-inf) for one of the two, not for both
 ) -> tuple:  # of all keys
     "Attention to two sets of keys from attention to each"
     (a, weight), (b, more) = one, other

@@ -13,6 +13,7 @@ import re
 import socket
 import warnings
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fastcore.basics import patch
 from pathlib import Path
 from .files import _cannot, _lock, canonical, write_atomic
@@ -21,7 +22,7 @@ from .store import Store
 # %% ../../nbs/10_results/02_claims.ipynb #held
 _held = []  # open files of the claims of this process
 
-# %% ../../nbs/10_results/02_claims.ipynb #oom_kills
+# %% ../../nbs/10_results/02_claims.ipynb #memory_kills
 def _memory_kills():
     "How many processes this machine has killed for want of memory since it was started; None where it does not say"
     try:
@@ -31,12 +32,20 @@ def _memory_kills():
     found = re.search(r'^oom_kill (\d+)$', counters, re.M)
     return int(found[1]) if found else None
 
-# %% ../../nbs/10_results/02_claims.ipynb #sign
-def _line(what, pid):
-    "A line in the file of a claim: 'began', 'stopped' or 'crashed', which process of this machine, after how many `_memory_kills`"
-    return f'{what} {socket.gethostname()} {pid} {_memory_kills()}\n'
+# %% ../../nbs/10_results/02_claims.ipynb #machine
+def _machine():
+    "This machine, or container, until it is started again: within it a process number is one process"
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts += [Path('/proc/sys/kernel/random/boot_id').read_text().strip(), os.readlink('/proc/self/ns/pid')]
+    return '/'.join(parts)
 
-# %% ../../nbs/10_results/02_claims.ipynb #sign_to
+# %% ../../nbs/10_results/02_claims.ipynb #line
+def _line(what, pid):
+    "A line in the file of a claim: 'began', 'stopped' or 'crashed'; the machine, the process, `_memory_kills` so far"
+    return f'{what} {_machine()} {pid} {_memory_kills()}\n'
+
+# %% ../../nbs/10_results/02_claims.ipynb #sign
 def _sign(f, what):
     "Add a line about this process to the open file of a claim"
     f.write(_line(what, os.getpid()))
@@ -48,22 +57,43 @@ def mark_stopped() -> None:
     for f in _held:
         _sign(f, 'stopped')
 
+# %% ../../nbs/10_results/02_claims.ipynb #Owner
+@dataclass
+class _Owner:
+    "A process that began a unit and did not end it"
+
+    process: tuple  # machine, number
+    kills: str  # `_memory_kills` when it began
+    death: str = 'killed'
+
+    def outlived_by(self, other):
+        "Take in what the next owner says: more kills for want of memory on this machine by the time it began"
+        counted = self.kills.isdecimal() and other.kills.isdecimal() and len(self.kills + other.kills) < 40
+        same_machine = self.process[0] == other.process[0]
+        if same_machine and counted and int(other.kills) > int(self.kills) and self.death == 'killed':
+            self.death = 'memory'
+
 # %% ../../nbs/10_results/02_claims.ipynb #deaths
 def _deaths(lines):
     "How each owner died that left its line in the file of a claim: 'memory', 'crash' or 'killed'"
-    deaths = []  # (host and pid, how), in order; whatever stands in the file counts
-    here, kills = socket.gethostname(), str(_memory_kills())
-    for line in lines:
+    owners, last = [], None
+    for line in [*lines, _line('began', os.getpid())]:  # who takes it now closes the list
         what, *words = line.split() or ['']
-        owner, of_owner = words[:2], [k for k, (other, _) in enumerate(deaths) if other == words[:2]]
-        if what == 'stopped' and of_owner:
-            del deaths[of_owner[-1]]
-        elif what == 'crashed' and of_owner:
-            deaths[of_owner[-1]] = owner, 'crash'
-        else:
-            is_memory = what == 'began' and words[:1] == [here] and words[-1] != kills
-            deaths.append((owner, 'memory' if is_memory else 'killed'))
-    return [how for _, how in deaths]
+        if what not in ('began', 'stopped', 'crashed') or len(words) != 3:
+            owners.append(_Owner((), ''))  # whatever stands there counts
+            continue
+        *process, kills = words
+        mine = [owner for owner in owners if owner.process == tuple(process)]
+        if what == 'began':
+            before, last = last, _Owner(tuple(process), kills)
+            owners.append(last)
+            if before:
+                before.outlived_by(last)
+        elif what == 'stopped' and mine:
+            owners.remove(mine[-1])
+        elif what == 'crashed' and mine:
+            mine[-1].death = 'crash'
+    return [owner.death for owner in owners[:-1]]
 
 # %% ../../nbs/10_results/02_claims.ipynb #c017
 @patch
@@ -95,19 +125,32 @@ def claim(
             with suppress(OSError):
                 path.unlink()
 
+# %% ../../nbs/10_results/02_claims.ipynb #left_by
+@patch
+def left_by(
+    self: Store,
+    pid: int,  # of a process of this machine that has ended
+) -> list:  # of paths
+    "The claims that a process left behind, also where another one has the unit by now"
+    found, mine = [], f'began {_machine()} {pid} '
+    for path in self.folder.glob('*.lock'):
+        with suppress(OSError):
+            if mine in path.read_text(errors='replace'):
+                found.append(path)
+    return found
+
 # %% ../../nbs/10_results/02_claims.ipynb #record_crash
 @patch
 def record_crash(
     self: Store,
     pid: int,  # of a process of this machine that has ended by itself
 ):
-    "Record in the claim that a process left behind that it crashed, also where another one has the unit by now"
-    for path in self.folder.glob('*.lock'):
+    "Record in the claims that a process left behind that it crashed"
+    for path in self.left_by(pid):
         with suppress(OSError):
-            if f'began {socket.gethostname()} {pid} ' in path.read_text(errors='replace'):
-                file = os.open(path, os.O_WRONLY | os.O_APPEND)  # one that is gone by now is not made anew
-                with open(file, 'w') as f:
-                    f.write(_line('crashed', pid))
+            file = os.open(path, os.O_WRONLY | os.O_APPEND)  # one that is gone by now is not made anew
+            with open(file, 'w') as f:
+                f.write(_line('crashed', pid))
 
 # %% ../../nbs/10_results/02_claims.ipynb #running
 @patch

@@ -43,12 +43,12 @@ def parameters(
     nb: Path,  # the notebook
     given: dict,  # name → value
 ) -> dict:  # the same
-    "Check what a notebook is given. Raises `BadInput` for unlisted names, values that are not JSON, files that are no notebook."
+    "Check what a notebook is given. Raises `BadInput` for unlisted names, values that are not JSON, files that are not notebooks."
     import papermill as pm
 
     try:
         known = pm.inspect_notebook(_unformatted(nb))
-    except ValueError as e:  # no JSON, no kernel
+    except (ValueError, pm.exceptions.PapermillException) as e:  # no kernel, another language
         mend = 'open it in JupyterLab, choose a Python kernel and save it'
         raise BadInput(f'{nb.name} cannot be run as a notebook ({str(e).rstrip(".")}): {mend}.') from e
     if not known:
@@ -62,13 +62,24 @@ def parameters(
             raise BadInput(f'{nb.name}: {what}, which JSON cannot hold: give text, numbers, lists or dicts of them.')
     return given
 
+# %% ../../nbs/13_study/06_execution.ipynb #is_cell
+def _is_cell(cell):
+    "Has it what each cell of a notebook has?"
+    if not isinstance(cell, dict) or not isinstance(cell.get('metadata'), dict):
+        return False
+    return isinstance(cell['metadata'].get('tags', []), list) and isinstance(cell.get('source'), (str, list))
+
 # %% ../../nbs/13_study/06_execution.ipynb #cells
 def _cells(nb):
-    "The cells of a notebook. Raises `BadInput` for a file that is none"
+    "The cells of a notebook. Raises `BadInput` for a file that is not a notebook"
     try:
-        return json.loads(nb.read_text())['cells']
-    except (ValueError, KeyError, TypeError) as e:
-        raise BadInput(f'{nb} is not a notebook, though its name says so: mend or remove it.') from e
+        found = json.loads(nb.read_text())
+    except (ValueError, RecursionError):
+        found = None
+    cells = found.get('cells') if isinstance(found, dict) else None
+    if not isinstance(cells, list) or not all(map(_is_cell, cells)):
+        raise BadInput(f'{nb} is named like a notebook but is not one: mend or remove it.')
+    return cells
 
 # %% ../../nbs/13_study/06_execution.ipynb #takes_all_models
 def takes_all_models(

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from ..results.claims import mark_stopped
-from ..results.store import Store
+from ..results.store import digest, Store
 from .settings import Settings
 
 # %% ../../nbs/13_study/02_progress.ipynb #STOP
@@ -56,27 +56,27 @@ def _job_name(job):
 
 # %% ../../nbs/13_study/02_progress.ipynb #Pace
 class _Pace:
-    "Seconds per unit of each analysis: units of one take ten times as long as those of another"
+    "Seconds per unit of each job: units of one can take ten times as long as those of another"
 
     def __init__(self):
-        self.seconds, self.done = Counter(), Counter()  # analysis → seconds, units that they went into
-        self.missing, self.since = None, None  # as of the last count; when units were last seen to be finished
+        self.seconds, self.done = Counter(), Counter()  # job → seconds, units that they went into
+        self.todo, self.since = None, None  # as of the last count; when units were last seen to be finished
 
-    def count(self, missing, now):
-        "Take in how many units are missing, analysis → number, and the time in seconds"
-        finished = Counter() if self.missing is None else self.missing - missing
-        for analysis, number in finished.items():
-            self.seconds[analysis] += (now - self.since) * number / finished.total()
-            self.done[analysis] += number
-        if finished or self.missing is None:
+    def count(self, todo, now):
+        "Take in how many units are to do, job → number, and the time in seconds; jobs share an interval by their units"
+        finished = Counter() if self.todo is None else self.todo - todo
+        for job, number in finished.items():
+            self.seconds[job] += (now - self.since) * number / finished.total()
+            self.done[job] += number
+        if finished or self.todo is None:
             self.since = now
-        self.missing = missing
+        self.todo = todo
 
     def time_left(self):
-        "What the missing units will take, in words; empty where too little is known"
-        todo = {analysis: number for analysis, number in self.missing.items() if number}
-        known = [analysis for analysis in todo if self.done[analysis]]
-        minutes = sum(todo[name] * self.seconds[name] / self.done[name] for name in known) / 60
+        "What the units to do will take, in words; empty where too little is known"
+        todo = {job: number for job, number in self.todo.items() if number}
+        known = [job for job in todo if self.done[job]]
+        minutes = sum(todo[job] * self.seconds[job] / self.done[job] for job in known) / 60
         if known and len(known) == len(todo):
             return f'about {minutes:.0f} min left'
         return f'more than {minutes:.0f} min left' if minutes >= 1 else ''
@@ -89,6 +89,7 @@ def progress_reporter(
 ):  # (job) → None
     "What to call after each unit: one line in a terminal that renews itself, a line every half minute in a log"
     store, pace, last = Store(s.results), _Pace(), -math.inf
+    old = {record['id'] for record in store.failures().values()}
 
     def tell(job=None):
         nonlocal last
@@ -98,18 +99,20 @@ def progress_reporter(
         last = now
         if renew:
             renew()
-        missing = {job: len(store.missing(keys)) for job, keys in todo.items()}
-        by_analysis = Counter()
-        for one, number in missing.items():
-            by_analysis[one.analysis] += number
-        pace.count(by_analysis, now)
-        n, left = sum(len(keys) for keys in todo.values()), by_analysis.total()
-        text = ', '.join(filter(None, [f'{n - left} of {n} units', pace.time_left()]))
-        job = job or next((one for one, some in missing.items() if some), None)
+        failed = {unit for unit, record in store.failures().items() if record['id'] not in old}
+        missing = {one: [digest(key) for key in store.missing(keys)] for one, keys in todo.items()}
+        left = Counter({one: len(set(units) - failed) for one, units in missing.items()})
+        pace.count(left, now)
+        n, undone = sum(map(len, todo.values())), sum(map(len, missing.values()))
+        parts = [f'{n - undone} of {n} units']
+        if undone > left.total():
+            parts.append(f'{undone - left.total()} failed')
+        text = ', '.join([*parts, *filter(None, [pace.time_left()])])
+        job = job or next((one for one in left if left[one]), None)
         if job:
             text = f'{_job_name(job)}: {text}'
         if terminal:
-            print(f'\r\x1b[K{text}', end='' if left else '\n', file=sys.stderr, flush=True)
+            print(f'\r\x1b[K{text}', end='' if left.total() else '\n', file=sys.stderr, flush=True)
         else:
             print(text, file=sys.stderr, flush=True)
 

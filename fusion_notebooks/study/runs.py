@@ -402,10 +402,10 @@ def run(
     if figures:
         _claim(s, names)
     s = report.settings = replace(s, models=tuple(names), compute=rows)
+    files = notebooks(s)
+    about_all = [a for a in s.analyses if figures and takes_all_models(files[a])]
     if rows:
         _compute_rows(s, workers, scheduler, wait=figures)
-    files = notebooks(s)
-    about_all = [a for a in s.analyses if takes_all_models(files[a])]
     if figures:
         _for_each(s, names, [a for a in s.analyses if a not in about_all], workers, report)
         _for_all(s, list(names), about_all if names else [], report)

@@ -221,11 +221,13 @@ def _is_open(store, key, old):
 
 # %% ../../nbs/13_study/03_work_units.ipynb #DEATHS
 # how processes died over a unit (see *Claims*), in words
-DEATHS = dict(memory='for want of memory', crash='by a crash', killed='by a kill from outside or for an unknown reason')
+DEATHS = dict(
+    memory='while memory was short', crash='by a crash', killed='by a kill from outside or for an unknown reason'
+)
 
 # %% ../../nbs/13_study/03_work_units.ipynb #is_given_up
 def _is_given_up(deaths):
-    "Is a unit recorded as failed? Its own doing, three times, is enough; what kills at random hardly strikes it ten times"
+    "Is a unit recorded as failed? Three deaths of its own making are enough; random kills hardly hit one unit ten times"
     own = [how for how in deaths if how != 'killed']
     return len(own) > 2 or len(deaths) > 9
 
