@@ -323,6 +323,11 @@ def peak_memory():
 
 
 def peak(kind, side, layers):
+    "Median of three fresh processes, for one differs from the next by tens of MiB"
+    return statistics.median(peak_once(kind, side, layers) for _ in range(3))
+
+
+def peak_once(kind, side, layers):
     out = subprocess.run(
         [sys.executable, __file__, '--peak', kind, str(side), str(layers)], capture_output=True, text=True
     )
