@@ -6,7 +6,7 @@ from pathlib import Path
 from conftest import replaced
 from fusion_notebooks import results
 from fusion_notebooks.results import Store, canonical, claims, digest
-from fusion_notebooks.study.work_units import _is_given_up
+from fusion_notebooks.results.claims import _is_given_up
 
 
 def key(i, **kw):
