@@ -24,7 +24,7 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-faults: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o addopts= -q -m faults -n 2 --dist loadfile -rP
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o addopts= -q -m faults -n 2 --dist loadfile
 
 bench: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py

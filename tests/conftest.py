@@ -128,7 +128,19 @@ def times():
 LIMITS = {'slider redraw': 0.05, 'drawing alone': 0.05, 'answer with patches masked': 1}
 
 
+def show_figures(terminalreporter):
+    "What the fault suite counted; as a property of a test it also comes from the processes of xdist"
+    for report in terminalreporter.getreports('passed') + terminalreporter.getreports('failed'):
+        for name, figures in report.user_properties:
+            if name == 'figures':
+                for what, number in figures.items():
+                    terminalreporter.write_line(
+                        f'{what}: {number:,.2f}' if isinstance(number, float) else f'{what}: {number:,}'
+                    )
+
+
 def pytest_terminal_summary(terminalreporter):
+    show_figures(terminalreporter)
     if not opened:
         return
     terminalreporter.write_line(

@@ -747,7 +747,7 @@ def test_what_a_unit_costs_the_engine(fake):
     assert cost < 0.05 * 10  # 5 % of a unit of 10 s
 
 
-def test_figures(capsys):
+def test_figures(record_property):
     total = lambda *words: sum(v for k, v in FIGURES.items() if all(w in k for w in words))
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     sums = {
@@ -758,12 +758,5 @@ def test_figures(capsys):
         'crashes': total('crashed'),
         'computing by all processes started, seconds': used.ru_utime + used.ru_stime,
     }
-    with capsys.disabled():
-        print(
-            '\n'
-            + '\n'.join(
-                f'{k}: {v:.2f}' if isinstance(v, float) else f'{k}: {v}'
-                for k, v in ({k: v for k, v in FIGURES.items() if k not in sums} | sums).items()
-            )
-        )
+    record_property('figures', {k: v for k, v in FIGURES.items() if k not in sums} | sums)
     assert sums['rows lost'] == sums['rows doubled'] == sums['crashes'] == 0, FIGURES

@@ -753,9 +753,8 @@ def test_many_orders_and_threads(glyph):
 
 
 @pytest.mark.faults
-def test_figures_of_locked_doors(capsys):
-    with capsys.disabled():
-        print('\n' + '\n'.join(f'{k}: {v}' for k, v in FIGURES.items()))
+def test_figures_of_locked_doors(record_property):
+    record_property('figures', dict(FIGURES))
     assert (
         not FIGURES['crashes'] + FIGURES['hangs'] + FIGURES['wrong exit codes or sentences'] + FIGURES['processes left']
     )
