@@ -205,7 +205,7 @@ with Store(sys.argv[1]).claim(dict(a=1)) as deaths:
         assert deaths == ['killed', 'killed']
 
 
-def test_what_is_known_of_deaths_over_a_unit(tmp_path, monkeypatch):
+def test_what_is_known_of_deaths_over_a_unit(tmp_path):
     "Three kills from outside do not give a unit up; crashes do, and kills while memory was short"
     store, key = Store(tmp_path), dict(a=1)
     code = "import os, sys\nfrom fusion_notebooks.results import Store\nwith Store(sys.argv[1]).claim(dict(a=1)): os.abort()"
